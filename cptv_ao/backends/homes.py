@@ -1,0 +1,151 @@
+"""The places inside a lowered model that hold a scale. Each knows how to read, write and restore one of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from cptv_ao.sites import QParams, ScaleSite
+
+
+class ActivationHome(Protocol):
+    """Holds the scale and zero_point of an activation, per tensor."""
+
+    def read(self) -> QParams: ...
+    def write(self, qparams: QParams) -> None: ...
+    def state(self) -> Any: ...
+    def restore(self, state: Any) -> None: ...
+
+
+class BufferHome:
+    """Two 0-dim buffers, of the root (`quantize_per_tensor`, `quantized.add`) or of a module (`nnq.LayerNorm`)."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
+        self._scale, self._zero_point = scale, zero_point
+
+    def read(self) -> QParams:
+        return QParams(self._scale.detach().double().reshape(()), self._zero_point.detach().long().reshape(()).clone())
+
+    def write(self, qparams: QParams) -> None:
+        with torch.no_grad():
+            self._scale.fill_(float(qparams.scale))
+            self._zero_point.fill_(int(qparams.zero_point))
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        return self._scale.detach().clone(), self._zero_point.detach().clone()
+
+    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+        with torch.no_grad():
+            self._scale.copy_(state[0])
+            self._zero_point.copy_(state[1])
+
+
+class AttributeHome:
+    """A python float and int on a module (`nnq.Linear.scale`): only float32 values survive a state_dict."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = cast(Any, module)
+
+    def read(self) -> QParams:
+        return QParams(
+            torch.tensor(float(self._module.scale), dtype=torch.float64), torch.tensor(int(self._module.zero_point))
+        )
+
+    def write(self, qparams: QParams) -> None:
+        self._module.scale = float(qparams.scale)
+        self._module.zero_point = int(qparams.zero_point)
+
+    def state(self) -> tuple[float, int]:
+        return self._module.scale, self._module.zero_point
+
+    def restore(self, state: tuple[float, int]) -> None:
+        self._module.scale, self._module.zero_point = state
+
+
+class WeightHome:
+    """A packed weight; subclasses say where the packed object is kept.
+
+    `restore` puts the very object back that `state` saw, so it costs nothing and is exact.
+    """
+
+    def weight(self) -> Tensor:
+        """The weight as a quantized tensor."""
+        raise NotImplementedError
+
+    def state(self) -> Any:
+        raise NotImplementedError
+
+    def restore(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def _set(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def read(self) -> QParams:
+        weight = self.weight()
+        if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            return QParams(torch.tensor(weight.q_scale(), dtype=torch.float64), torch.tensor(weight.q_zero_point()))
+        return QParams(weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().long())
+
+    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams) -> None:
+        """Pack int8 codes with their scales."""
+        if site.axis is None:
+            scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+            weight = torch._make_per_tensor_quantized_tensor(codes, scale, zero_point)
+        else:
+            weight = torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, site.axis)
+        self._set(weight)
+
+
+class ModuleWeightHome(WeightHome):
+    """The packed weight of an `nnq` Linear or Conv module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = cast(Any, module)
+        # Linear keeps the packed object one module deeper than Conv does.
+        inner = module._modules.get("_packed_params")
+        self._owner: Any = module if inner is None else inner
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, self._module.weight())
+
+    def state(self) -> Any:
+        return self._owner._packed_params
+
+    def restore(self, state: Any) -> None:
+        self._owner._packed_params = state
+
+    def _set(self, weight: Tensor) -> None:
+        self._module.set_weight_bias(weight, self._module._weight_bias()[1])
+
+
+class PackedWeightHome(WeightHome):
+    """A packed weight on the root (`_packed_weight_0`), used by functional linear and conv."""
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        self._owner, self._attribute = owner, attribute
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.state().unpack()[0])
+
+    def state(self) -> Any:
+        return getattr(self._owner, self._attribute)
+
+    def restore(self, state: Any) -> None:
+        setattr(self._owner, self._attribute, state)
+
+    def _set(self, weight: Tensor) -> None:
+        packed = self.state()
+        bias = packed.unpack()[1]
+        ops = torch.ops.quantized
+        if hasattr(packed, "stride"):
+            prepack = {3: ops.conv1d_prepack, 4: ops.conv2d_prepack, 5: ops.conv3d_prepack}[weight.dim()]
+            new = prepack(weight, bias, packed.stride(), packed.padding(), packed.dilation(), packed.groups())
+        else:
+            new = ops.linear_prepack(weight, bias)
+        setattr(self._owner, self._attribute, new)
+
+
+Home = ActivationHome | WeightHome

@@ -1,0 +1,132 @@
+"""Reading and writing the scales of a lowered model: what `convert_fx` returned.
+
+The homes of the scales (all seen on torch 2.13 to 2.15):
+
+    buffers of the root      quantize_per_tensor, quantized.add / mul / layer_norm / linear ...
+    python floats            nnq.Linear, nnq.Conv*, and their fused forms
+    buffers of the module    nnq.LayerNorm, nnq.Hardswish, nnq.BatchNorm*
+    packed weights           inside a ScriptObject, of a module or of the root; re-packed when the scale moves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cptv_ao.backends.homes import Home, WeightHome
+from cptv_ao.backends.scan import scan
+from cptv_ao.errors import NonFiniteError
+from cptv_ao.sites import QParams, ScaleSite, SiteTable
+
+
+class LoweredBackend:
+    """The sites of one lowered model, and the only place that writes into it.
+
+    Args:
+        model: what `convert_fx` returned.
+        weight_ranges: `(qmin, qmax)` of weight codes by site name, where it is known; inferred from the codes else.
+
+    Raises:
+        UnsupportedModelError: the model is not a lowered FX model, or has no quantized op.
+    """
+
+    def __init__(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self.model = model
+        found = scan(model, weight_ranges or {})
+        self.sites: SiteTable = found.sites
+        self._homes: dict[str, Home] = found.homes
+        self._float_weights: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> QParams:
+        """Scale and zero_point as they are in the model now (float64, int64; copies)."""
+        return self._homes[name].read()
+
+    def write(self, name: str, qparams: QParams) -> None:
+        """Write a scale; a weight is re-rounded from its float weight and clamped to qmin..qmax.
+
+        Raises:
+            InvalidScaleError: see `QParams.checked`; the model is untouched.
+            KeyError: a weight site without a float weight.
+        """
+        site = self.sites[name]
+        checked = qparams.checked(site)
+        home = self._homes[name]
+        if isinstance(home, WeightHome):
+            home.write_weight(round_weight(self._float_weights[name], checked, site), site, checked)
+        else:
+            home.write(checked)
+
+    def state(self, name: str) -> Any:
+        """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
+        return self._homes[name].state()
+
+    def restore(self, name: str, state: Any) -> None:
+        """Put back what `state` returned."""
+        self._homes[name].restore(state)
+
+    def snapshot(self) -> dict[str, Any]:
+        """`state` of every site."""
+        return {name: self.state(name) for name in self.sites}
+
+    def restore_all(self, snapshot: Mapping[str, Any]) -> None:
+        """Put back a `snapshot`."""
+        for name, state in snapshot.items():
+            self.restore(name, state)
+
+    def weight(self, name: str) -> Tensor:
+        """The quantized weight tensor of a weight site."""
+        return self._weight_home(name).weight()
+
+    def set_float_weight(self, name: str, weight: Tensor) -> None:
+        """Give the float weight from which the codes of a weight site are re-rounded."""
+        shape = self._weight_home(name).weight().shape  # a functional conv1d is packed as a conv2d
+        self._float_weights[name] = weight.detach().to("cpu", torch.float32).reshape(shape).contiguous()
+
+    @property
+    def float_weights(self) -> Mapping[str, Tensor]:
+        """Float weights given so far, by site name."""
+        return self._float_weights
+
+    def movable(self) -> dict[str, tuple[ScaleSite, ...]]:
+        """Tied groups that can be searched: not fixed, and weights only where their float weights are known."""
+        return {
+            lead: group
+            for lead, group in self.sites.groups().items()
+            if all(site.kind == "activation" or site.name in self._float_weights for site in group)
+        }
+
+    def check_finite(self) -> None:
+        """Refuse a model whose scales are zero, NaN or infinite already.
+
+        Raises:
+            NonFiniteError: naming the site and the channel.
+        """
+        for name in self.sites:
+            scale = self.read(name).scale.reshape(-1)
+            bad = ~(torch.isfinite(scale) & (scale > 0))
+            if bool(bad.any()):
+                channel = int(bad.nonzero()[0])
+                raise NonFiniteError(
+                    f"{name}: expected a finite scale > 0 in the model that was given, got {float(scale[channel]):.4g}"
+                    f"{f' in channel {channel}' if len(scale) > 1 else ''}; calibrate again before convert_fx"
+                )
+
+    def _weight_home(self, name: str) -> WeightHome:
+        home = self._homes[name]
+        if not isinstance(home, WeightHome):
+            raise KeyError(f"{name} is an activation site, not a weight")
+        return home
+
+
+def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:
+    """Codes of a float weight at a scale: round half to even, clamped to the nominal range; int8, weight's shape."""
+    shape = [1] * weight.dim()
+    if site.axis is not None:
+        shape[site.axis] = -1
+    scale = qparams.scale.to(torch.float32).reshape(shape)
+    codes = torch.round(weight / scale) + qparams.zero_point.reshape(shape)
+    return codes.clamp_(site.qmin, site.qmax).to(torch.int8)

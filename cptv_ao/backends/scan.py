@@ -1,0 +1,317 @@
+"""Finding every scale of a lowered graph: which node holds it, where it is stored, what it moves with."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from cptv_ao.backends.homes import (
+    ActivationHome,
+    AttributeHome,
+    BufferHome,
+    Home,
+    ModuleWeightHome,
+    PackedWeightHome,
+    WeightHome,
+)
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.scopes import Scopes
+from cptv_ao.sites import ScaleSite, SiteTable
+
+_QUANTIZED_NAMESPACE = "torch.ao.nn."
+# Quantized ops without a scale of their own: the output inherits its input's, or the constant's product with it.
+_INHERITING_OPS = {"add", "add_relu", "mul", "mul_relu", "dropout", "max_pool1d", "max_pool2d", "relu6", "leaky_relu"}
+# Quantized modules without a scale of their own.
+_INHERITING_MODULES = {"Dropout", "MaxPool2d", "Identity", "ReLU6", "DeQuantize", "LinearPackedParams"}
+_FIXED_OPS = {"softmax", "sigmoid", "hardsigmoid", "tanh"}
+_DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
+# torch ops whose quantized output keeps the qparams of their first input.
+_PASS_METHODS = {
+    "contiguous", "detach", "flatten", "permute", "repeat", "reshape", "squeeze", "transpose", "unsqueeze", "view",
+    "relu", "relu_", "clamp", "expand", "chunk", "split", "unbind", "clone",
+}  # fmt: skip
+_PASS_FUNCTIONS = {
+    "flatten", "transpose", "squeeze", "unsqueeze", "reshape", "permute", "narrow", "relu", "relu6", "hardtanh",
+    "clamp", "max_pool1d", "max_pool2d", "interpolate", "channel_shuffle", "pixel_shuffle", "getitem", "dropout",
+    "chunk", "split", "unbind", "boolean_dispatch",
+}  # fmt: skip
+_PASS_MODULES = {
+    "Identity", "Dropout", "ReLU", "ReLU6", "Hardtanh", "MaxPool1d", "MaxPool2d", "Flatten", "PixelShuffle",
+    "ChannelShuffle", "Upsample",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """The sites of a graph and the home of each."""
+
+    sites: SiteTable
+    homes: dict[str, Home]
+
+
+def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+    """List the sites of a lowered graph, in graph order.
+
+    Args:
+        weight_ranges: nominal `(qmin, qmax)` by weight site; inferred from the codes where absent.
+
+    Raises:
+        UnsupportedModelError: not a GraphModule, only prepared, or without any quantized op.
+    """
+    if not isinstance(model, GraphModule):
+        raise UnsupportedModelError(
+            f"expected the GraphModule that convert_fx returns, got {type(model).__name__}; "
+            "run prepare_fx, calibrate, convert_fx first"
+        )
+    scanner = _Scanner(model, weight_ranges)
+    for node in model.graph.nodes:
+        scanner.visit(node)
+    found = scanner.found()
+    if not found.sites:
+        observed = any("ObserverBase" in {c.__name__ for c in type(m).__mro__} for m in model.modules())
+        raise UnsupportedModelError(
+            "expected a converted model, got one that is only prepared (it holds observers); call convert_fx first"
+            if observed
+            else "expected a converted model, found no quantized op in the graph; was the qconfig_mapping empty?"
+        )
+    return found
+
+
+def output_name(path: str) -> str:
+    """Name of the activation site of the output of a module."""
+    return f"{path}.output"
+
+
+def weight_name(path: str) -> str:
+    """Name of the weight site of a module."""
+    return f"{path}.weight"
+
+
+class _Scanner:
+    def __init__(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> None:
+        self._model = model
+        self._ranges = weight_ranges
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._scopes = Scopes(model)
+        self._sites: dict[str, ScaleSite] = {}
+        self._homes: dict[str, Home] = {}
+        self._by_node: dict[Node, str] = {}  # activation site of a node's output
+        self._by_attribute: dict[str, str] = {}  # site of a root buffer or packed weight
+        self._unknown: list[str] = []
+        self._cats: list[Node] = []
+
+    def visit(self, node: Node) -> None:
+        if node.op == "call_module":
+            self._visit_module(node, self._modules[str(node.target)])
+        elif node.op == "call_function":
+            self._visit_function(node)
+
+    def found(self) -> Found:
+        for node in self._cats:
+            self._tie(node)
+        return Found(SiteTable(tuple(self._sites.values()), tuple(self._unknown)), self._homes)
+
+    def _visit_module(self, node: Node, module: nn.Module) -> None:
+        kind = type(module)
+        if not kind.__module__.startswith(_QUANTIZED_NAMESPACE) or ".quantized" not in kind.__module__:
+            return
+        path, name = str(node.target), kind.__name__
+        dynamic = "dynamic quantization computes its scales at run time" if ".dynamic" in kind.__module__ else ""
+        if hasattr(module, "set_weight_bias") or hasattr(module, "_weight_bias"):
+            home: WeightHome = ModuleWeightHome(module)
+            self._add_weight(node, weight_name(path), name, path, home, dynamic)
+        elif name in {"Embedding", "EmbeddingBag"}:
+            self._unknown.append(f"{path} ({name}, weight only)")
+            return
+        scale = getattr(module, "scale", None)
+        if dynamic or name in _INHERITING_MODULES:
+            return
+        if scale is None or getattr(module, "zero_point", None) is None:
+            if name not in {"Linear", "Conv2d"}:
+                self._unknown.append(f"{node.name} ({name})")
+            return
+        if isinstance(scale, Tensor):
+            activation: ActivationHome = BufferHome(scale, module.zero_point)  # type: ignore[arg-type]
+        else:
+            activation = AttributeHome(module)
+        fixed = f"fixed qparams of {name.lower()}" if name.lower() in _FIXED_OPS else ""
+        self._add_activation(node, output_name(path), name, path, activation, torch.quint8, fixed)
+
+    def _visit_function(self, node: Node) -> None:
+        op = _op_name(node)
+        if node.target is torch.cat:
+            self._cats.append(node)
+        if op == "quantize_per_tensor":
+            dtype = node.args[3] if len(node.args) > 3 else torch.quint8
+            self._visit_buffers(node, op, dtype)
+        elif op.startswith("quantized."):
+            packed = self._visit_packed(node, op)
+            if packed and "dynamic" in op:
+                return
+            if not self._visit_buffers(node, op, torch.quint8) and op.split(".")[1] not in _INHERITING_OPS:
+                self._unknown.append(f"{node.name} ({op})")
+        elif "quantize_per_" in op or "quantized" in op:
+            self._unknown.append(f"{node.name} ({op})")
+
+    def _visit_packed(self, node: Node, op: str) -> bool:
+        packed = [n for n in node.all_input_nodes if n.op == "get_attr" and self._is_packed(str(n.target))]
+        for source in packed:
+            attribute = str(source.target)
+            dynamic = "dynamic quantization computes its scales at run time" if "dynamic" in op else ""
+            scope = self._scopes.of(node)
+            home = PackedWeightHome(self._model, attribute)
+            self._add_weight(node, self._scopes.name(attribute), op, scope, home, dynamic)
+        return bool(packed)
+
+    def _visit_buffers(self, node: Node, op: str, dtype: Any) -> bool:
+        """Add the site of a function whose scale and zero_point are buffers of the root."""
+        sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        scales = [n for n in sources if _is_scalar(_attribute(self._model, str(n.target)), floating=True)]
+        zeros = [n for n in sources if _is_scalar(_attribute(self._model, str(n.target)), floating=False)]
+        if len(scales) != 1 or len(zeros) != 1:
+            return False
+        attribute = str(scales[0].target)
+        home = BufferHome(_attribute(self._model, attribute), _attribute(self._model, str(zeros[0].target)))
+        scope = self._scopes.of_attribute(attribute)
+        name = self._scopes.name(attribute)
+        if name in self._sites and self._by_attribute.get(attribute) != name:
+            name = attribute
+        self._by_attribute[attribute] = name
+        fixed = self._fixed_source(node) if op == "quantize_per_tensor" else ""
+        self._add_activation(node, name, op, scope, home, dtype, fixed)
+        return True
+
+    def _fixed_source(self, node: Node) -> str:
+        """Why the output of a quantize node must not move: it holds the output of a fixed-qparams op."""
+        source = node.args[0]
+        if not isinstance(source, Node):
+            return ""
+        op = _op_name(source)
+        if source.op == "call_module":
+            op = type(self._modules[str(source.target)]).__name__.lower()
+        return f"fixed qparams of {op}" if op.rstrip("_") in _FIXED_OPS else ""
+
+    def _add_activation(
+        self, node: Node, name: str, op: str, scope: str, home: ActivationHome, dtype: Any, fixed: str
+    ) -> None:
+        self._by_node[node] = name
+        if name in self._sites:
+            self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
+            return
+        if dtype not in _DTYPE_RANGE:
+            fixed = fixed or f"dtype {dtype} is not searched"
+        qmin, qmax = _DTYPE_RANGE.get(dtype, (0, 0))
+        self._homes[name] = home
+        self._sites[name] = ScaleSite(
+            name, "activation", op, scope, (), None, qmin, qmax, not fixed, (node.name,), name, fixed
+        )
+
+    def _add_weight(self, node: Node, name: str, op: str, scope: str, home: WeightHome, fixed: str) -> None:
+        if name in self._sites:
+            self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
+            return
+        weight = home.weight()
+        if not weight.is_quantized or weight.dtype != torch.qint8:
+            fixed = fixed or f"weights of dtype {weight.dtype} are not searched"
+            shape, axis, qmin, qmax = (), None, 0, 0
+        else:
+            per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+            axis = weight.q_per_channel_axis() if per_channel else None
+            shape = (weight.shape[axis],) if axis is not None else ()
+            qmin, qmax = self._ranges.get(name) or infer_range(weight)
+        self._homes[name] = home
+        self._sites[name] = ScaleSite(
+            name, "weight", op, scope, shape, axis, qmin, qmax, False, (node.name,), name, fixed
+        )
+
+    def _tie(self, cat: Node) -> None:
+        """Tie the producers of the inputs of a cat, where they share their qparams now.
+
+        Before: q1 -> relu --> cat      After: q1.tied == q2.tied
+                q2 ---------->/
+        """
+        inputs = cat.args[0] if cat.args else cat.kwargs["tensors"]
+        if not isinstance(inputs, (list, tuple)):
+            return
+        names = [self._by_node.get(self._producer(n)) for n in inputs if isinstance(n, Node)]
+        sites = [self._sites[name] for name in names if name is not None]
+        if len(sites) < 2:
+            return
+        lead = sites[0]
+        first = self._homes[lead.name].read()
+        for site in sites[1:]:
+            own = self._homes[site.name].read()
+            if own.scale == first.scale and own.zero_point == first.zero_point:
+                self._join(site.tied, lead.tied)
+                lead = self._sites[lead.name]
+
+    def _join(self, tied: str, into: str) -> None:
+        if tied == into:
+            return
+        # The first in graph order leads, so that a group's name does not depend on the order of its cats.
+        order = list(self._sites)
+        lead, other = sorted((tied, into), key=order.index)
+        for name, site in self._sites.items():
+            if site.tied == other:
+                self._sites[name] = replace(site, tied=lead)
+
+    def _producer(self, node: Node) -> Node:
+        """Walk up through the ops that keep the qparams of their first input."""
+        while node not in self._by_node and node.args and isinstance(node.args[0], Node) and self._passes(node):
+            node = node.args[0]
+        return node
+
+    def _passes(self, node: Node) -> bool:
+        if node.op == "call_method":
+            return str(node.target) in _PASS_METHODS
+        if node.op == "call_module":
+            return type(self._modules[str(node.target)]).__name__ in _PASS_MODULES
+        return node.op == "call_function" and _op_name(node) in _PASS_FUNCTIONS
+
+    def _is_packed(self, attribute: str) -> bool:
+        value = _attribute(self._model, attribute)
+        return isinstance(value, torch.ScriptObject) and hasattr(value, "unpack")
+
+
+def infer_range(weight: Tensor) -> tuple[int, int]:
+    """The nominal code range of a quantized weight, from its codes: the smallest bit width that holds them.
+
+    convert_fx does not clamp to quant_min..quant_max, so a symmetric 3-bit weight holds codes -4..4; +4 then
+    still means -4..3.
+    """
+    codes = weight.int_repr()
+    largest = max(int(codes.max()), -int(codes.min()))
+    if largest == 0:  # a weight that is zero throughout (zero-initialised last layers) says nothing
+        return -128, 127
+    bits = next(b for b in range(2, 9) if 2 ** (b - 1) >= largest)
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _op_name(node: Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target).replace("::", ".")
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket).replace("::", ".")
+    if target is operator.getitem:
+        return "getitem"
+    return getattr(target, "__name__", str(target))
+
+
+def _attribute(model: GraphModule, target: str) -> Any:
+    value: Any = model
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_scalar(value: Any, *, floating: bool) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() == floating

@@ -1,0 +1,147 @@
+"""Settings of `refine`. The defaults are what the benchmarks show to be best; most users need none of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cptv_ao.blocks import BlockPolicy
+from cptv_ao.losses import LOSSES, Loss
+
+LossName = Literal["kl", "infonce", "soft_infonce", "mse", "cosine"]
+SearchName = Literal["evolution", "paper", "cma"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """How `refine` searches. Frozen and validated; `RefineConfig()` is the recommended setting.
+
+    Attributes:
+        loss: name of a loss or a function `(candidate (N, C), teacher (N, C)) -> scalar` that is never negative.
+        temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
+        search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
+        gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none.
+            Proposals enter only where the model's own kernels confirm them.
+        learning_rate: of those steps, on the logarithm of the scales.
+        passes: sweeps over all blocks.
+        evaluations: candidates per block visit.
+        include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
+        kinds: which scales are searched: weights, activations (with their zero_points), or both.
+        blocks: replaces the policy that puts sites into blocks; see `cptv_ao.blocks_by_path`.
+        block_order: `forward`, or `backward` as published.
+        weight_range: nominal `(qmin, qmax)` of all weight codes, e.g. `(-4, 3)`; by default from the qconfigs of
+            `float_model`, else inferred from the codes.
+        holdout: fraction of the batches that only accept or reject the result; 0 accepts on the search images.
+        output: picks the tensor that the loss compares from the model's output; by default its first floating one.
+        score_on: `kernels`: the model's own quantized kernels (CPU).
+        seed: of the search; no global generator is read or changed.
+        max_evaluations: stop after this many candidates; None for no limit.
+        max_seconds: stop after this many seconds of search; None for no limit.
+        epsilon: half-width of the uniform noise of the `paper` search.
+    """
+
+    loss: LossName | Loss = "kl"
+    temperature: float = 3.0
+    search: SearchName = "evolution"
+    gradient_steps: int = 200
+    learning_rate: float = 0.03
+    passes: int = 2
+    evaluations: int = 20
+    include: tuple[str, ...] = ("*",)
+    kinds: tuple[Literal["weight", "activation"], ...] = ("weight", "activation")
+    blocks: BlockPolicy | None = None
+    block_order: Literal["forward", "backward"] = "forward"
+    weight_range: tuple[int, int] | None = None
+    holdout: float = 0.2
+    output: Callable[[Any], Tensor] | None = None
+    score_on: Literal["kernels"] = "kernels"
+    seed: int = 0
+    max_evaluations: int | None = None
+    max_seconds: float | None = None
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _expect(
+            callable(self.loss) or self.loss in LOSSES, "loss", f"one of {sorted(LOSSES)} or a function", self.loss
+        )
+        _expect(self.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", self.search)
+        _expect(self.score_on == "kernels", "score_on", "'kernels'", self.score_on)
+        _expect(self.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", self.block_order)
+        for name in ("temperature", "learning_rate", "epsilon"):
+            value = getattr(self, name)
+            _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
+        for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0)):
+            value = getattr(self, name)
+            _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)
+        _expect(_is_number(self.holdout) and 0 <= self.holdout < 1, "holdout", "a fraction in [0, 1)", self.holdout)
+        _expect(
+            self.max_evaluations is None or (_is_integer(self.max_evaluations) and self.max_evaluations >= 0),
+            "max_evaluations",
+            "an integer >= 0 or None",
+            self.max_evaluations,
+        )
+        _expect(
+            self.max_seconds is None or (_is_number(self.max_seconds) and self.max_seconds > 0),
+            "max_seconds",
+            "a number > 0 or None",
+            self.max_seconds,
+        )
+        _expect(
+            isinstance(self.include, tuple) and all(isinstance(p, str) for p in self.include),
+            "include",
+            "a tuple of patterns",
+            self.include,
+        )
+        _expect(
+            isinstance(self.kinds, tuple) and bool(self.kinds) and set(self.kinds) <= {"weight", "activation"},
+            "kinds",
+            "a non-empty tuple of 'weight' and 'activation'",
+            self.kinds,
+        )
+        if self.weight_range is not None:
+            _expect(_is_range(self.weight_range), "weight_range", "(qmin, qmax) within -128..127", self.weight_range)
+
+    @classmethod
+    def paper(cls, weight_bits: int = 8, **changes: Any) -> RefineConfig:
+        """The published method (arXiv 2211.09643, section 4): 10 passes of 3 children per block, InfoNCE at T = 3.
+
+        Per-channel weight scales of the attention layers, attention blocks visited last to first, absolute
+        uniform noise of +-1e-3 (3- and 4-bit weights) or +-1e-4 (8-bit). Batches of 100 images are expected.
+        """
+        settings: dict[str, Any] = {
+            "search": "paper",
+            "loss": "infonce",
+            "temperature": 3.0,
+            "gradient_steps": 0,
+            "passes": 10,
+            "evaluations": 3,
+            "include": ("*attn*",),
+            "kinds": ("weight",),
+            "block_order": "backward",
+            "epsilon": 1e-3 if weight_bits <= 4 else 1e-4,
+        }
+        return cls(**(settings | changes))
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"RefineConfig.{name}: expected {expected}, got {got!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_range(value: object) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 2 and all(_is_integer(v) for v in value)):
+        return False
+    qmin, qmax = value
+    return -128 <= qmin < qmax <= 127

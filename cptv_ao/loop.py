@@ -1,0 +1,233 @@
+"""The search loop: proposals for the whole model, then passes over the blocks; keeps the best state seen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.blocks import Block
+from cptv_ao.config import RefineConfig
+from cptv_ao.evaluator import Evaluator
+from cptv_ao.report import BlockResult, Losses, SiteMove
+from cptv_ao.search import make_strategy
+from cptv_ao.search.protocol import Individual, Strategy
+from cptv_ao.sites import ScaleSite
+from cptv_ao.space import Assignment, ScaleSpace
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a refine, as given to the callback.
+
+    `candidate`: a vector was scored; `block`: a visit ended; `proposal`: scales for the whole model were scored;
+    `pass`: all blocks were visited. `loss` is that of the step on the search images (inf: rejected early), `best`
+    the best so far.
+    """
+
+    kind: Literal["candidate", "block", "proposal", "pass"]
+    name: str
+    pass_index: int
+    evaluations: int
+    loss: float
+    best: float
+    seconds: float
+
+
+Callback = Callable[[Event], Any]
+Proposal = tuple[str, Assignment]
+
+
+@dataclass
+class Budget:
+    """Counts evaluations and seconds against the limits of the config."""
+
+    max_evaluations: int | None
+    max_seconds: float | None
+    started: float = field(default_factory=time.monotonic)
+    evaluations: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> bool:
+        in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
+        return in_count and (self.max_seconds is None or self.seconds < self.max_seconds)
+
+
+class Loop:
+    """Searches the scales of one model; leaves the best accepted state in it.
+
+    A state is accepted when its loss is not worse than the start's on the search images and lowest on the
+    held-out ones; the start is the first state.
+    """
+
+    def __init__(
+        self,
+        backend: LoweredBackend,
+        blocks: Sequence[Block],
+        search: Evaluator,
+        holdout: Evaluator | None,
+        config: RefineConfig,
+        listeners: Sequence[Callback],
+    ) -> None:
+        self._backend = backend
+        self._search, self._holdout = search, holdout
+        self._config = config
+        self.listeners = list(listeners)
+        self._rng = np.random.default_rng(config.seed)
+        self._spaces = _spaces(backend, blocks, config)
+        self._whole = ScaleSpace(backend, _searched(backend, config))
+        self._steps: dict[str, dict[str, float]] = {}
+        self.budget = Budget(config.max_evaluations, config.max_seconds)
+        self.results: list[BlockResult] = []
+        self.stages: list[str] = []
+        self.start = self._losses(search.score())
+        self.best = self.start
+        self.rejected = False
+        self._loss = self.start.search
+        self._best_state = backend.snapshot()
+
+    @property
+    def steps(self) -> int:
+        """Evaluations that the block visits take at most."""
+        return self._config.passes * len(self._spaces) * self._config.evaluations
+
+    def propose(self, proposals: Iterable[Proposal]) -> None:
+        """Score scales for the whole model; go on from the best of them if it is better than what is there."""
+        for name, values in proposals:
+            if not self.budget.left:
+                return
+            self._whole.refresh()
+            before = self._whole.vector
+            vector = self._whole.repair(self._whole.from_assignment(values))
+            self._whole.write(vector)
+            loss = self._score(self._search, self._loss)
+            better = loss < self._loss
+            if better:
+                self._whole.rebase()
+                self._loss = loss
+            else:
+                self._whole.write(before)
+            self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
+            self._tell("proposal", name, 0, loss)
+            if better:
+                self._keep()
+
+    def run(self) -> None:
+        """Visit every block in every pass, then leave the best state in the model."""
+        order = list(self._spaces.items())
+        if self._config.block_order == "backward":
+            order.reverse()
+        for pass_index in range(self._config.passes):
+            for name, space in order:
+                if not self.budget.left:
+                    break
+                self._visit(name, space, pass_index)
+            self._keep()
+            self._tell("pass", f"pass {pass_index + 1}", pass_index, self._loss)
+        self._backend.restore_all(self._best_state)
+
+    def moves(self, before: Mapping[str, Any]) -> tuple[SiteMove, ...]:
+        """What moved between the scales `before` and those in the model."""
+        moves = []
+        for block, space in self._spaces.items():
+            for name in space.to_assignment(space.vector):
+                old, new = before[name], self._backend.read(name)
+                ratio = (new.scale / old.scale).log2().abs().reshape(-1)
+                step = (new.zero_point - old.zero_point).abs().max()
+                changed = int((ratio > 0).sum())
+                if changed or int(step):
+                    kind = self._backend.sites[name].kind
+                    moves.append(SiteMove(name, kind, block, ratio.numel(), changed, float(ratio.max()), int(step)))
+        return tuple(moves)
+
+    def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
+        """One visit: the strategy proposes, the kernels decide; the best scales stay in the model."""
+        space.refresh()
+        self._search.enter(space.nodes)
+        before = self._loss
+        strategy = make_strategy(
+            self._config.search,
+            space.layout,
+            Individual(space.vector, before),
+            self._rng,
+            evaluations=self._config.evaluations,
+            epsilon=self._config.epsilon,
+            steps=self._steps.setdefault(name, {}),
+        )
+        count = accepted = 0
+        best = before
+        while not strategy.done and self.budget.left:
+            vector = space.repair(strategy.ask())
+            loss = self._try(space, strategy, vector)
+            count += 1
+            if loss < best:
+                best = loss
+                accepted += 1
+            strategy.tell(vector, loss)
+            self._tell("candidate", name, pass_index, loss, best)
+        winner = strategy.best()
+        if winner.loss < before:
+            space.write(winner.vector)
+            self._loss = winner.loss
+        else:
+            space.write(space.base)
+        self._search.leave()
+        self.results.append(BlockResult(name, pass_index, count, accepted, before, self._loss))
+        self._tell("block", name, pass_index, self._loss)
+
+    def _try(self, space: ScaleSpace, strategy: Strategy, vector: np.ndarray) -> float:
+        space.write(vector)
+        return self._score(self._search, strategy.threshold)
+
+    def _score(self, evaluator: Evaluator, threshold: float) -> float:
+        self.budget.evaluations += 1
+        loss = evaluator.score(threshold if isinstance(self._config.loss, str) else math.inf)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _keep(self) -> None:
+        """Remember the state that is in the model if it is the best accepted one."""
+        if self._loss >= self.best.search:
+            return
+        losses = self._losses(self._loss)
+        if losses.holdout is None or self.best.holdout is None or losses.holdout <= self.best.holdout:
+            self.best = losses
+            self._best_state = self._backend.snapshot()
+        else:
+            self.rejected = True
+
+    def _losses(self, search: float) -> Losses:
+        return Losses(search, None if self._holdout is None else self._holdout.score())
+
+    def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
+        lowest = self._loss if best is None else best
+        event = Event(kind, name, pass_index, self.budget.evaluations, loss, lowest, self.budget.seconds)
+        for listener in self.listeners:
+            listener(event)
+
+
+def _searched(backend: LoweredBackend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
+    return {
+        lead: group
+        for lead, group in backend.movable().items()
+        if group[0].kind in config.kinds and any(fnmatchcase(lead, pattern) for pattern in config.include)
+    }
+
+
+def _spaces(backend: LoweredBackend, blocks: Sequence[Block], config: RefineConfig) -> dict[str, ScaleSpace]:
+    searched = _searched(backend, config)
+    by_block = {b.name: {s.name: searched[s.name] for s in b.sites if s.name in searched} for b in blocks}
+    return {name: ScaleSpace(backend, groups) for name, groups in by_block.items() if groups}
+
+
+def _told(loss: float) -> str:
+    return f"loss {loss:.5g}" if math.isfinite(loss) else "loss above the best"

@@ -1,0 +1,91 @@
+"""Losses between a candidate's outputs and the teacher's: plain functions, lower is better, never negative.
+
+Each takes two tensors (N, C) and returns a scalar tensor: the mean over the N images, so that losses of batches
+can be averaged by their number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def kl(candidate: Tensor, teacher: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(candidate)), mean over the images; 0 when they are equal."""
+    difference = teacher.log_softmax(1) - candidate.log_softmax(1)
+    return (teacher.softmax(1) * difference).sum(1).mean().clamp_min(0)
+
+
+def mse(candidate: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the outputs."""
+    return functional.mse_loss(candidate, teacher)
+
+
+def cosine(candidate: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine similarity of each image's outputs, mean over the images."""
+    return (1 - functional.cosine_similarity(candidate, teacher, dim=1)).mean().clamp_min(0)
+
+
+def infonce(candidate: Tensor, teacher: Tensor, *, temperature: float = 3.0) -> Tensor:
+    """InfoNCE with in-batch negatives, as the authors compute it (arXiv 2211.09643, equation 3 and their code).
+
+    With L2-normalised rows q of the candidate and k of the teacher: CE(q k^T / T, arange(N)) * 2T.
+
+    Raises:
+        ValueError: a single image has no negatives.
+    """
+    _need_negatives(candidate)
+    similarity = _similarity(candidate, teacher) / temperature
+    target = torch.arange(len(candidate), device=candidate.device)
+    return functional.cross_entropy(similarity, target) * (2 * temperature)
+
+
+def soft_infonce(candidate: Tensor, teacher: Tensor, *, temperature: float = 3.0) -> Tensor:
+    """InfoNCE whose targets are the teacher's own similarities, so that images of one class are no false negatives.
+
+    Mean over the rows of KL(softmax(k k^T / T) || softmax(q k^T / T)), times 2T; 0 when q = k.
+
+    Raises:
+        ValueError: a single image has no negatives.
+    """
+    _need_negatives(candidate)
+    found = (_similarity(candidate, teacher) / temperature).log_softmax(1)
+    wanted = (_similarity(teacher, teacher) / temperature).log_softmax(1)
+    return (wanted.exp() * (wanted - found)).sum(1).mean().clamp_min(0) * (2 * temperature)
+
+
+def _similarity(a: Tensor, b: Tensor) -> Tensor:
+    return functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
+
+
+def _need_negatives(candidate: Tensor) -> None:
+    if len(candidate) < 2:
+        raise ValueError("InfoNCE needs at least 2 images per batch for its negatives, got 1")
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kl": kl,
+    "infonce": infonce,
+    "soft_infonce": soft_infonce,
+    "mse": mse,
+    "cosine": cosine,
+}
+
+
+def get_loss(loss: str | Loss, temperature: float) -> Loss:
+    """A loss by name, with its temperature where it has one; a function is returned as it is."""
+    if not isinstance(loss, str):
+        return loss
+    function = LOSSES[loss]
+    if "infonce" not in loss:
+        return function
+
+    def tempered(candidate: Tensor, teacher: Tensor) -> Tensor:
+        return function(candidate, teacher, temperature=temperature)
+
+    return tempered

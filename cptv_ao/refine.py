@@ -1,0 +1,244 @@
+"""The verb: `refine(model, calib_loader)`. Orchestration only; each step lives in a room of its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.blocks import find_blocks
+from cptv_ao.config import RefineConfig
+from cptv_ao.data import Batch, read_batches, split_batches
+from cptv_ao.errors import CalibrationDataError, CptvWarning, FloatModelMismatchError, NonFiniteError
+from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
+from cptv_ao.loop import Callback, Event, Loop
+from cptv_ao.losses import get_loss
+from cptv_ao.report import META_KEY, Report, Status
+from cptv_ao.sites import SiteTable
+from cptv_ao.twin import unquantized
+from cptv_ao.weights import as_float, find_float_weights, weight_ranges
+
+
+def find_sites(model: GraphModule) -> SiteTable:
+    """List every scale of a converted model; `print()` it for a readable table.
+
+    Args:
+        model: what `convert_fx` returned.
+
+    Returns:
+        The sites by name, in graph order; `.unknown` names quantized ops that were not understood.
+
+    Raises:
+        UnsupportedModelError: the model is not converted, or holds no quantized op.
+    """
+    return LoweredBackend(model).sites
+
+
+def refine(
+    model: GraphModule,
+    calib_loader: Iterable[Any],
+    *,
+    float_model: nn.Module | None = None,
+    config: RefineConfig | None = None,
+    callback: Callback | None = None,
+    progress: bool = True,
+    inplace: bool = True,
+) -> GraphModule:
+    """Search better scales for a converted model and write them into it (CPT-V, arXiv 2211.09643).
+
+    The input model is candidate 0: what is returned has a loss that is not higher, on the search images and on
+    held-out calibration images. On any exception the model is exactly as it was given.
+
+    Args:
+        model: what `convert_fx` returned. It is written in place and returned.
+        calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
+            read), or of dicts of keyword inputs. Iterated once. About 1,000 images are a good number.
+        float_model: the float model that was given to `prepare_fx`, or the prepared model. Gives the teacher's
+            outputs and the float weights that are re-rounded at a new scale. Without it the teacher is the model
+            itself with float activations, and weights stay as they are.
+        config: settings; the default is the recommended one.
+        callback: called with an `Event` after each step. It can watch, not select.
+        progress: show a progress bar on stderr.
+        inplace: write into `model`; False refines and returns a copy.
+
+    Returns:
+        The refined model; `cptv_ao.report(model)` says what was done.
+
+    Raises:
+        UnsupportedModelError: the model is not a converted FX model.
+        FloatModelMismatchError: `float_model` is not its float original.
+        CalibrationDataError: the loader is empty or gives something that the model cannot run on.
+        NonFiniteError: scales or outputs of the model are NaN or infinite.
+
+    Example:
+        >>> quantized = convert_fx(prepared)                                          # doctest: +SKIP
+        >>> quantized = cptv_ao.refine(quantized, calib_loader, float_model=model)    # doctest: +SKIP
+        >>> print(cptv_ao.report(quantized))                                          # doctest: +SKIP
+    """
+    config = RefineConfig() if config is None else config
+    if not isinstance(config, RefineConfig):
+        raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
+    backend = _backend(model, float_model, config)
+    if not inplace:
+        model = copy.deepcopy(model)
+        backend = _backend(model, float_model, config)
+    backend.check_finite()
+    batches = read_batches(calib_loader)
+    with _restored_on_error(model, backend), _eval_mode(model, float_model):
+        model.meta[META_KEY] = _refine(backend, batches, float_model, config, callback, progress)
+    return model
+
+
+def _refine(
+    backend: LoweredBackend,
+    batches: list[Batch],
+    float_model: nn.Module | None,
+    config: RefineConfig,
+    callback: Callback | None,
+    progress: bool,
+) -> Report:
+    if float_model is not None:
+        find_float_weights(backend, float_model)
+    split = split_batches(batches, config.holdout)
+    _check_negatives(config, (*split.search, *split.holdout))
+    teacher = _teacher(backend, float_model)
+    evaluators = [_evaluator(backend.model, part, teacher, config) for part in (split.search, split.holdout) if part]
+    search, holdout = evaluators[0], evaluators[1] if len(evaluators) > 1 else None
+    given = {name: backend.read(name) for name in backend.sites}
+    blocks = find_blocks(backend.sites.values(), config.blocks)
+    loop = Loop(backend, blocks, search, holdout, config, [callback] if callback else [])
+    if not math.isfinite(loop.start.search):
+        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+    with _progress_bar(loop, progress):
+        loop.run()
+    moves = loop.moves(given)
+    return Report(
+        status=_status(loop, bool(moves)),
+        loss=config.loss if isinstance(config.loss, str) else getattr(config.loss, "__name__", "loss"),
+        before=loop.start,
+        after=loop.best,
+        blocks=tuple(loop.results),
+        moves=moves,
+        stages=tuple(loop.stages),
+        sites=len(backend.sites),
+        evaluations=loop.budget.evaluations,
+        image_forwards=sum(e.image_forwards for e in evaluators),
+        images=(search.images, holdout.images if holdout else 0),
+        seconds=loop.budget.seconds,
+        seed=config.seed,
+        threads=torch.get_num_threads(),
+        notes=tuple(f"not understood, left alone: {node}" for node in backend.sites.unknown),
+    )
+
+
+def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> LoweredBackend:
+    if float_model is not None and not isinstance(float_model, nn.Module):
+        raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
+    if config.weight_range is None:
+        return LoweredBackend(model, weight_ranges(float_model))
+    names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
+    return LoweredBackend(model, dict.fromkeys(names, config.weight_range))
+
+
+def _teacher(backend: LoweredBackend, float_model: nn.Module | None) -> Callable[..., Any]:
+    if float_model is not None:
+        return float_model
+    warnings.warn(
+        "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
+        "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
+        CptvWarning,
+        stacklevel=4,
+    )
+    return unquantized(backend)
+
+
+def _evaluator(
+    model: GraphModule, batches: Sequence[Batch], teacher: Callable[..., Any], config: RefineConfig
+) -> Evaluator:
+    select = config.output or first_floating
+    targets = teacher_outputs(teacher, batches, select)
+    evaluator = Evaluator(model, batches, targets, get_loss(config.loss, config.temperature), select)
+    for index, (output, target) in enumerate(zip(evaluator.outputs(), targets, strict=True)):
+        if output.shape != target.shape:
+            raise FloatModelMismatchError(
+                f"float_model: expected outputs of shape {tuple(output.shape)} as the quantized model gives on batch "
+                f"{index}, got {tuple(target.shape)}"
+            )
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(f"the quantized model's output on calibration batch {index} holds NaN or inf")
+    return evaluator
+
+
+def _check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
+    """InfoNCE takes its negatives from the batch: one image has none."""
+    if not (isinstance(config.loss, str) and "infonce" in config.loss):
+        return
+    for index, batch in enumerate(batches):
+        if batch.images < 2:
+            raise CalibrationDataError(
+                f"calib_loader, batch {index}: {config.loss} needs at least 2 images per batch for its negatives, "
+                "got 1; use larger batches (the paper: 100), drop_last=True, or another loss",
+                index,
+            )
+
+
+def _status(loop: Loop, moved: bool) -> Status:
+    if not loop.budget.left:
+        return Status.BUDGET
+    if moved:
+        return Status.IMPROVED
+    return Status.REJECTED if loop.rejected else Status.UNCHANGED
+
+
+@contextmanager
+def _restored_on_error(model: GraphModule, backend: LoweredBackend) -> Iterator[None]:
+    """Whatever is raised inside, the model leaves as it came."""
+    snapshot, meta = backend.snapshot(), dict(model.meta)
+    try:
+        yield
+    except BaseException:
+        backend.restore_all(snapshot)
+        model.meta.clear()
+        model.meta.update(meta)
+        raise
+
+
+@contextmanager
+def _eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Run in eval mode; every module gets its own training flag back."""
+    flags = [(m, m.training) for model in models if model is not None for m in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _progress_bar(loop: Loop, enabled: bool) -> Iterator[None]:
+    """A tqdm bar over the evaluations of the block visits, with the loss."""
+    if not enabled:
+        yield
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=loop.steps, desc="refine", unit="eval") as bar:
+        loop.listeners.append(partial(_advance, bar))
+        yield
+
+
+def _advance(bar: Any, event: Event) -> None:
+    if event.kind == "candidate":
+        bar.update(1)
+    bar.set_postfix_str(f"{event.name} loss {event.best:.5g}", refresh=False)

@@ -1,0 +1,135 @@
+"""Between vectors and a model: the scales of some tied groups of sites as one vector, written and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.search.protocol import Group, Layout, Vector
+from cptv_ao.sites import QParams, ScaleSite
+
+#: A scale stays within this factor of the one in the model that was given: beyond it lies nothing but overflow.
+_RANGE = 64.0
+
+Assignment = dict[str, QParams]
+"""Scales and zero_points by site name."""
+
+
+class ScaleSpace:
+    """The groups of one block (or of the whole model) as a vector.
+
+    Writes only what differs from what is in the model, and puts back the packed weights it has seen at `base`
+    instead of packing them again.
+    """
+
+    def __init__(self, backend: LoweredBackend, groups: Mapping[str, tuple[ScaleSite, ...]]) -> None:
+        self._backend = backend
+        self._groups = dict(groups)
+        self.layout = _layout(self._groups)
+        self._current = self._read()
+        self._limits = self._current.copy()
+        self._states: dict[str, Any] = {}
+        self.rebase()
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the graph nodes whose values depend on this vector directly."""
+        return [node for group in self._groups.values() for site in group for node in site.nodes]
+
+    @property
+    def vector(self) -> Vector:
+        """What is in the model now (a copy)."""
+        return self._current.copy()
+
+    @property
+    def base(self) -> Vector:
+        """The vector to which `write` returns for free (a copy)."""
+        return self._base.copy()
+
+    def rebase(self) -> None:
+        """Make what is in the model now the base to which `write` returns for free."""
+        self._base = self._current.copy()
+        self._states = {s.name: self._backend.state(s.name) for g in self._groups.values() for s in g}
+
+    def refresh(self) -> None:
+        """Read the model again, after others wrote into it."""
+        self._current = self._read()
+        self.rebase()
+
+    def repair(self, vector: Vector) -> Vector:
+        """The nearest vector that the kernels can hold: float32 scales > 0, whole zero_points within their range."""
+        repaired = vector.copy()
+        for group in self.layout.groups:
+            limits = self._limits[group.scales]
+            scales = np.clip(vector[group.scales], limits / _RANGE, limits * _RANGE)
+            repaired[group.scales] = scales.astype(np.float32)
+            if group.zero_points is not None:
+                repaired[group.zero_points] = np.clip(np.rint(vector[group.zero_points]), group.qmin, group.qmax)
+        return repaired
+
+    def write(self, vector: Vector) -> None:
+        """Write a repaired vector into the model."""
+        for group in self.layout.groups:
+            parts = [group.scales] if group.zero_points is None else [group.scales, group.zero_points]
+            if all(np.array_equal(vector[p], self._current[p]) for p in parts):
+                continue
+            at_base = all(np.array_equal(vector[p], self._base[p]) for p in parts)
+            for site in self._groups[group.name]:
+                if at_base:
+                    self._backend.restore(site.name, self._states[site.name])
+                else:
+                    self._backend.write(site.name, self._qparams(vector, group, site))
+            for part in parts:
+                self._current[part] = vector[part]
+
+    def from_assignment(self, values: Mapping[str, QParams]) -> Vector:
+        """The vector of these scales; sites that are not named keep the scales that are in the model."""
+        vector = self._current.copy()
+        for group in self.layout.groups:
+            if group.name in values:
+                qparams = values[group.name]
+                vector[group.scales] = qparams.scale.reshape(-1).numpy()
+                if group.zero_points is not None:
+                    vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
+        return vector
+
+    def to_assignment(self, vector: Vector) -> Assignment:
+        """Scales and zero_points of every site of a vector."""
+        return {
+            site.name: self._qparams(vector, group, site)
+            for group in self.layout.groups
+            for site in self._groups[group.name]
+        }
+
+    def _read(self) -> Vector:
+        vector = np.empty(self.layout.size, dtype=np.float64)
+        for group in self.layout.groups:
+            qparams = self._backend.read(group.name)
+            vector[group.scales] = qparams.scale.reshape(-1).numpy()
+            if group.zero_points is not None:
+                vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
+        return vector
+
+    def _qparams(self, vector: Vector, group: Group, site: ScaleSite) -> QParams:
+        scale = torch.from_numpy(vector[group.scales].copy()).reshape(site.shape)
+        if group.zero_points is None:
+            return QParams(scale, self._backend.read(site.name).zero_point)
+        return QParams(scale, torch.from_numpy(vector[group.zero_points].copy()).to(torch.int64).reshape(site.shape))
+
+
+def _layout(groups: Mapping[str, tuple[ScaleSite, ...]]) -> Layout:
+    entries, start = [], 0
+    for name, sites in groups.items():
+        lead = sites[0]
+        scales = slice(start, start + lead.numel)
+        start = scales.stop
+        zero_points = None
+        if lead.affine:
+            zero_points = slice(start, start + lead.numel)
+            start = zero_points.stop
+        entries.append(Group(name, lead.kind, scales, zero_points, lead.qmin, lead.qmax))
+    return Layout(tuple(entries), start)

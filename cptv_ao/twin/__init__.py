@@ -1,0 +1,89 @@
+"""The float twin of a lowered model: the same arithmetic in float, differentiable, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.sites import QParams
+from cptv_ao.twin.build import Builder
+from cptv_ao.twin.modules import WeightQuantizer
+from cptv_ao.twin.values import Rounding
+
+__all__ = ["Twin", "unquantized"]
+
+
+class Twin:
+    """A float module that computes what the lowered model's kernels compute.
+
+    Scales and zero_points are buffers by site name. Nothing is shared with the model.
+
+    Raises:
+        UnsupportedModelError: an op is not known; the message names its node.
+    """
+
+    def __init__(self, backend: LoweredBackend) -> None:
+        builder = Builder(backend)
+        self.module = builder.build()
+        self._sites = builder.sites
+        by_id = {id(module): path for path, module in self.module.named_modules()}
+        self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
+
+    @property
+    def names(self) -> list[str]:
+        """Sites whose scales the twin's output depends on."""
+        return list(self._paths)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def call(self, values: Mapping[str, tuple[Tensor, Tensor | None]], *args: Any, **kwargs: Any) -> Any:
+        """Run with other scales and zero_points (differentiable; the buffers stay as they are)."""
+        replaced = {}
+        for name, (scale, zero_point) in values.items():
+            replaced[f"{self._paths[name]}.scale"] = scale
+            if zero_point is not None:
+                replaced[f"{self._paths[name]}.zero_point"] = zero_point
+        return functional_call(self.module, replaced, args, kwargs, tie_weights=True, strict=False)
+
+    def get(self, name: str) -> QParams:
+        """Scale and zero_point of a site."""
+        site = self._sites[name]
+        return QParams(site.scale.double().cpu(), site.zero_point.round().long().cpu())
+
+    def set(self, name: str, qparams: QParams) -> None:
+        """Write a site. A weight whose float weight is known is re-rounded from then on."""
+        module = self._sites[name]
+        checked = qparams.checked(module.site)
+        module.scale.copy_(checked.scale)
+        module.zero_point.copy_(checked.zero_point)
+        if isinstance(module, WeightQuantizer):
+            module.keep_codes = False
+
+    def reround_weights(self, enabled: bool = True) -> None:
+        """Take weight codes from the float weights at the present scales (True), or as they are in the model."""
+        for module in self._sites.values():
+            if isinstance(module, WeightQuantizer):
+                module.keep_codes = not enabled
+
+    def set_rounding(self, rounding: Rounding) -> None:
+        """How activations are put on their scales: see `Rounding`."""
+        for module in self._sites.values():
+            module.rounding = rounding
+
+    def to(self, device: torch.device | str) -> Twin:
+        """Move everything to a device."""
+        self.module.to(device)
+        return self
+
+
+def unquantized(backend: LoweredBackend) -> Twin:
+    """The model with float activations and dequantized weights: a teacher where the float model is gone."""
+    twin = Twin(backend)
+    twin.set_rounding("none")
+    return twin

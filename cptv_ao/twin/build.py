@@ -1,0 +1,235 @@
+"""From a lowered graph to the float graph of the twin.
+
+Before: quantize_per_tensor(x, s, z) -> nnq.Linear -> quantized.add(a, b, s, z) -> dequantize
+After:  Quantizer(x)                 -> Weighted   -> Binary(a, b)              -> lifted("dequantize")
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import functional
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.twin.lift import lifted
+from cptv_ao.twin.modules import Binary, Pointwise, Quantizer, ScaledBy, SiteModule, Weighted, WeightQuantizer
+
+_POINTWISE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "hardswish": functional.hardswish,
+    "elu": functional.elu,
+    "leaky_relu": functional.leaky_relu,
+}
+
+
+class Builder:
+    """Builds the graph node by node; one small method per form of op."""
+
+    def __init__(self, backend: LoweredBackend) -> None:
+        self._backend = backend
+        self._model = backend.model
+        self._modules = dict(self._model.named_modules(remove_duplicate=False))
+        self._graph = Graph()
+        self._values: dict[Node, Node] = {}
+        self._owned: dict[str, nn.Module] = {}
+        self.sites: dict[str, SiteModule] = {}
+        self._activation = {n: s.name for s in backend.sites.values() if s.kind == "activation" for n in s.nodes}
+        self._weight = {n: s.name for s in backend.sites.values() if s.kind == "weight" for n in s.nodes}
+
+    def build(self) -> GraphModule:
+        """The float graph; parameters and constants are copies."""
+        root = nn.Module()
+        for node in self._model.graph.nodes:
+            self._values[node] = self._node(node)
+        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
+        for node in self._graph.nodes:
+            if node.op == "get_attr":
+                _assign(root, node.target, copy.deepcopy(_attribute(self._model, node.target)))
+        for name, module in self._owned.items():
+            root.add_module(name, module)
+        twin = GraphModule(root, self._graph, "Twin")
+        twin.graph.lint()
+        return twin.eval()
+
+    def _node(self, node: Node) -> Node:
+        if node.op == "call_module":
+            return self._module(node, self._modules[str(node.target)])
+        if node.op == "call_function":
+            return self._function(node)
+        if node.op == "call_method":
+            method = str(node.target)
+            return self._lift(node, method, getattr(torch.Tensor, method))
+        return self._graph.node_copy(node, lambda n: self._values[n])
+
+    def _module(self, node: Node, module: nn.Module) -> Node:
+        kind = type(module)
+        if ".quantized" not in kind.__module__:
+            # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
+            own = copy.deepcopy(module)
+            if hasattr(own, "inplace"):
+                own.inplace = False
+            return self._call(node, Lift(kind.__name__, own))
+        if node.name in self._weight:
+            weight = self._weight_module(node.name)
+            op, channel_dim = _op_of(module)
+            bias = cast(Any, module)._weight_bias()[1]
+            relu = "ReLU" in kind.__name__
+            return self._call(node, Weighted(weight, self._quantizer(node), bias, op, channel_dim, relu))
+        if node.name in self._activation:
+            return self._call(node, Pointwise(self._quantizer(node), _float_op(module)))
+        return self._call(node, Lift(kind.__name__ if kind.__name__ != "Dropout" else "Identity", nn.Identity()))
+
+    def _function(self, node: Node) -> Node:
+        target = node.target
+        if target is torch.quantize_per_tensor:
+            return self._call(node, self._quantizer(node), node.args[:1], {})
+        if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+            packet = getattr(target, "overloadpacket", target)
+            return self._quantized_function(node, str(packet).split(".")[-1])
+        name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
+        return self._lift(node, name, cast(Callable[..., Any], target))
+
+    def _quantized_function(self, node: Node, name: str) -> Node:
+        relu = name.endswith("_relu")
+        base = name.removesuffix("_relu")
+        if base in {"add", "mul"} and node.name not in self._activation:
+            if base == "mul" and isinstance(node.args[1], (int, float)):
+                return self._call(node, ScaledBy())
+            raise self._unsupported(node, name)
+        output = self._quantizer(node)
+        if base in {"add", "mul"}:
+            op = torch.add if base == "add" else torch.mul
+            return self._call(node, Binary(output, op, relu), node.args[:2], {})
+        if base == "layer_norm":
+            kwargs = {k: v for k, v in node.kwargs.items() if not k.startswith("output_")}
+            return self._call(node, Pointwise(output, functional.layer_norm), node.args, kwargs)
+        if base in _POINTWISE_FUNCTIONS:
+            return self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1], {})
+        if node.name in self._weight:
+            packed = next(n for n in node.all_input_nodes if n.op == "get_attr" and "packed_weight" in str(n.target))
+            bias = _attribute(self._model, str(packed.target)).unpack()[1]
+            op, channel_dim = _packed_op(_attribute(self._model, str(packed.target)))
+            weighted = Weighted(self._weight_module(node.name), output, bias, op, channel_dim, relu)
+            return self._call(node, weighted, node.args[:1], {})
+        raise self._unsupported(node, name)
+
+    def _lift(self, node: Node, name: str, function: Callable[..., Any]) -> Node:
+        if not node.all_input_nodes:
+            return self._graph.node_copy(node, lambda n: self._values[n])
+        return self._call(node, Lift(name, function))
+
+    def _call(self, node: Node, module: nn.Module, args: Any = None, kwargs: Any = None) -> Node:
+        name = f"op_{node.name}"
+        self._owned[name] = module
+        mapped = torch.fx.node.map_arg(node.args if args is None else args, lambda n: self._values[n])
+        named = torch.fx.node.map_arg(node.kwargs if kwargs is None else kwargs, lambda n: self._values[n])
+        return self._graph.call_module(name, mapped, named)
+
+    def _quantizer(self, node: Node) -> Quantizer:
+        if node.name not in self._activation:
+            raise self._unsupported(node, str(node.target))
+        name = self._activation[node.name]
+        if name not in self.sites:
+            self.sites[name] = Quantizer(self._backend.sites[name], self._backend.read(name))
+        return cast(Quantizer, self.sites[name])
+
+    def _weight_module(self, node_name: str) -> WeightQuantizer:
+        name = self._weight[node_name]
+        if name not in self.sites:
+            codes = self._backend.weight(name).int_repr()
+            weight = self._backend.float_weights.get(name)
+            qparams = self._backend.read(name)
+            self.sites[name] = WeightQuantizer(self._backend.sites[name], qparams, codes, weight)
+        return cast(WeightQuantizer, self.sites[name])
+
+    def _unsupported(self, node: Node, op: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{node.name}: the float twin does not know {op}", node.name)
+
+
+class Lift(nn.Module):
+    """A float function or module on values that may be quantized."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._name, self.function = name, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return lifted(self._name, self.function, *args, **kwargs)
+
+
+def _op_of(module: nn.Module) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    owner = cast(Any, module)
+    if not hasattr(module, "stride"):
+        return functional.linear, -1
+    if getattr(module, "transposed", False) or getattr(module, "padding_mode", "zeros") != "zeros":
+        raise UnsupportedModelError(f"the float twin does not know {type(module).__name__} with these settings")
+    rank = len(owner.kernel_size)
+    conv = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[rank]
+    settings = {k: getattr(owner, k) for k in ("stride", "padding", "dilation", "groups")}
+    return cast(Callable[[Tensor, Tensor], Tensor], partial(conv, bias=None, **settings)), 1
+
+
+def _packed_op(packed: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    if not hasattr(packed, "stride"):
+        return functional.linear, -1
+    settings: Mapping[str, Any] = {k: getattr(packed, k)() for k in ("stride", "padding", "dilation", "groups")}
+    return cast(Callable[[Tensor, Tensor], Tensor], partial(functional.conv2d, bias=None, **settings)), 1
+
+
+def _float_op(module: nn.Module) -> Callable[..., Tensor]:
+    """The float computation of a quantized module without a weight of its own."""
+    owner, name = cast(Any, module), type(module).__name__
+    if name == "LayerNorm":
+        shape, weight, bias = owner.normalized_shape, _own(owner.weight), _own(owner.bias)
+        return lambda x: functional.layer_norm(x, shape, weight.to(x.device), bias.to(x.device), owner.eps)
+    if name in {"BatchNorm2d", "BatchNorm3d", "BNReLU2d", "BNReLU3d"}:
+        stats = [_own(getattr(owner, k)) for k in ("running_mean", "running_var", "weight", "bias")]
+
+        def batch_norm(x: Tensor) -> Tensor:
+            mean, var, weight, bias = (s.to(x.device) for s in stats)
+            out = functional.batch_norm(x, mean, var, weight, bias, False, 0.0, owner.eps)
+            return functional.relu(out) if "ReLU" in name else out
+
+        return batch_norm
+    simple: dict[str, Callable[..., Tensor]] = {
+        "Hardswish": functional.hardswish,
+        "Sigmoid": torch.sigmoid,
+        "ELU": partial(functional.elu, alpha=getattr(owner, "alpha", 1.0)),
+        "LeakyReLU": partial(functional.leaky_relu, negative_slope=getattr(owner, "negative_slope", 0.01)),
+        "Softmax": partial(functional.softmax, dim=getattr(owner, "dim", -1)),
+    }
+    if name in simple:
+        return simple[name]
+    raise UnsupportedModelError(f"the float twin does not know the quantized module {name}", name)
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.detach().clone()
+
+
+def _attribute(model: nn.Module, target: str) -> Any:
+    value: Any = model
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _assign(root: nn.Module, target: str, value: Any) -> None:
+    *path, leaf = target.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, nn.Parameter):
+        value.requires_grad_(False)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(leaf, value.detach())
+    else:
+        setattr(root, leaf, value)

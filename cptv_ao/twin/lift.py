@@ -1,0 +1,81 @@
+"""Ordinary torch functions on quantized values of the twin: what the quantized kernels do with their qparams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.twin.values import QTensor
+
+# Pure selections and reorderings of the codes.
+_SHAPE = {
+    "chunk", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "narrow", "permute", "repeat", "reshape",
+    "split", "squeeze", "transpose", "unbind", "unsqueeze", "view", "max_pool1d", "max_pool2d", "boolean_dispatch",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "roll", "relu", "relu_", "dropout", "Identity", "Dropout",
+    "Flatten", "MaxPool1d", "MaxPool2d", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "ReLU", "repeat_interleave",
+}  # fmt: skip
+# Averages: computed on the codes and rounded to the same qparams.
+_AVERAGES = {
+    "mean", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "AvgPool2d", "AvgPool1d",
+    "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "interpolate", "Upsample",
+}  # fmt: skip
+# Clamps to real values, which are rounded to the scale first.
+_CLAMPS = {"relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "ReLU6", "Hardtanh"}
+_PLAIN = {"getattr", "size", "dim", "numel", "shape"}
+# Output qparams that the kernels fix: (scale, zero_point).
+_FIXED: dict[str, tuple[Callable[[Tensor], Tensor], float, int]] = {
+    "sigmoid": (torch.sigmoid, 1 / 256, 0),
+    "Sigmoid": (torch.sigmoid, 1 / 256, 0),
+    "hardsigmoid": (functional.hardsigmoid, 1 / 256, 0),
+    "Hardsigmoid": (functional.hardsigmoid, 1 / 256, 0),
+    "tanh": (torch.tanh, 2 / 256, 128),
+    "Tanh": (torch.tanh, 2 / 256, 128),
+}
+
+
+def lifted(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function; where an input is quantized, do to the codes what its kernel would do.
+
+    Raises:
+        UnsupportedModelError: the function is not known on quantized tensors.
+    """
+    first = args[0] if args else None
+    if name in {"cat", "stack"} and isinstance(first, Sequence) and any(isinstance(v, QTensor) for v in first):
+        return _concatenated(function, list(first), *args[1:], **kwargs)
+    if not isinstance(first, QTensor):
+        if any(isinstance(v, QTensor) for v in (*args, *kwargs.values())):
+            raise UnsupportedModelError(f"the twin does not know {name} with a quantized second input", name)
+        return function(*args, **kwargs)
+    if name == "dequantize":
+        return first.dequantize()
+    if name in _PLAIN:
+        return function(first.codes, *args[1:], **kwargs)
+    if name in _SHAPE:
+        return _wrapped(first, function(first.codes, *args[1:], **kwargs))
+    if name in _AVERAGES:
+        return first.fitted(function(first.codes, *args[1:], **kwargs))
+    if name in _CLAMPS:
+        return first.fitted(function(first.dequantize(), *args[1:], **kwargs) / first.scale)
+    if name in _FIXED:
+        op, scale, zero_point = _FIXED[name]
+        like = replace(first, scale=first.scale.new_tensor(scale), zero_point=first.scale.new_tensor(float(zero_point)))
+        return like.fitted(op(first.dequantize()) / like.scale)
+    raise UnsupportedModelError(f"the twin does not know {name} on a quantized tensor", name)
+
+
+def _concatenated(function: Callable[..., Tensor], values: list[QTensor], *args: Any, **kwargs: Any) -> QTensor:
+    first = values[0]
+    same = [v.codes if v.scale is first.scale else v.requantized(first).codes for v in values]
+    return first.with_codes(function(same, *args, **kwargs))
+
+
+def _wrapped(like: QTensor, result: Any) -> Any:
+    if isinstance(result, (tuple, list)):
+        return type(result)(like.with_codes(part) for part in result)
+    return like.with_codes(result)

@@ -1,0 +1,158 @@
+"""Float weights for a quantized model: found by name in the float or the prepared model, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.scan import weight_name
+from cptv_ao.errors import FloatModelMismatchError
+from cptv_ao.sites import ScaleSite
+
+# Half a step, plus what float32 rounding of w / s can add.
+_HALF_STEP = 0.5 + 2e-3
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def weight_ranges(float_model: nn.Module | None) -> dict[str, tuple[int, int]]:
+    """Nominal code ranges by weight site: from the qconfigs that prepare_fx leaves on the modules it shares, or
+    from the reference modules that convert_fx leaves in the prepared model."""
+    ranges: dict[str, tuple[int, int]] = {}
+    for path, module in float_model.named_modules(remove_duplicate=False) if float_model is not None else ():
+        inner = module[0] if isinstance(module, nn.Sequential) and len(module) else module
+        qmin, qmax = getattr(inner, "weight_quant_min", None), getattr(inner, "weight_quant_max", None)
+        qconfig = getattr(inner, "qconfig", None)
+        if qmin is None and qconfig is not None and isinstance(getattr(inner, "weight", None), Tensor):
+            observer = qconfig.weight()
+            qmin, qmax = getattr(observer, "quant_min", None), getattr(observer, "quant_max", None)
+        if qmin is not None and qmax is not None:
+            ranges[weight_name(path)] = (int(qmin), int(qmax))
+    return ranges
+
+
+def find_float_weights(backend: LoweredBackend, float_model: nn.Module) -> None:
+    """Give the backend the float weight of each of its weight sites.
+
+    A weight is found by module path, fused with a batch norm where that is what was quantized; the weight of a
+    functional op by its values. Each is checked: |w / s - code| within half a step, clipped codes aside.
+
+    Raises:
+        FloatModelMismatchError: naming the first module that differs.
+    """
+    modules = dict(float_model.named_modules(remove_duplicate=False))
+    for site in backend.sites.values():
+        if site.kind != "weight" or site.fixed:
+            continue
+        path = site.name.removesuffix(".weight")
+        weight = backend.weight(site.name)
+        if site.op.startswith("quantized."):
+            candidates: Iterator[Tensor] = (p for p in float_model.parameters() if p.numel() == weight.numel())
+        elif path in modules:
+            candidates = _module_weights(modules, path)
+        else:
+            raise FloatModelMismatchError(
+                f"float_model: expected a module {path} as in the quantized model, found none; pass the model that "
+                "was given to prepare_fx, or the prepared model",
+                path,
+            )
+        shapes = set()
+        for candidate in candidates:
+            shapes.add(tuple(candidate.shape))
+            if candidate.numel() == weight.numel() and _fits(candidate.detach(), weight, site):
+                backend.set_float_weight(site.name, candidate)
+                break
+        else:
+            _refuse(path, weight, shapes)
+
+
+def _refuse(path: str, weight: Tensor, shapes: set[tuple[int, ...]]) -> None:
+    expected = tuple(weight.shape)
+    if expected in shapes:
+        reason = "its weights are not those that were quantized (farther than half a step from the codes)"
+    else:
+        reason = f"expected a weight of shape {expected}, got {sorted(shapes) or 'none'}"
+    raise FloatModelMismatchError(
+        f"float_model does not match at {path}: {reason}; pass the very model that was given to prepare_fx, "
+        "or the prepared model",
+        path,
+    )
+
+
+def _module_weights(modules: dict[str, nn.Module], path: str) -> Iterator[Tensor]:
+    """The weight of a module as it is, then fused with batch norms: the next one in module order first."""
+    module = modules[path]
+    if isinstance(module, nn.Sequential) and len(module):  # ConvReLU2d, LinearReLU of a prepared model
+        module = module[0]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    yield weight
+    names = list(modules)
+    place = names.index(path)
+    for name in names[place + 1 :] + names[:place]:
+        norm = modules[name]
+        if isinstance(norm, _BATCH_NORMS) and norm.num_features in weight.shape[:2] and norm.running_var is not None:
+            yield _fused(module, weight, norm)
+
+
+def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
+    var, gamma = cast(Tensor, norm.running_var), cast("Tensor | None", norm.weight)
+    # The order of operations of torch.nn.utils.fuse_conv_bn_weights, so that the result is equal bit for bit.
+    factor = torch.rsqrt(var + cast(float, norm.eps))
+    factor = factor if gamma is None else gamma * factor
+    transposed = bool(getattr(module, "transposed", False))
+    shape = [1, -1] if transposed else [-1, 1]
+    return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
+
+
+def _fits(weight: Tensor, quantized: Tensor, site: ScaleSite) -> bool:
+    """Whether the codes are the rounded weight; codes at the ends of the range may stand for anything beyond."""
+    codes = quantized.int_repr().float()
+    shape = [1] * quantized.dim()
+    if site.axis is None:
+        scale = torch.tensor(quantized.q_scale())
+        zero_point = torch.tensor(quantized.q_zero_point())
+    else:
+        shape[site.axis] = -1
+        scale = quantized.q_per_channel_scales().reshape(shape)
+        zero_point = quantized.q_per_channel_zero_points().reshape(shape)
+    ratio = weight.to("cpu", torch.float32).reshape(codes.shape) / scale.float() + zero_point
+    off = ratio - codes
+    clipped = ((codes == codes.max()) & (off > 0)) | ((codes == codes.min()) & (off < 0))
+    return bool(((off.abs() <= _HALF_STEP) | clipped).all())
+
+
+@contextmanager
+def as_float(model: nn.Module) -> Iterator[None]:
+    """Make a float or prepared model compute in float while the context lasts.
+
+    The observers of a prepared model pass their input on without looking at it, and the reference modules that
+    convert_fx leaves in it (it replaces the modules of the prepared model too) use their float weights.
+    """
+    patched: list[tuple[nn.Module, str]] = []
+    try:
+        for module in model.modules():
+            if _is_observer(module):
+                patched.append((module, "forward"))
+                module.forward = _identity
+            elif hasattr(module, "get_weight") and isinstance(getattr(module, "weight", None), Tensor):
+                patched.append((module, "get_weight"))
+                object.__setattr__(module, "get_weight", partial(getattr, module, "weight"))
+        yield
+    finally:
+        for module, name in patched:
+            object.__delattr__(module, name)
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
+def _is_observer(module: nn.Module) -> bool:
+    return any(c.__name__ in {"ObserverBase", "FakeQuantizeBase"} for c in type(module).__mro__)
