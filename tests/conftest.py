@@ -1,0 +1,119 @@
+"""Fixtures: trained and random networks, quantized once per session and copied for each test."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+torch.set_num_threads(1)
+
+import nets  # noqa: E402
+import workloads  # noqa: E402
+
+
+@dataclass
+class Case:
+    """A float model, what prepare_fx and convert_fx made of it, and calibration batches."""
+
+    float_model: nn.Module
+    prepared: GraphModule
+    converted: GraphModule
+    batches: list[Tensor]
+
+    def copy(self) -> Case:
+        return copy.deepcopy(self)
+
+
+@pytest.fixture(autouse=True)
+def _own_engine() -> Iterator[None]:
+    engine = torch.backends.quantized.engine
+    yield
+    torch.backends.quantized.engine = engine
+
+
+@pytest.fixture(scope="session")
+def digits() -> workloads.Images:
+    return workloads.digits()
+
+
+@pytest.fixture(scope="session")
+def vit() -> nn.Module:
+    """The trained ViT of the digits, float."""
+    return workloads.trained("digits_vit")
+
+
+def _vit_case(vit: nn.Module, digits: workloads.Images, weight_bits: int) -> Case:
+    batches = list(digits.calibration(128, seed=0).split(32))
+    prepared, converted = workloads.quantize(copy.deepcopy(vit), batches[:2], weight_bits=weight_bits)
+    return Case(vit, prepared, converted, batches)
+
+
+@pytest.fixture(scope="session")
+def _vit_w3(vit: nn.Module, digits: workloads.Images) -> Case:
+    return _vit_case(vit, digits, 3)
+
+
+@pytest.fixture(scope="session")
+def _vit_w2(vit: nn.Module, digits: workloads.Images) -> Case:
+    return _vit_case(vit, digits, 2)
+
+
+@pytest.fixture
+def vit_w3(_vit_w3: Case) -> Case:
+    return _vit_w3.copy()
+
+
+@pytest.fixture
+def vit_w2(_vit_w2: Case) -> Case:
+    return _vit_w2.copy()
+
+
+def _small_case(make: type[nn.Module], size: int, per_tensor: bool) -> Case:
+    model = nets.seeded(make)
+    batches = list(nets.images(16, 3, size, size).split(4))
+    prepared, converted = nets.quantize(model, batches, weight_bits=3, per_tensor=per_tensor)
+    return Case(model, prepared, converted, batches)
+
+
+_SMALL = {
+    "conv": lambda: _small_case(nets.ConvNet, 16, False),
+    "conv per tensor": lambda: _small_case(nets.ConvNet, 16, True),
+    "functional": lambda: _small_case(nets.FunctionalNet, 8, False),
+    "functional per tensor": lambda: _small_case(nets.FunctionalNet, 8, True),
+}
+
+
+@pytest.fixture(scope="session")
+def _small() -> dict[str, Case]:
+    return {name: make() for name, make in _SMALL.items()}
+
+
+@pytest.fixture(params=_SMALL)
+def small(request: pytest.FixtureRequest, _small: dict[str, Case]) -> Case:
+    """Each of the small networks, at W3A8."""
+    return _small[request.param].copy()
+
+
+@pytest.fixture
+def conv(_small: dict[str, Case]) -> Case:
+    return _small["conv"].copy()
+
+
+@pytest.fixture
+def functional(_small: dict[str, Case]) -> Case:
+    return _small["functional"].copy()
+
+
+@pytest.fixture(params=["conv", "conv per tensor", "functional", "functional per tensor", "vit"])
+def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
+    """Each of the small networks and the ViT, at W3A8."""
+    return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()
