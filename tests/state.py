@@ -38,7 +38,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _hooks(module: nn.Module) -> list[int]:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+    names = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
+    )
     return [len(getattr(module, name)) for name in names]
 
 

@@ -26,7 +26,8 @@ class BufferHome:
         self._scale, self._zero_point = scale, zero_point
 
     def read(self) -> QParams:
-        return QParams(self._scale.detach().double().reshape(()), self._zero_point.detach().long().reshape(()).clone())
+        # From python numbers, so that nothing aliases the buffers.
+        return QParams(torch.tensor(float(self._scale), dtype=torch.float64), torch.tensor(int(self._zero_point)))
 
     def write(self, qparams: QParams) -> None:
         with torch.no_grad():

@@ -123,11 +123,11 @@ class _Scanner:
             return
         path, name = str(node.target), kind.__name__
         dynamic = "dynamic quantization computes its scales at run time" if ".dynamic" in kind.__module__ else ""
-        if hasattr(module, "set_weight_bias") or hasattr(module, "_weight_bias"):
+        if hasattr(module, "set_weight_bias") and hasattr(module, "weight"):  # a dynamic LSTM has no weight()
             home: WeightHome = ModuleWeightHome(module)
             self._add_weight(node, weight_name(path), name, path, home, dynamic)
-        elif name in {"Embedding", "EmbeddingBag"}:
-            self._unknown.append(f"{path} ({name}, weight only)")
+        elif dynamic or name in {"Embedding", "EmbeddingBag"}:
+            self._unknown.append(f"{path} ({name}, holds weights only)")
             return
         scale = getattr(module, "scale", None)
         if dynamic or name in _INHERITING_MODULES:
@@ -141,6 +141,8 @@ class _Scanner:
         else:
             activation = AttributeHome(module)
         fixed = f"fixed qparams of {name.lower()}" if name.lower() in _FIXED_OPS else ""
+        if not fixed and "scale" not in module.state_dict():  # nnq.ELU
+            fixed = "a state_dict does not keep it"
         self._add_activation(node, output_name(path), name, path, activation, torch.quint8, fixed)
 
     def _visit_function(self, node: Node) -> None:
