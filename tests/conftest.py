@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 torch.set_num_threads(1)
 
-import nets  # noqa: E402
-import workloads  # noqa: E402
+import nets
+import workloads
 
 
 @dataclass

@@ -118,7 +118,7 @@ def quantize(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
-    engine: str = "fbgemm",
+    engine: str = "x86",
     mapping: QConfigMapping | None = None,
     weight_bits: int = 8,
     per_tensor: bool = False,
