@@ -23,12 +23,17 @@ class Twin:
 
     Scales and zero_points are buffers by site name. Nothing is shared with the model.
 
+    Args:
+        backend: of the lowered model.
+        engine: the quantized engine that runs it; the present one where None. QNNPACK rounds biases and sums unlike
+            the others.
+
     Raises:
         UnsupportedModelError: an op is not known; the message names its node.
     """
 
-    def __init__(self, backend: LoweredBackend) -> None:
-        builder = Builder(backend)
+    def __init__(self, backend: LoweredBackend, engine: str | None = None) -> None:
+        builder = Builder(backend, engine or str(torch.backends.quantized.engine))
         self.module = builder.build()
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
@@ -57,13 +62,13 @@ class Twin:
         return QParams(site.scale.double().cpu(), site.zero_point.round().long().cpu())
 
     def set(self, name: str, qparams: QParams) -> None:
-        """Write a site. A weight whose float weight is known is re-rounded from then on."""
+        """Write a site. The codes of a weight whose float weight is known are re-rounded."""
         module = self._sites[name]
         checked = qparams.checked(module.site)
         module.scale.copy_(checked.scale)
         module.zero_point.copy_(checked.zero_point)
         if isinstance(module, WeightQuantizer):
-            module.keep_codes = False
+            module.refresh()
 
     def reround_weights(self, enabled: bool = True) -> None:
         """Take weight codes from the float weights at the present scales (True), or as they are in the model."""

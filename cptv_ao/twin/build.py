@@ -1,14 +1,14 @@
 """From a lowered graph to the float graph of the twin.
 
 Before: quantize_per_tensor(x, s, z) -> nnq.Linear -> quantized.add(a, b, s, z) -> dequantize
-After:  Quantizer(x)                 -> Weighted   -> Binary(a, b)              -> lifted("dequantize")
+After:  Quantizer(x)                 -> Weighted   -> Sum(a, b)                 -> lifted("dequantize")
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -19,20 +19,39 @@ from torch.nn import functional
 
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.lift import lifted
-from cptv_ao.twin.modules import Binary, Pointwise, Quantizer, ScaledBy, SiteModule, Weighted, WeightQuantizer
+from cptv_ao.twin.modules import (
+    Norm,
+    NormModule,
+    Pointwise,
+    Quantizer,
+    ScaledBy,
+    SiteModule,
+    Sum,
+    Times,
+    Weighted,
+    WeightQuantizer,
+)
 
 _POINTWISE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "hardswish": functional.hardswish,
     "elu": functional.elu,
     "leaky_relu": functional.leaky_relu,
 }
+# The kernel's names of the arguments of quantized.layer_norm, and ours.
+_NORM_NAMES = {"normalized_shape": "shape", "input": "value"}
 
 
 class Builder:
-    """Builds the graph node by node; one small method per form of op."""
+    """Builds the graph node by node; one small method per form of op.
 
-    def __init__(self, backend: LoweredBackend) -> None:
+    Args:
+        engine: the quantized engine whose arithmetic is followed; QNNPACK's differs from the others'.
+    """
+
+    def __init__(self, backend: LoweredBackend, engine: str) -> None:
+        self._qnnpack = engine == "qnnpack"
         self._backend = backend
         self._model = backend.model
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
@@ -74,14 +93,16 @@ class Builder:
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
             if hasattr(own, "inplace"):
-                own.inplace = False
+                cast(Any, own).inplace = False
             return self._call(node, Lift(kind.__name__, own))
         if node.name in self._weight:
             weight = self._weight_module(node.name)
-            op, channel_dim = _op_of(module)
             bias = cast(Any, module)._weight_bias()[1]
             relu = "ReLU" in kind.__name__
-            return self._call(node, Weighted(weight, self._quantizer(node), bias, op, channel_dim, relu))
+            product = _product_of(module)
+            return self._call(node, Weighted(weight, self._quantizer(node), bias, product, relu, self._qnnpack))
+        if node.name in self._activation and kind.__name__ == "LayerNorm":
+            return self._call(node, NormModule(self._quantizer(node), module))
         if node.name in self._activation:
             return self._call(node, Pointwise(self._quantizer(node), _float_op(module)))
         return self._call(node, Lift(kind.__name__ if kind.__name__ != "Dropout" else "Identity", nn.Identity()))
@@ -105,18 +126,18 @@ class Builder:
             raise self._unsupported(node, name)
         output = self._quantizer(node)
         if base in {"add", "mul"}:
-            op = torch.add if base == "add" else torch.mul
-            return self._call(node, Binary(output, op, relu), node.args[:2], {})
+            op = Sum(output, relu, self._qnnpack) if base == "add" else Times(output, relu)
+            return self._call(node, op, node.args[:2], {})
         if base == "layer_norm":
             kwargs = {k: v for k, v in node.kwargs.items() if not k.startswith("output_")}
-            return self._call(node, Pointwise(output, functional.layer_norm), node.args, kwargs)
+            return self._call(node, Norm(output), node.args, {_NORM_NAMES.get(k, k): v for k, v in kwargs.items()})
         if base in _POINTWISE_FUNCTIONS:
             return self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1], {})
         if node.name in self._weight:
             packed = next(n for n in node.all_input_nodes if n.op == "get_attr" and "packed_weight" in str(n.target))
             bias = _attribute(self._model, str(packed.target)).unpack()[1]
-            op, channel_dim = _packed_op(_attribute(self._model, str(packed.target)))
-            weighted = Weighted(self._weight_module(node.name), output, bias, op, channel_dim, relu)
+            product = _packed_product(_attribute(self._model, str(packed.target)))
+            weighted = Weighted(self._weight_module(node.name), output, bias, product, relu, self._qnnpack)
             return self._call(node, weighted, node.args[:1], {})
         raise self._unsupported(node, name)
 
@@ -164,31 +185,30 @@ class Lift(nn.Module):
         return lifted(self._name, self.function, *args, **kwargs)
 
 
-def _op_of(module: nn.Module) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+def _product_of(module: nn.Module) -> Product:
     owner = cast(Any, module)
     if not hasattr(module, "stride"):
-        return functional.linear, -1
+        return Linear()
     if getattr(module, "transposed", False) or getattr(module, "padding_mode", "zeros") != "zeros":
         raise UnsupportedModelError(f"the float twin does not know {type(module).__name__} with these settings")
     rank = len(owner.kernel_size)
-    conv = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[rank]
-    settings = {k: getattr(owner, k) for k in ("stride", "padding", "dilation", "groups")}
-    return cast(Callable[[Tensor, Tensor], Tensor], partial(conv, bias=None, **settings)), 1
+    stride, padding, dilation = (_each(getattr(owner, k), rank) for k in ("stride", "padding", "dilation"))
+    return Convolution(stride, padding, dilation, owner.groups)
 
 
-def _packed_op(packed: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+def _packed_product(packed: Any) -> Product:
     if not hasattr(packed, "stride"):
-        return functional.linear, -1
-    settings: Mapping[str, Any] = {k: getattr(packed, k)() for k in ("stride", "padding", "dilation", "groups")}
-    return cast(Callable[[Tensor, Tensor], Tensor], partial(functional.conv2d, bias=None, **settings)), 1
+        return Linear()
+    return Convolution(tuple(packed.stride()), tuple(packed.padding()), tuple(packed.dilation()), packed.groups())
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
 
 
 def _float_op(module: nn.Module) -> Callable[..., Tensor]:
     """The float computation of a quantized module without a weight of its own."""
     owner, name = cast(Any, module), type(module).__name__
-    if name == "LayerNorm":
-        shape, weight, bias = owner.normalized_shape, _own(owner.weight), _own(owner.bias)
-        return lambda x: functional.layer_norm(x, shape, weight.to(x.device), bias.to(x.device), owner.eps)
     if name in {"BatchNorm2d", "BatchNorm3d", "BNReLU2d", "BNReLU3d"}:
         stats = [_own(getattr(owner, k)) for k in ("running_mean", "running_var", "weight", "bias")]
 

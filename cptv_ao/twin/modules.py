@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cptv_ao.sites import QParams, ScaleSite
-from cptv_ao.twin.values import QTensor, Rounding, fit, straight_through_round
+from cptv_ao.twin.functions import Add, LayerNorm, Product, Quantize, RoundWeight, Weigh
+from cptv_ao.twin.values import Limits, QTensor, Rounding, straight_through_round
 
 
 class SiteModule(nn.Module):
@@ -31,52 +32,66 @@ class SiteModule(nn.Module):
         self.register_buffer("scale", qparams.scale.to(torch.float32))
         self.register_buffer("zero_point", qparams.zero_point.to(torch.float32))
 
-    def whole_zero_point(self) -> Tensor:
-        """The zero_point, rounded straight through: an optimizer moves it in fractions."""
-        return straight_through_round(self.zero_point) if self.rounding == "round" else self.zero_point
-
 
 class Quantizer(SiteModule):
     """An activation site: puts floats on its scale."""
 
     def forward(self, value: Tensor) -> QTensor:
-        return self.rescaled(value * (1 / self.scale))
+        like, limits = self.like()
+        return like.with_codes(Quantize.apply(value, like.scale, like.zero_point, limits))
 
-    def rescaled(self, centred: Tensor) -> QTensor:
-        """Codes from values that are in units of this scale already."""
-        zero_point, site = self.whole_zero_point(), self.site
-        codes = fit(centred, zero_point, site.qmin, site.qmax, self.rounding)
-        return QTensor(codes, self.scale, zero_point, site.qmin, site.qmax, self.rounding)
+    def like(self, relu: bool = False) -> tuple[QTensor, Limits]:
+        """A tensor on this scale, without codes yet, and what rounds them."""
+        zero_point = self.zero_point
+        if self.rounding == "round" and zero_point.requires_grad:  # an optimizer moves it in fractions
+            zero_point = straight_through_round(zero_point)
+        like = QTensor(self.scale, self.scale, zero_point, self.site.qmin, self.site.qmax, self.rounding)
+        return like, like.limits(relu)
 
 
 class WeightQuantizer(SiteModule):
     """A weight site: the codes as they are in the model, or re-rounded from a float weight at the present scale."""
+
+    codes: Tensor
+    weight: Tensor | None
 
     def __init__(self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None) -> None:
         super().__init__(site, qparams)
         self._shape = [1] * codes.dim()
         if site.axis is not None:
             self._shape[site.axis] = -1
+        self._symmetric = not bool(self.zero_point.any())
         self.register_buffer("codes", codes.to(torch.float32) - self.zero_point.reshape(self._shape))
-        self.register_buffer("weight", float_weight)
-        #: take the codes from the model (True) or from the float weight at the present scale (False)
+        self.register_buffer("weight", None if float_weight is None else float_weight.clone())
+        #: take the codes from `codes` (True) or from the float weight at the present scale (False)
         self.keep_codes = True
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Centred codes (C, ...) and their scale, broadcastable against them."""
-        scale = self.scale.reshape(self._shape)
-        if self.keep_codes or self.weight is None:
-            return self.codes, scale
-        zero_point = self.zero_point.reshape(self._shape)
-        return fit(self.weight / scale, zero_point, self.site.qmin, self.site.qmax, "round"), scale
+    def forward(self) -> Tensor:
+        """Centred codes (C, ...)."""
+        return self.codes if self.keep_codes or self.weight is None else self._rounded()
+
+    def refresh(self) -> None:
+        """Re-round `codes` at the present scale, where the float weight is known."""
+        if self.weight is not None:
+            self.codes.copy_(self._rounded())
+
+    def _rounded(self) -> Tensor:
+        site = self.site
+        if self._symmetric:
+            limits = Limits(site.qmin, site.qmax, self.rounding == "round")
+        else:
+            limits = Limits.of(self.zero_point.reshape(self._shape), site.qmin, site.qmax, self.rounding)
+        if self.rounding == "none":
+            limits = Limits.of(self.scale, site.qmin, site.qmax, "none")
+        codes: Tensor = RoundWeight.apply(self.weight, self.scale, self._shape, limits)
+        return codes
 
 
 class Weighted(nn.Module):
     """A quantized linear or convolution, with or without a fused ReLU.
 
     Args:
-        op: `(codes, weight codes) -> accumulator`, linear in both and without bias.
-        channel_dim: dimension of the output channels in the accumulator (-1 linear, 1 convolution).
+        whole_bias: the kernel rounds the bias to whole accumulator units (QNNPACK).
     """
 
     bias: Tensor | None
@@ -86,48 +101,91 @@ class Weighted(nn.Module):
         weight: WeightQuantizer,
         output: Quantizer,
         bias: Tensor | None,
-        op: Callable[[Tensor, Tensor], Tensor],
-        channel_dim: int,
+        product: Product,
         relu: bool,
+        whole_bias: bool,
     ) -> None:
         super().__init__()
         self.weight, self.output = weight, output
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._op, self._channel_dim, self._relu = op, channel_dim, relu
+        self._product, self._relu, self._whole_bias = product, relu, whole_bias
 
     def forward(self, value: QTensor) -> QTensor:
-        codes, scale = self.weight()
-        accumulator = self._op(value.codes, codes)
-        shape = [1] * accumulator.dim()
-        shape[self._channel_dim] = -1
-        product = (value.scale * scale).reshape(shape) if scale.numel() > 1 else (value.scale * scale).reshape(())
-        if self.bias is not None:
-            accumulator = accumulator + self.bias.reshape(shape) / product
-        centred = accumulator * (product / self.output.scale)
-        return self.output.rescaled(functional.relu(centred) if self._relu else centred)
+        like, limits = self.output.like(self._relu)
+        given = (value.codes, value.scale, self.weight(), self.weight.scale, self.bias, like.scale, like.zero_point)
+        return like.with_codes(Weigh.apply(*given, self._product, self._whole_bias, limits))
 
 
-class Binary(nn.Module):
-    """quantized.add, quantized.mul and their fused ReLU."""
+class Sum(nn.Module):
+    """quantized.add and its fused ReLU."""
 
-    def __init__(self, output: Quantizer, op: Callable[[Tensor, Tensor], Tensor], relu: bool) -> None:
+    def __init__(self, output: Quantizer, relu: bool, fixed_point: bool) -> None:
         super().__init__()
-        self.output, self._op, self._relu = output, op, relu
+        self.output, self._relu, self._fixed_point = output, relu, fixed_point
 
     def forward(self, a: QTensor, b: QTensor, *_: Any) -> QTensor:
-        value = self._op(a.dequantize(), b.dequantize())
-        return self.output(functional.relu(value) if self._relu else value)
+        like, limits = self.output.like(self._relu)
+        fixed = self._fixed_point and a.codes.shape == b.codes.shape
+        left, right = (a.codes, b.codes) if a.codes.shape == b.codes.shape else _broadcast(a.codes, b.codes)
+        given = (left, a.scale, a.zero_point.detach(), right, b.scale, b.zero_point.detach())
+        return like.with_codes(Add.apply(*given, like.scale, like.zero_point, fixed, limits))
+
+
+class Times(nn.Module):
+    """quantized.mul and its fused ReLU: the product of the centred codes is rescaled once."""
+
+    def __init__(self, output: Quantizer, relu: bool) -> None:
+        super().__init__()
+        self.output, self._relu = output, relu
+
+    def forward(self, a: QTensor, b: QTensor, *_: Any) -> QTensor:
+        like, _limits = self.output.like()
+        u = a.codes * b.codes * (a.scale * b.scale * (1 / like.scale))
+        return like.fitted(functional.relu(u) if self._relu else u)
+
+
+class Norm(nn.Module):
+    """quantized.layer_norm."""
+
+    def __init__(self, output: Quantizer) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(
+        self, value: QTensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> QTensor:
+        like, limits = self.output.like()
+        given = (value.codes, value.scale, value.zero_point.detach(), weight, bias, like.scale, like.zero_point)
+        return like.with_codes(LayerNorm.apply(*given, list(shape), eps, limits))
+
+
+class NormModule(Norm):
+    """nnq.LayerNorm, which holds its weight itself."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, output: Quantizer, module: Any) -> None:
+        super().__init__(output)
+        self._shape, self._eps = module.normalized_shape, module.eps
+        for name in ("weight", "bias"):
+            value = getattr(module, name)
+            self.register_buffer(name, None if value is None else value.detach().clone())
+
+    def forward(self, value: QTensor, *_: Any, **__: Any) -> QTensor:
+        return super().forward(value, self._shape, self.weight, self.bias, self._eps)
 
 
 class Pointwise(nn.Module):
-    """An op that the kernel computes in float on dequantized values (layer_norm, hardswish, softmax ...)."""
+    """An op that the kernel computes in float on dequantized values (hardswish, softmax, batch norm ...)."""
 
     def __init__(self, output: Quantizer, op: Callable[..., Tensor]) -> None:
         super().__init__()
         self.output, self._op = output, op
 
     def forward(self, value: QTensor, *args: Any, **kwargs: Any) -> QTensor:
-        return self.output(self._op(value.dequantize(), *args, **kwargs))
+        result: QTensor = self.output(self._op(value.dequantize(), *args, **kwargs))
+        return result
 
 
 class ScaledBy(nn.Module):
@@ -138,3 +196,8 @@ class ScaledBy(nn.Module):
             mirrored = value.low + value.high - value.zero_point
             return replace(value, codes=-value.codes, scale=value.scale * -factor, zero_point=mirrored)
         return replace(value, scale=value.scale * factor)
+
+
+def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    return left, right

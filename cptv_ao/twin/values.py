@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,54 @@ from torch import Tensor
 #: `round`: what the kernels compute (straight-through gradients). `clamp`: no rounding, but the code range holds.
 #: `none`: neither; the network in float.
 Rounding = Literal["round", "clamp", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """Rounds centred codes and clamps them so that code + zero_point is in low..high (with `relu`: from 0 up).
+
+    The ends are python numbers on a CPU, where clamping to them is several times faster than to tensors.
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    rounds: bool
+    relu: bool = False
+
+    @staticmethod
+    def of(zero_point: Tensor, low: int, high: int, rounding: Rounding, relu: bool = False) -> Limits:
+        """Limits of centred codes."""
+        if rounding == "none":
+            return Limits(0.0 if relu else -math.inf, math.inf, False, relu)
+        if zero_point.dim() == 0 and zero_point.is_cpu and not torch.compiler.is_compiling():
+            zero = float(zero_point)
+            return Limits(max(low - zero, 0.0) if relu else low - zero, high - zero, rounding == "round", relu)
+        zero_point = zero_point.detach()
+        floor = low - zero_point
+        return Limits(floor.clamp_min(0.0) if relu else floor, high - zero_point, rounding == "round", relu)
+
+    def fit(self, u: Tensor) -> Tensor:
+        """The codes."""
+        codes = torch.round(u) if self.rounds else u.clone()
+        return codes.clamp_(self.low, self.high)  # type: ignore[arg-type]
+
+    def inside(self, gradient: Tensor, u: Tensor) -> Tensor:
+        """The gradient where codes are not clipped, 0 elsewhere; a new tensor."""
+        margin = 0.5 if self.rounds else 0.0
+        return _between(gradient, u, self.low if self.relu else self.low - margin, self.high + margin)
+
+    def ends(self, gradient: Tensor, u: Tensor, passed: Tensor) -> Tensor:
+        """The gradient of a zero_point (): it moves the ends that codes are clipped to."""
+        if self.relu:  # the lower end is zero, wherever the zero_point is
+            passed = _between(gradient, u, -math.inf, self.high + (0.5 if self.rounds else 0.0))
+        return passed.sum() - gradient.sum()
+
+
+def _between(gradient: Tensor, u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    if isinstance(high, Tensor) or isinstance(low, Tensor):
+        return torch.where((u > low) & (u < high), gradient, 0.0)
+    passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, u, low, high)
+    return passed
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +77,23 @@ class QTensor:
     rounding: Rounding
 
     def dequantize(self) -> Tensor:
-        return self.codes * self.scale
+        value: Tensor = _Scale.apply(self.codes, self.scale)
+        return value
 
     def with_codes(self, codes: Tensor) -> QTensor:
         """The same qparams with other codes."""
         return replace(self, codes=codes)
 
     def fitted(self, codes: Tensor) -> QTensor:
-        """The same qparams with codes that are rounded and clamped first."""
-        return replace(self, codes=fit(codes, self.zero_point, self.low, self.high, self.rounding))
+        """The same qparams with codes that are rounded and clamped first.
+
+        Inside the range the gradient is straight through; at the ends it goes to the zero_point, which moves the end.
+        """
+        return replace(self, codes=_Fit.apply(codes, self.zero_point, self.limits()))
+
+    def limits(self, relu: bool = False) -> Limits:
+        """What rounds and clamps codes of these qparams."""
+        return Limits.of(self.zero_point, self.low, self.high, self.rounding, relu)
 
     def requantized(self, like: QTensor) -> QTensor:
         """The same values on the qparams of another tensor, as torch.cat does."""
@@ -48,13 +105,39 @@ def straight_through_round(value: Tensor) -> Tensor:
     return value + (torch.round(value) - value).detach() if value.requires_grad else torch.round(value)
 
 
-def fit(centred: Tensor, zero_point: Tensor, low: int, high: int, rounding: Rounding) -> Tensor:
-    """Round centred codes and clamp them so that code + zero_point is in low..high.
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum(a * b), in one pass where the memory allows it."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    return (a * b).sum()
 
-    Inside the range the gradient is straight through; at the ends it goes to the zero_point, which moves the end.
-    """
-    if rounding == "none":
-        return centred
-    if rounding == "round":
-        centred = straight_through_round(centred)
-    return torch.minimum(torch.maximum(centred, low - zero_point), high - zero_point)
+
+class _Fit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, centred: Tensor, zero_point: Tensor, limits: Limits) -> Tensor:
+        ctx.save_for_backward(centred)
+        ctx.limits = limits
+        return limits.fit(centred)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (gradient,) = gradients
+        (centred,) = ctx.saved_tensors
+        passed = ctx.limits.inside(gradient, centred)
+        return passed, ctx.limits.ends(gradient, centred, passed) if ctx.needs_input_grad[1] else None, None
+
+
+class _Scale(torch.autograd.Function):
+    """value = codes * scale."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gradient,) = gradients
+        codes, scale = ctx.saved_tensors
+        d_scale = dot(gradient, codes) if ctx.needs_input_grad[1] else None
+        return gradient * scale if ctx.needs_input_grad[0] else None, d_scale
