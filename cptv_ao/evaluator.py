@@ -5,26 +5,29 @@ Only the tail of the graph, from the searched block on, runs per candidate:
     Before: x -> stem -> blocks.0 -> ... -> blocks.k -> ... -> head -> logits
     After:  [cached values that cross the cut] -> blocks.k -> ... -> head -> logits
 
-The tail is generated code that runs on the model itself, so a scale that was written is seen at once and nothing
-of the model is copied.
+The tail is generated code that runs on the model itself (`cptv_ao.pieces`), so a scale that was written is seen at
+once and nothing of the model is copied.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
 from cptv_ao.data import Batch
+from cptv_ao.entries import Entries, inputs
 from cptv_ao.errors import CalibrationDataError, NonFiniteError, UnsupportedModelError
+from cptv_ao.pieces import Pieces
 
 Select = Callable[[Any], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+DEFAULT_CACHE_BYTES = 2 << 30
 
 
 def first_floating(output: Any) -> Tensor:
@@ -50,23 +53,16 @@ def _flatten(output: Any) -> list[Any]:
     return [output]
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """The code on both sides of a cut through the graph, and the names of the values that cross it."""
-
-    head: Callable[..., tuple[Any, ...]]
-    tail: Callable[..., Any]
-
-
 class Evaluator:
     """Loss of the scales that are in the model now, on one set of images.
 
     Args:
-        model: the lowered model; it is run, never written.
+        model: the lowered model in eval mode; it is run, never written.
         batches: the images.
         teacher: the teacher's output per batch, (N, ...).
         loss: `(candidate (N, C), teacher (N, C)) -> scalar`, averaged over batches weighted by their images.
         select: picks the compared tensor from what the model returns.
+        cache_bytes: what the cached block entries may hold; batches beyond it run the whole model.
     """
 
     def __init__(
@@ -76,69 +72,110 @@ class Evaluator:
         teacher: Sequence[Tensor],
         loss: Loss,
         select: Select = first_floating,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self._model = model
         self._batches = tuple(batches)
         self._teacher = tuple(teacher)
         self._loss = loss
         self._select = select
-        self._index = {node.name: i for i, node in enumerate(model.graph.nodes)}
-        self._cuts: dict[int, _Cut] = {}
-        self._cut: _Cut | None = None
-        self._entries: list[tuple[Any, ...]] = []
-        self._clone: frozenset[int] = frozenset()
+        self._pieces = Pieces(model)
+        self._entries = Entries(self._pieces, self._batches, cache_bytes)
+        self._entered = False
+        self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full
+        self._parent: tuple[float, ...] | None = None
+        self._raced = 0
         self.images = sum(batch.images for batch in self._batches)
-        #: forwards so far, in images of a whole forward's worth of batches (a tail counts as one forward)
+        #: images scored so far, each counted as one forward whether the whole model ran or a tail
         self.image_forwards = 0
+        #: images run so far to cache block entries
+        self.image_entries = 0
+        #: seconds spent inside the model so far
+        self.forward_seconds = 0.0
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes that the cached block entries hold now."""
+        return self._entries.bytes
+
+    def plan(self, blocks: Iterable[Sequence[str]]) -> None:
+        """Say which blocks (nodes of each) will be entered, so that the code of each is generated once."""
+        for nodes in blocks:
+            self._pieces.cut(nodes)
 
     def enter(self, nodes: Sequence[str]) -> None:
         """Cache what crosses the cut before the first of these nodes, with the scales that are in the model now."""
-        at = min(self._index[name] for name in nodes)
-        if at not in self._cuts:
-            self._cuts[at] = _split(self._model, at)
-        self._cut = self._cuts[at]
-        with torch.inference_mode():
-            self._entries = [self._cut.head(self._model, *b.args, **b.kwargs) for b in self._batches]
-            self._clone = self._written_in_place()
+        started = time.perf_counter()
+        self.image_entries += self._entries.move(self._pieces.cut(nodes))
+        self._entered = True
+        self.forward_seconds += time.perf_counter() - started
 
     def leave(self) -> None:
-        """Drop the cached entries; `score` runs the whole model again."""
-        self._cut, self._entries, self._clone = None, [], frozenset()
+        """`score` runs the whole model again. The entries stay, for the next block to start from."""
+        self._entered = False
 
-    def score(self, threshold: float = math.inf) -> float:
+    def invalidate(self) -> None:
+        """Drop the cached entries. Writes to the model are noticed by themselves; this frees their memory."""
+        self._entries.clear()
+        self._entered = False
+
+    def keep(self) -> None:
+        """Make the candidate that was last scored in full the parent that `score(race=True)` races against."""
+        self._parent = self._last
+
+    def score(self, threshold: float = math.inf, race: bool = False) -> float:
         """Loss on all images; `inf` as soon as the partial sum shows that it is not below `threshold`.
 
-        Early rejection is exact for losses that are never negative.
+        Early rejection is exact for losses that are never negative. With `race` a candidate is also dropped once it
+        is behind the parent (see `keep`) on the images seen so far: an accepted candidate was still scored on all
+        images, but one that would have caught up may be lost.
         """
-        total = 0.0
+        parent = self._parent if race else None
+        # Partial sums are added in another order than the total: leave room for their rounding.
+        limit = threshold * self.images * (1 + 1e-9)
+        losses = [0.0] * len(self._batches)
+        partial = behind = 0.0
         with torch.inference_mode():
-            for index, (batch, teacher) in enumerate(zip(self._batches, self._teacher, strict=True)):
-                total += float(self._loss(self._output(index), teacher)) * batch.images
+            for index in self._order(parent):
+                batch = self._batches[index]
+                losses[index] = float(self._loss(self._output(index), self._teacher[index])) * batch.images
                 self.image_forwards += batch.images
-                if total / self.images >= threshold:
+                partial += losses[index]
+                if partial >= limit:
                     return math.inf
-        return total / self.images
+                if parent is not None:
+                    behind += losses[index] - parent[index]
+                    if behind > 0:
+                        return math.inf
+        total = sum(losses) / self.images
+        if total >= threshold:
+            return math.inf
+        self._last = tuple(losses)
+        return total
 
     def outputs(self) -> list[Tensor]:
         """The compared outputs per batch, (N, C) each."""
         with torch.inference_mode():
             return [self._output(i) for i in range(len(self._batches))]
 
-    def _output(self, index: int) -> Tensor:
-        if self._cut is None:
-            return self._select(run(self._model, self._batches[index], index)).flatten(1)
-        entry = self._entries[index]
-        if self._clone:
-            entry = tuple(_clone(v) if i in self._clone else v for i, v in enumerate(entry))
-        return self._select(self._cut.tail(self._model, *entry)).flatten(1)
+    def _order(self, parent: Sequence[float] | None) -> list[int]:
+        """In a race another batch comes first each time, so that no batch alone decides what the search sees."""
+        order = list(range(len(self._batches)))
+        if parent is None:
+            return order
+        self._raced += 1
+        first = self._raced % len(order)
+        return order[first:] + order[:first]
 
-    def _written_in_place(self) -> frozenset[int]:
-        """Which cached values the tail works on in place (timm's ReLU), found by running it once."""
-        assert self._cut is not None
-        first = self._entries[0]
-        copies = tuple(_clone(value) for value in first)
-        self._cut.tail(self._model, *copies)
-        return frozenset(i for i, (a, b) in enumerate(zip(first, copies, strict=True)) if not _same(a, b))
+    def _output(self, index: int) -> Tensor:
+        started = time.perf_counter()
+        if self._entered:
+            output = self._entries.output(index)
+        else:
+            args, kwargs = inputs(self._pieces, self._batches[index])
+            output = run(self._model, Batch(args, kwargs, self._batches[index].images), index)
+        self.forward_seconds += time.perf_counter() - started
+        return self._select(output).flatten(1)
 
 
 def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:
@@ -172,56 +209,3 @@ def teacher_outputs(
                 raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
             outputs.append(output)
     return outputs
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(_clone(v) for v in value)
-    return value
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return bool(torch.equal(a.int_repr() if a.is_quantized else a, b.int_repr() if b.is_quantized else b))
-    if isinstance(a, (list, tuple)):
-        return all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return True
-
-
-def _split(model: GraphModule, at: int) -> _Cut:
-    """Split a graph before its node number `at`, as two functions that take the model as `self`.
-
-    Before: forward(self, x) -> y
-    After:  head(self, x) -> live values;  tail(self, *live) -> y
-    """
-    nodes = list(model.graph.nodes)
-    # Constants are fetched where they are used; a placeholder behind the cut is passed through.
-    before = [n for n in nodes[:at] if n.op != "get_attr"] + [n for n in nodes[at:] if n.op == "placeholder"]
-    known = set(before)
-    after = [n for n in nodes if n not in known]
-    live = [n for n in before if any(user not in known for user in n.users)]
-
-    head, copied = Graph(), dict[Node, Node]()
-    for node in nodes:
-        if node in known or (node.op == "get_attr" and any(user in known for user in node.users)):
-            copied[node] = head.node_copy(node, lambda n: copied[n])
-    head.output(tuple(copied[n] for n in live))
-
-    tail, copied_tail = Graph(), dict[Node, Node]()
-    for node in live:
-        copied_tail[node] = tail.placeholder(node.name)
-    for node in after:
-        if node.op != "get_attr" or any(user not in known for user in node.users):
-            copied_tail[node] = tail.node_copy(node, lambda n: copied_tail[n])
-    return _Cut(_compile(head), _compile(tail))
-
-
-def _compile(graph: Graph) -> Callable[..., Any]:
-    graph.lint()
-    code = graph.python_code("self")
-    scope: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, "<cptv_ao tail>", "exec"), scope)
-    function: Callable[..., Any] = scope["forward"]
-    return function

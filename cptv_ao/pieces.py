@@ -1,0 +1,234 @@
+"""A lowered model's forward as a chain of functions between cuts, so that it can start or stop at any block.
+
+    Before: forward(self, x) -> y
+    After:  x -> piece 0 -> live values at cut 1 -> piece 1 -> live values at cut 2 -> ... -> y
+
+A piece is generated code that calls the model's own modules and buffers: a scale that was written is seen at once,
+nothing of the model is copied, and each node is generated once however many cuts there are.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import insort
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+Values = tuple[Any, ...]
+_PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_IN_PLACE = {
+    operator.iadd, operator.iand, operator.iconcat, operator.ifloordiv, operator.ilshift, operator.imatmul,
+    operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub, operator.itruediv,
+    operator.ixor, operator.setitem,
+}  # fmt: skip
+
+
+class Pieces:
+    """The forward of a model in eval mode, cut before any of its nodes.
+
+    Args:
+        model: it is run, never written.
+    """
+
+    def __init__(self, model: GraphModule) -> None:
+        self._scope = SimpleNamespace(root=model)
+        self._held: dict[Node, Any] = {}  # what a call_module or get_attr node refers to
+        self._nodes, self._position = self._copy(model)
+        self._index = {node: i for i, node in enumerate(self._nodes)}
+        self._first_use = {n: min((self._index[u] for u in n.users), default=len(self._nodes)) for n in self._nodes}
+        self._last_use = {n: max((self._index[u] for u in n.users), default=-1) for n in self._nodes}
+        self._written = _written_in_place(self._nodes, self._held)
+        self._cuts = [0]
+        self._functions: dict[tuple[int, int | None], Callable[..., Any]] = {}
+
+    def cut(self, nodes: Iterable[str]) -> int:
+        """The cut before the first of these nodes."""
+        at = min(self._position[name] for name in nodes)
+        if at not in self._cuts:
+            insort(self._cuts, at)
+        return at
+
+    def start(self, args: Iterable[Any], kwargs: dict[str, Any], stop: int | None) -> Any:
+        """Run from the model's input to the cut `stop`, or to the model's output (None)."""
+        first = self._next(0)
+        values = self._function(0, first)(self._scope, *args, **kwargs)
+        return values if first is None or first == stop else self.run(values, first, stop)
+
+    def run(self, values: Values, start: int, stop: int | None) -> Any:
+        """Run from the live values at the cut `start` to those at `stop`, or to the model's output (None)."""
+        while start != stop:
+            following = self._next(start)
+            values = self._function(start, following)(self._scope, *values)
+            if following is None:
+                break
+            start = following
+        return values
+
+    def copies(self, at: int) -> tuple[bool, ...]:
+        """Which live values at a cut are worked on in place behind it (timm's ReLU): hand over copies of these."""
+        return tuple(node in self._written for node in self._live(at))
+
+    @property
+    def input_written(self) -> bool:
+        """Whether the model may work in place on its input."""
+        return any(node in self._written for node in self._nodes if node.op == "placeholder")
+
+    def stamp(self, at: int) -> list[Any]:
+        """What the live values at a cut depend on, to be compared with `same_stamp`: scales, weights, versions."""
+        return [
+            part
+            for node, held in self._held.items()
+            if (self._index[node] if node.op == "call_module" else self._first_use[node]) < at
+            for part in _stamp(self._scope.root, held)
+        ]
+
+    def _next(self, start: int) -> int | None:
+        return next((cut for cut in self._cuts if cut > start), None)
+
+    def _live(self, at: int) -> list[Node]:
+        return [n for n in self._nodes[:at] if n.op != "get_attr" and self._last_use[n] >= at]
+
+    def _copy(self, model: GraphModule) -> tuple[list[Node], dict[str, int]]:
+        """The graph with placeholders first, without the modules that do nothing in eval mode.
+
+        Modules and tensors get short targets in a flat namespace: on a small network looking up
+        `self.blocks.0.attn.qkv` through nn.Module costs as much as the loss.
+        """
+        graph, copied = Graph(), dict[Node, Node]()
+        position: dict[str, int] = {}
+        nodes = list(model.graph.nodes)
+        ordered = [n for n in nodes if n.op == "placeholder"] + [n for n in nodes if n.op != "placeholder"]
+        for node in ordered:
+            position[node.name] = len(graph.nodes)
+            if node.op not in ("call_module", "get_attr"):
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+                continue
+            held = _fetch(model, str(node.target))
+            if isinstance(held, _PASS_THROUGH) and _does_nothing(held):
+                copied[node] = copied[node.all_input_nodes[0]]
+                continue
+            new = copied[node] = graph.node_copy(node, copied.__getitem__)
+            if isinstance(held, (nn.Module, Tensor)):
+                new.target = f"n{len(self._held)}"
+                setattr(self._scope, new.target, held)
+                self._held[new] = held
+            else:  # a packed weight is replaced when it is written: look it up each time
+                new.target = f"root.{node.target}"
+                self._held[new] = str(node.target)
+        return list(graph.nodes), position
+
+    def _function(self, start: int, stop: int | None) -> Callable[..., Any]:
+        function = self._functions.get((start, stop))
+        if function is None:
+            function = self._functions[start, stop] = self._compile(start, stop)
+        return function
+
+    def _compile(self, start: int, stop: int | None) -> Callable[..., Any]:
+        graph, copied = Graph(), dict[Node, Node]()
+        end = len(self._nodes) if stop is None else stop
+        for node in self._live(start):
+            copied[node] = graph.placeholder(node.name)
+        for node in self._nodes[start:end]:
+            if node.op == "get_attr":
+                continue
+            for used in node.all_input_nodes:  # constants are fetched where they are used
+                if used.op == "get_attr" and used not in copied:
+                    copied[used] = graph.node_copy(used)
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+        if stop is not None:
+            graph.output(tuple(copied[n] for n in self._live(stop)))
+        graph.lint()
+        code = graph.python_code("self")
+        scope: dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)
+        function: Callable[..., Any] = scope["forward"]
+        return function
+
+
+def same_stamp(a: list[Any], b: list[Any]) -> bool:
+    """Whether nothing was written between two stamps."""
+    if len(a) != len(b):
+        return False
+    return all(x is y or (isinstance(x, (int, float)) and x == y) for x, y in zip(a, b, strict=True))
+
+
+def clone(value: Any) -> Any:
+    """A copy of the tensors in a live value."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(clone(v) for v in value)
+    return value
+
+
+def storages(value: Any) -> dict[int, int]:
+    """Bytes of each storage that a value holds on to, by address."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if isinstance(value, (list, tuple)):
+        return {address: size for v in value for address, size in storages(v).items()}
+    return {}
+
+
+def _fetch(model: GraphModule, target: str) -> Any:
+    owner: Any = model
+    for part in target.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in _PASS_THROUGH and not module.training and not hooked
+
+
+def _stamp(root: Any, held: Any) -> list[Any]:
+    if isinstance(held, str):
+        return [_fetch(root, held)]
+    if isinstance(held, Tensor):
+        # An inference tensor has no version: a fresh object is like no other, so what depends on it is run again.
+        return [object() if held.is_inference() else held._version]
+    parts: list[Any] = []
+    for module in held.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            parts += [] if tensor is None else [tensor, *_stamp(root, tensor)]
+        parts += [v for v in vars(module).values() if isinstance(v, (int, float, torch.ScriptObject))]
+    return parts
+
+
+def _written_in_place(nodes: list[Node], held: dict[Node, Any]) -> set[Node]:
+    """Nodes whose memory a later node may write: in one pass from the end, through whatever may be a view."""
+    written: set[Node] = set()
+    for node in reversed(nodes):
+        if any(_writes(user, held.get(user)) or (user in written and not _is_new(user, held)) for user in node.users):
+            written.add(node)
+    return written
+
+
+def _writes(node: Node, held: Any) -> bool:
+    """Whether a node may work in place; a module of which nothing is known may."""
+    if node.op == "call_module":
+        known = type(held).__module__.startswith("torch.")
+        return not known or any(getattr(module, "inplace", False) for module in held.modules())
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = node.kwargs.get("inplace", False) or "out" in node.kwargs
+        return bool(in_place) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return False
+
+
+def _is_new(node: Node, held: dict[Node, Any]) -> bool:
+    """Whether a node's value is known to have memory of its own."""
+    if node.op == "call_method":
+        return node.target == "dequantize"
+    if node.op == "call_module":
+        return type(held[node]).__module__.startswith("torch.ao.nn") and hasattr(held[node], "scale")
+    return node.target is torch.quantize_per_tensor or "quantized" in str(getattr(node.target, "__module__", ""))
