@@ -86,13 +86,13 @@ class TupleNet(nn.Module):
         return {"logits": out, "hidden": hidden} if self.as_dict else (out, hidden)
 
 
-def seeded(make: Any, seed: int = 0) -> nn.Module:
+def seeded(make: Any, seed: int = 0, *, random_norms: bool = True) -> nn.Module:
     """A network with weights that do not depend on the global generator, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make()
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and random_norms:
                 nn.init.uniform_(module.running_var, 0.5, 2)
                 nn.init.normal_(module.running_mean)
                 nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -50,7 +50,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def float_model(name: str) -> nn.Module:
-    return nets.seeded(lambda: timm.create_model(name))
+    # qnnpack adds no scales that are 2^14 apart: resnet18 needs random batch norms for that, levit the initial ones.
+    return nets.seeded(lambda: timm.create_model(name), random_norms=name == "resnet18")
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -66,11 +67,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def converted(engine: str, float_model: nn.Module) -> GraphModule:
     _, model = nets.quantize(float_model, BATCHES, engine=engine)
-    try:
-        with torch.inference_mode():
-            model(BATCHES[0])
-    except RuntimeError as error:
-        pytest.skip(f"torch.ao itself does not run it: {str(error)[:80]}")
     return model
 
 

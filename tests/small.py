@@ -1,0 +1,15 @@
+"""A search that is small enough for a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cptv_ao import RefineConfig
+
+LOSSES = ["kl", "infonce", "soft_infonce", "mse", "cosine"]
+
+
+def small_config(**changes: Any) -> RefineConfig:
+    """One pass of two candidates per block on three quarters of the batches, whatever the defaults are."""
+    settings: dict[str, Any] = {"passes": 1, "evaluations": 2, "gradient_steps": 0, "holdout": 0.25, "loss": "kl"}
+    return RefineConfig(**(settings | changes))
