@@ -30,7 +30,9 @@ class Case:
     batches: list[Tensor]
 
     def copy(self) -> Case:
-        return copy.deepcopy(self)
+        """A copy, but for the prepared model: convert_fx leaves it in a state that no deepcopy survives."""
+        float_model, converted = copy.deepcopy((self.float_model, self.converted))
+        return Case(float_model, self.prepared, converted, [batch.clone() for batch in self.batches])
 
 
 @pytest.fixture(autouse=True)

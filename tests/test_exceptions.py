@@ -1,0 +1,168 @@
+"""Whatever is raised, wherever: the models leave as they came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Case
+from small import small_config
+from state import everything, generators
+from torch import Tensor
+
+import cptv_ao
+from cptv_ao import losses
+
+
+class Injected(Exception):
+    """Raised by the tests."""
+
+
+def after(calls: int, error: type[BaseException]) -> Callable[..., None]:
+    """A function that raises on its call number `calls`."""
+    count = 0
+
+    def step(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise error
+
+    return step
+
+
+def check_untouched(case: Case, error: type[BaseException], **arguments: Any) -> None:
+    for model in (case.converted, case.float_model):
+        model.train()
+        model.register_forward_hook(lambda *_: None)
+    case.converted.meta["mine"] = "kept"
+    given = [everything(case.converted), everything(case.float_model), generators()]
+    grad = torch.is_grad_enabled()
+    with pytest.raises(error):
+        cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, progress=False, **arguments)
+    assert everything(case.converted) == given[0]
+    assert everything(case.float_model) == given[1]
+    assert generators() == given[2]
+    assert torch.is_grad_enabled() == grad
+
+
+@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("event", [1, 2, 3, 7, 12])
+def test_in_the_callback(case: Case, event: int, error: type[BaseException]) -> None:
+    check_untouched(case, error, callback=after(event, error), config=small_config(evaluations=12))
+
+
+def test_in_the_callback_at_every_event(conv: Case) -> None:
+    events: list[cptv_ao.Event] = []
+    config = small_config(blocks=lambda sites: {s.name: s.kind for s in sites}, gradient_steps=2, evaluations=8)
+    copied = conv.copy()
+    cptv_ao.refine(
+        copied.converted,
+        copied.batches,
+        float_model=copied.float_model,
+        config=config,
+        callback=events.append,
+        progress=False,
+    )
+    assert {"candidate", "block", "pass"} <= {event.kind for event in events}
+    assert any(event.loss < events[0].best for event in events), "a state that differs from the given one is there"
+    for event in range(1, len(events) + 1):
+        check_untouched(conv.copy(), Injected, callback=after(event, Injected), config=config)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 9, 20])
+def test_in_the_loss(case: Case, call: int) -> None:
+    step = after(call, Injected)
+
+    def loss(candidate: Tensor, teacher: Tensor) -> Tensor:
+        step()
+        return losses.kl(candidate, teacher)
+
+    check_untouched(case, Injected, config=small_config(loss=loss, evaluations=20))
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 9])
+def test_in_what_picks_the_output(conv: Case, call: int) -> None:
+    step = after(call, Injected)
+
+    def output(value: Tensor) -> Tensor:
+        step()
+        return value
+
+    check_untouched(conv, Injected, config=small_config(output=output))
+
+
+def test_in_the_block_policy(conv: Case) -> None:
+    check_untouched(conv, Injected, config=small_config(blocks=after(1, Injected)))
+
+
+def test_in_a_policy_that_leaves_sites_out(conv: Case) -> None:
+    check_untouched(conv, ValueError, config=small_config(blocks=lambda sites: {}))
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_in_the_loader(conv: Case, batches: int) -> None:
+    def loader() -> Any:
+        yield from conv.batches[:batches]
+        raise Injected
+
+    given = everything(conv.converted), everything(conv.float_model)
+    with pytest.raises(Injected):
+        cptv_ao.refine(conv.converted, loader(), float_model=conv.float_model, config=small_config(), progress=False)
+    assert (everything(conv.converted), everything(conv.float_model)) == given
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_in_the_forward_of_the_float_model(conv: Case, call: int) -> None:
+    step = after(call, Injected)
+    given = everything(conv.converted)
+    handle = conv.float_model.register_forward_pre_hook(step)
+    if call <= len(conv.batches):
+        with pytest.raises(Injected):
+            cptv_ao.refine(
+                conv.converted, conv.batches, float_model=conv.float_model, config=small_config(), progress=False
+            )
+        assert everything(conv.converted) == given
+    else:  # the teacher runs once per batch and never again
+        cptv_ao.refine(
+            conv.converted, conv.batches, float_model=conv.float_model, config=small_config(), progress=False
+        )
+    handle.remove()
+
+
+@pytest.mark.parametrize("call", [1, 2, 10])
+def test_in_a_kernel(conv: Case, call: int) -> None:
+    """A module of the user's model that fails while candidates are scored."""
+    given = everything(conv.converted)
+    handle = conv.converted.fc2.register_forward_pre_hook(after(call, Injected))
+    with pytest.raises(Injected):
+        cptv_ao.refine(
+            conv.converted, conv.batches, float_model=conv.float_model, config=small_config(), progress=False
+        )
+    handle.remove()
+    assert everything(conv.converted) == given
+
+
+def test_the_earlier_report_survives_an_exception(conv: Case) -> None:
+    arguments: dict[str, Any] = {"float_model": conv.float_model, "config": small_config(), "progress": False}
+    cptv_ao.refine(conv.converted, conv.batches, **arguments)
+    report = cptv_ao.report(conv.converted)
+    with pytest.raises(KeyboardInterrupt):
+        cptv_ao.refine(conv.converted, conv.batches, callback=after(3, KeyboardInterrupt), **arguments)
+    assert cptv_ao.report(conv.converted) is report
+
+
+def test_a_prepared_model_is_unpatched(conv: Case) -> None:
+    given = everything(conv.prepared)
+    with pytest.raises(Injected):
+        cptv_ao.refine(
+            conv.converted,
+            conv.batches,
+            float_model=conv.prepared,
+            config=small_config(),
+            callback=after(2, Injected),
+            progress=False,
+        )
+    assert everything(conv.prepared) == given
