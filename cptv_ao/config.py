@@ -14,6 +14,7 @@ from cptv_ao.losses import LOSSES, Loss
 
 LossName = Literal["kl", "infonce", "soft_infonce", "mse", "cosine"]
 SearchName = Literal["evolution", "paper", "cma"]
+Individual = Literal["output_error", "ranges"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,13 @@ class RefineConfig:
         loss: name of a loss or a function `(candidate (N, C), teacher (N, C)) -> scalar` that is never negative.
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
+        population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
+            least change each layer's output; `ranges`, the activations' whole container and half of it.
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none.
             Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales.
+        feature_weight: weight, in those steps, of the distance between what crosses from block to block and the
+            same in float, beside the loss; 0 leaves it out.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
@@ -47,8 +52,10 @@ class RefineConfig:
     loss: LossName | Loss = "kl"
     temperature: float = 3.0
     search: SearchName = "evolution"
-    gradient_steps: int = 200
+    population: tuple[Individual, ...] = ("output_error", "ranges")
+    gradient_steps: int = 300
     learning_rate: float = 0.03
+    feature_weight: float = 0.1
     passes: int = 2
     evaluations: int = 20
     include: tuple[str, ...] = ("*",)
@@ -65,9 +72,7 @@ class RefineConfig:
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        _expect(
-            callable(self.loss) or self.loss in LOSSES, "loss", f"one of {sorted(LOSSES)} or a function", self.loss
-        )
+        _expect(callable(self.loss) or self.loss in LOSSES, "loss", f"one of {sorted(LOSSES)} or a function", self.loss)
         _expect(self.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", self.search)
         _expect(self.score_on == "kernels", "score_on", "'kernels'", self.score_on)
         _expect(self.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", self.block_order)
@@ -97,6 +102,14 @@ class RefineConfig:
             self.include,
         )
         _expect(
+            isinstance(self.population, tuple) and set(self.population) <= {"output_error", "ranges"},
+            "population",
+            "a tuple of 'output_error' and 'ranges'",
+            self.population,
+        )
+        weight = self.feature_weight
+        _expect(_is_number(weight) and 0 <= weight < math.inf, "feature_weight", "a finite number >= 0", weight)
+        _expect(
             isinstance(self.kinds, tuple) and bool(self.kinds) and set(self.kinds) <= {"weight", "activation"},
             "kinds",
             "a non-empty tuple of 'weight' and 'activation'",
@@ -116,6 +129,7 @@ class RefineConfig:
             "search": "paper",
             "loss": "infonce",
             "temperature": 3.0,
+            "population": (),
             "gradient_steps": 0,
             "passes": 10,
             "evaluations": 3,

@@ -15,11 +15,12 @@ from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.blocks import Block
 from cptv_ao.config import RefineConfig
 from cptv_ao.evaluator import Evaluator
+from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, SiteMove
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Strategy
 from cptv_ao.sites import ScaleSite
-from cptv_ao.space import Assignment, ScaleSpace
+from cptv_ao.space import ScaleSpace
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Event:
 
 
 Callback = Callable[[Event], Any]
-Proposal = tuple[str, Assignment]
 
 
 @dataclass
@@ -84,8 +84,10 @@ class Loop:
         self._config = config
         self.listeners = list(listeners)
         self._rng = np.random.default_rng(config.seed)
-        self._spaces = _spaces(backend, blocks, config)
-        self._whole = ScaleSpace(backend, _searched(backend, config))
+        #: the tied groups that are searched, by the name of their leader
+        self.groups = _searched(backend, config)
+        self._spaces = _spaces(backend, blocks, self.groups)
+        self._whole = ScaleSpace(backend, self.groups)
         self._steps: dict[str, dict[str, float]] = {}
         self.budget = Budget(config.max_evaluations, config.max_seconds)
         self.results: list[BlockResult] = []
@@ -103,24 +105,21 @@ class Loop:
 
     def propose(self, proposals: Iterable[Proposal]) -> None:
         """Score scales for the whole model; go on from the best of them if it is better than what is there."""
-        for name, values in proposals:
+        for name, scales in proposals:
             if not self.budget.left:
                 return
             self._whole.refresh()
             before = self._whole.vector
-            vector = self._whole.repair(self._whole.from_assignment(values))
-            self._whole.write(vector)
+            self._whole.write(self._whole.repair(self._whole.from_assignment(scales())))
             loss = self._score(self._search, self._loss)
             better = loss < self._loss
             if better:
-                self._whole.rebase()
                 self._loss = loss
             else:
                 self._whole.write(before)
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
-            if better:
-                self._keep()
+            self._keep()
 
     def run(self) -> None:
         """Visit every block in every pass, then leave the best state in the model."""
@@ -132,7 +131,7 @@ class Loop:
                 if not self.budget.left:
                     break
                 self._visit(name, space, pass_index)
-            self._keep()
+                self._keep()
             self._tell("pass", f"pass {pass_index + 1}", pass_index, self._loss)
         self._backend.restore_all(self._best_state)
 
@@ -223,8 +222,9 @@ def _searched(backend: LoweredBackend, config: RefineConfig) -> dict[str, tuple[
     }
 
 
-def _spaces(backend: LoweredBackend, blocks: Sequence[Block], config: RefineConfig) -> dict[str, ScaleSpace]:
-    searched = _searched(backend, config)
+def _spaces(
+    backend: LoweredBackend, blocks: Sequence[Block], searched: Mapping[str, tuple[ScaleSite, ...]]
+) -> dict[str, ScaleSpace]:
     by_block = {b.name: {s.name: searched[s.name] for s in b.sites if s.name in searched} for b in blocks}
     return {name: ScaleSpace(backend, groups) for name, groups in by_block.items() if groups}
 

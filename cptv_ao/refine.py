@@ -11,17 +11,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.lowered import LoweredBackend
-from cptv_ao.blocks import find_blocks
+from cptv_ao.blocks import Block, find_blocks
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
-from cptv_ao.errors import CalibrationDataError, CptvWarning, FloatModelMismatchError, NonFiniteError
+from cptv_ao.errors import (
+    CalibrationDataError,
+    CptvWarning,
+    FloatModelMismatchError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
+from cptv_ao.guard import eval_mode, restored_on_error
 from cptv_ao.loop import Callback, Event, Loop
 from cptv_ao.losses import get_loss
+from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
 from cptv_ao.sites import SiteTable
 from cptv_ao.twin import unquantized
@@ -93,7 +101,7 @@ def refine(
         backend = _backend(model, float_model, config)
     backend.check_finite()
     batches = read_batches(calib_loader)
-    with _restored_on_error(model, backend), _eval_mode(model, float_model):
+    with restored_on_error(model, backend), eval_mode(model, float_model):
         model.meta[META_KEY] = _refine(backend, batches, float_model, config, callback, progress)
     return model
 
@@ -111,14 +119,20 @@ def _refine(
     split = split_batches(batches, config.holdout)
     _check_negatives(config, (*split.search, *split.holdout))
     teacher = _teacher(backend, float_model)
-    evaluators = [_evaluator(backend.model, part, teacher, config) for part in (split.search, split.holdout) if part]
-    search, holdout = evaluators[0], evaluators[1] if len(evaluators) > 1 else None
+    select = config.output or first_floating
+    with as_float(teacher):
+        targets = [teacher_outputs(teacher, part, select) for part in (split.search, split.holdout)]
+    search = _evaluator(backend.model, split.search, targets[0], config)
+    holdout = _evaluator(backend.model, split.holdout, targets[1], config) if split.holdout else None
     given = {name: backend.read(name) for name in backend.sites}
     blocks = find_blocks(backend.sites.values(), config.blocks)
     loop = Loop(backend, blocks, search, holdout, config, [callback] if callback else [])
     if not math.isfinite(loop.start.search):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+    notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
+    proposer = _proposer(backend, blocks, loop, split.search, targets[0], config, notes)
     with _progress_bar(loop, progress):
+        loop.propose(proposer or ())
         loop.run()
     moves = loop.moves(given)
     return Report(
@@ -131,12 +145,12 @@ def _refine(
         stages=tuple(loop.stages),
         sites=len(backend.sites),
         evaluations=loop.budget.evaluations,
-        image_forwards=sum(e.image_forwards for e in evaluators),
+        image_forwards=sum(part.image_forwards for part in (search, holdout, proposer) if part is not None),
         images=(search.images, holdout.images if holdout else 0),
         seconds=loop.budget.seconds,
         seed=config.seed,
         threads=torch.get_num_threads(),
-        notes=tuple(f"not understood, left alone: {node}" for node in backend.sites.unknown),
+        notes=tuple(notes),
     )
 
 
@@ -149,7 +163,7 @@ def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineCo
     return LoweredBackend(model, dict.fromkeys(names, config.weight_range))
 
 
-def _teacher(backend: LoweredBackend, float_model: nn.Module | None) -> Callable[..., Any]:
+def _teacher(backend: LoweredBackend, float_model: nn.Module | None) -> nn.Module:
     if float_model is not None:
         return float_model
     warnings.warn(
@@ -158,14 +172,32 @@ def _teacher(backend: LoweredBackend, float_model: nn.Module | None) -> Callable
         CptvWarning,
         stacklevel=4,
     )
-    return unquantized(backend)
+    return unquantized(backend).module
+
+
+def _proposer(
+    backend: LoweredBackend,
+    blocks: Sequence[Block],
+    loop: Loop,
+    batches: Sequence[Batch],
+    targets: Sequence[Tensor],
+    config: RefineConfig,
+    notes: list[str],
+) -> Proposer | None:
+    """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
+    if not (config.population or config.gradient_steps) or not loop.groups:
+        return None
+    try:
+        return Proposer(backend, blocks, loop.groups, batches, targets, config)
+    except UnsupportedModelError as error:
+        notes.append(f"no proposals from the float twin: {error}")
+        return None
 
 
 def _evaluator(
-    model: GraphModule, batches: Sequence[Batch], teacher: Callable[..., Any], config: RefineConfig
+    model: GraphModule, batches: Sequence[Batch], targets: Sequence[Tensor], config: RefineConfig
 ) -> Evaluator:
     select = config.output or first_floating
-    targets = teacher_outputs(teacher, batches, select)
     evaluator = Evaluator(model, batches, targets, get_loss(config.loss, config.temperature), select)
     for index, (output, target) in enumerate(zip(evaluator.outputs(), targets, strict=True)):
         if output.shape != target.shape:
@@ -197,32 +229,6 @@ def _status(loop: Loop, moved: bool) -> Status:
     if moved:
         return Status.IMPROVED
     return Status.REJECTED if loop.rejected else Status.UNCHANGED
-
-
-@contextmanager
-def _restored_on_error(model: GraphModule, backend: LoweredBackend) -> Iterator[None]:
-    """Whatever is raised inside, the model leaves as it came."""
-    snapshot, meta = backend.snapshot(), dict(model.meta)
-    try:
-        yield
-    except BaseException:
-        backend.restore_all(snapshot)
-        model.meta.clear()
-        model.meta.update(meta)
-        raise
-
-
-@contextmanager
-def _eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Run in eval mode; every module gets its own training flag back."""
-    flags = [(m, m.training) for model in models if model is not None for m in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager

@@ -42,7 +42,6 @@ def main() -> None:
     make, load = NETWORKS[args.network]
     data, model = load(), make()
     flip = args.network.startswith("fashion")
-    pixels = 2 if flip else 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.03)
     steps = args.epochs * (len(data.train) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.15)
@@ -51,7 +50,7 @@ def main() -> None:
         model.train()
         order = torch.randperm(len(data.train), generator=generator)
         for index in order[: len(order) // args.batch * args.batch].split(args.batch):
-            images = shifted(data.train[index], pixels, flip, generator)
+            images = shifted(data.train[index], 1, flip, generator)
             loss = functional.cross_entropy(model(images), data.train_labels[index], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()

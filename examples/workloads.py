@@ -88,11 +88,11 @@ def digits_vit() -> nn.Module:
 
 
 def fashion_vit() -> nn.Module:
-    """A ViT for Fashion-MNIST: 49 patches of 4x4, dim 64, 6 blocks; untrained."""
+    """A ViT for Fashion-MNIST: 16 patches of 7x7, dim 64, 6 blocks; untrained."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
-        img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=4, mlp_ratio=4
+        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=4, mlp_ratio=4
     )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.sites import QParams
 from cptv_ao.twin.build import Builder
 from cptv_ao.twin.modules import WeightQuantizer
-from cptv_ao.twin.values import Rounding
+from cptv_ao.twin.values import QTensor, Rounding
 
 __all__ = ["Twin", "unquantized"]
 
@@ -35,6 +37,8 @@ class Twin:
     def __init__(self, backend: LoweredBackend, engine: str | None = None) -> None:
         builder = Builder(backend, engine or str(torch.backends.quantized.engine))
         self.module = builder.build()
+        self._nodes = builder.nodes
+        self._tapped = self.module
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
@@ -49,12 +53,33 @@ class Twin:
 
     def call(self, values: Mapping[str, tuple[Tensor, Tensor | None]], *args: Any, **kwargs: Any) -> Any:
         """Run with other scales and zero_points (differentiable; the buffers stay as they are)."""
+        return functional_call(self.module, self._replaced(values), args, kwargs, tie_weights=True, strict=False)
+
+    def tap(self, nodes: Sequence[str]) -> None:
+        """Choose the nodes of the lowered model whose values `call_tapped` returns."""
+        graph, copied = Graph(), dict[Node, Node]()
+        graph.graph_copy(self.module.graph, copied)
+        output = next(n for n in self.module.graph.nodes if n.op == "output")
+        taps = [copied[self._nodes[name]] for name in nodes]
+        graph.output((torch.fx.node.map_arg(output.args[0], copied.__getitem__), taps))
+        self._tapped = GraphModule(self.module, graph, "TappedTwin")
+
+    def call_tapped(
+        self, values: Mapping[str, tuple[Tensor, Tensor | None]], *args: Any, **kwargs: Any
+    ) -> tuple[Any, list[Tensor]]:
+        """As `call`; with the output come the floating values of the nodes given to `tap`."""
+        replaced = self._replaced(values)
+        output, taps = functional_call(self._tapped, replaced, args, kwargs, tie_weights=True, strict=False)
+        floats = [value.dequantize() if isinstance(value, QTensor) else value for value in taps]
+        return output, [v for v in floats if isinstance(v, Tensor) and v.is_floating_point()]
+
+    def _replaced(self, values: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
         replaced = {}
         for name, (scale, zero_point) in values.items():
             replaced[f"{self._paths[name]}.scale"] = scale
             if zero_point is not None:
                 replaced[f"{self._paths[name]}.zero_point"] = zero_point
-        return functional_call(self.module, replaced, args, kwargs, tie_weights=True, strict=False)
+        return replaced
 
     def get(self, name: str) -> QParams:
         """Scale and zero_point of a site."""
@@ -80,6 +105,17 @@ class Twin:
         """How activations are put on their scales: see `Rounding`."""
         for module in self._sites.values():
             module.rounding = rounding
+
+    @contextmanager
+    def float_mode(self) -> Iterator[None]:
+        """Compute in float while the context lasts: no rounding of activations, float weights where they are known."""
+        before = [(module, module.rounding) for module in self._sites.values()]
+        self.set_rounding("none")
+        try:
+            yield
+        finally:
+            for module, rounding in before:
+                module.rounding = rounding
 
     def to(self, device: torch.device | str) -> Twin:
         """Move everything to a device."""

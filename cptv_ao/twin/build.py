@@ -56,9 +56,10 @@ class Builder:
         self._model = backend.model
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
         self._graph = Graph()
-        self._values: dict[Node, Node] = {}
         self._owned: dict[str, nn.Module] = {}
         self.sites: dict[str, SiteModule] = {}
+        #: the twin's node by the name of the lowered one
+        self.nodes: dict[str, Node] = {}
         self._activation = {n: s.name for s in backend.sites.values() if s.kind == "activation" for n in s.nodes}
         self._weight = {n: s.name for s in backend.sites.values() if s.kind == "weight" for n in s.nodes}
 
@@ -66,7 +67,7 @@ class Builder:
         """The float graph; parameters and constants are copies."""
         root = nn.Module()
         for node in self._model.graph.nodes:
-            self._values[node] = self._node(node)
+            self.nodes[node.name] = self._node(node)
         self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
         for node in self._graph.nodes:
             if node.op == "get_attr":
@@ -85,7 +86,7 @@ class Builder:
         if node.op == "call_method":
             method = str(node.target)
             return self._lift(node, method, getattr(torch.Tensor, method))
-        return self._graph.node_copy(node, lambda n: self._values[n])
+        return self._graph.node_copy(node, lambda n: self.nodes[n.name])
 
     def _module(self, node: Node, module: nn.Module) -> Node:
         kind = type(module)
@@ -143,14 +144,14 @@ class Builder:
 
     def _lift(self, node: Node, name: str, function: Callable[..., Any]) -> Node:
         if not node.all_input_nodes:
-            return self._graph.node_copy(node, lambda n: self._values[n])
+            return self._graph.node_copy(node, lambda n: self.nodes[n.name])
         return self._call(node, Lift(name, function))
 
     def _call(self, node: Node, module: nn.Module, args: Any = None, kwargs: Any = None) -> Node:
         name = f"op_{node.name}"
         self._owned[name] = module
-        mapped = torch.fx.node.map_arg(node.args if args is None else args, lambda n: self._values[n])
-        named = torch.fx.node.map_arg(node.kwargs if kwargs is None else kwargs, lambda n: self._values[n])
+        mapped = torch.fx.node.map_arg(node.args if args is None else args, lambda n: self.nodes[n.name])
+        named = torch.fx.node.map_arg(node.kwargs if kwargs is None else kwargs, lambda n: self.nodes[n.name])
         return self._graph.call_module(name, mapped, named)
 
     def _quantizer(self, node: Node) -> Quantizer:

@@ -75,6 +75,14 @@ class WeightQuantizer(SiteModule):
         if self.weight is not None:
             self.codes.copy_(self._rounded())
 
+    def error(self, scale: Tensor) -> Tensor:
+        """How far the float weight, rounded at a scale, is from itself (C, ...)."""
+        assert self.weight is not None
+        zero_point, broad = self.zero_point.reshape(self._shape), scale.reshape(self._shape)
+        codes = torch.round(self.weight / broad)
+        codes = torch.clamp(codes, self.site.qmin - zero_point, self.site.qmax - zero_point)
+        return codes.mul_(broad).sub_(self.weight)
+
     def _rounded(self) -> Tensor:
         site = self.site
         if self._symmetric:
@@ -114,6 +122,12 @@ class Weighted(nn.Module):
         like, limits = self.output.like(self._relu)
         given = (value.codes, value.scale, self.weight(), self.weight.scale, self.bias, like.scale, like.zero_point)
         return like.with_codes(Weigh.apply(*given, self._product, self._whole_bias, limits))
+
+    def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
+        """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
+        output = self._product.forward(value, self.weight.error(scale)).square_()
+        dims = [d for d in range(output.dim()) if d != self._product.channel_dim % output.dim()]
+        return output.sum(dims)
 
 
 class Sum(nn.Module):

@@ -1,0 +1,164 @@
+"""Scales proposed by gradient descent on the float twin: Adam on log scales, straight through the rounding.
+
+The twin cannot see what only the kernels do (saturation), so what comes from here is a proposal: the loop accepts
+it where the kernels confirm it.
+
+Besides the loss on the outputs, the values that cross from block to block are drawn to those of the unquantized
+twin: they tell more about an image than its outputs do, so that fewer images are overfitted less.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cptv_ao.data import Batch
+from cptv_ao.evaluator import Select
+from cptv_ao.losses import Loss
+from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.space import Assignment
+from cptv_ao.twin import Twin
+
+#: A zero_point moves by this many codes where a log scale moves by 1.
+_CODES_PER_LOG = 20.0
+_WARM_UP = 0.1
+
+
+@dataclass
+class _Group:
+    """Leaves of one tied group: the logarithm of its scales, and its zero_point in units of `_CODES_PER_LOG`."""
+
+    sites: tuple[ScaleSite, ...]
+    log_scale: Tensor
+    offset: Tensor | None
+
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        return self.log_scale.exp(), None if self.offset is None else self.offset * _CODES_PER_LOG
+
+    def qparams(self, site: ScaleSite, now: QParams) -> QParams:
+        scale, zero_point = self.values()
+        if zero_point is None:
+            return QParams(scale.detach().double().cpu(), now.zero_point)
+        whole = zero_point.detach().round().clamp(site.qmin, site.qmax).long().cpu()
+        return QParams(scale.detach().double().cpu(), whole)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a descent lasts: `steps` steps, or `seconds` if these are over first, with `proposals` on the way."""
+
+    steps: int
+    learning_rate: float
+    seconds: float = math.inf
+    proposals: int = 4
+    started: float = field(default_factory=time.monotonic)
+
+    def progress(self, step: int) -> float:
+        """Share of the descent that is over before a step, 0 to 1."""
+        return max(step / self.steps, (time.monotonic() - self.started) / self.seconds)
+
+    def rate(self, progress: float) -> float:
+        """Learning rate: linear warm-up, then a cosine down to zero (Loshchilov & Hutter 2017)."""
+        if progress < _WARM_UP:
+            return self.learning_rate * (progress + 0.01) / (_WARM_UP + 0.01)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - _WARM_UP) / (1 - _WARM_UP))))
+
+
+class GradientDescent:
+    """Adam on the scales and zero_points of the twin.
+
+    Args:
+        twin: the twin of the model with the scales to start from.
+        groups: the tied groups that are searched, by the name of their leader.
+        loss, select: as for the evaluator.
+        crossings: names of the lowered model's nodes whose values are compared with the unquantized twin's.
+        feature_weight: weight of that comparison beside the loss; 0 leaves it out.
+        rng: draws the order of the batches.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        loss: Loss,
+        select: Select,
+        *,
+        crossings: Sequence[str] = (),
+        feature_weight: float = 0.0,
+        rng: np.random.Generator,
+    ) -> None:
+        known = set(twin.names)
+        twin.reround_weights()
+        self._twin, self._loss, self._select, self._rng = twin, loss, select, rng
+        self._feature_weight = feature_weight
+        twin.tap(crossings if feature_weight else ())
+        self._features: dict[int, list[Tensor]] = {}
+        self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
+        leaves = [leaf for g in self._groups for leaf in (g.log_scale, g.offset) if leaf is not None]
+        self._adam = torch.optim.Adam(leaves, lr=1.0, betas=(0.9, 0.95))
+        #: steps so far, and the images that went through them
+        self.steps, self.images = 0, 0
+
+    def run(
+        self, batches: Sequence[Batch], teacher: Sequence[Tensor], schedule: Schedule
+    ) -> Iterator[tuple[str, Callable[[], Assignment]]]:
+        """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times."""
+        order: list[int] = []
+        due = 1
+        while (progress := schedule.progress(self.steps)) < 1.0:
+            if not order:
+                order = [int(i) for i in self._rng.permutation(len(batches))]
+            index = order.pop()
+            for group in self._adam.param_groups:
+                group["lr"] = schedule.rate(progress)
+            self._step(index, batches[index], teacher[index])
+            if schedule.progress(self.steps) >= due / schedule.proposals:
+                due += 1
+                yield f"gradient, {self.steps} steps", self.assignment
+
+    def assignment(self) -> Assignment:
+        """The scales as they are now, by site name."""
+        return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
+
+    def _step(self, index: int, batch: Batch, teacher: Tensor) -> None:
+        wanted = self._wanted(index, batch) if self._feature_weight else []
+        values = {site.name: group.values() for group in self._groups for site in group.sites}
+        with torch.enable_grad():
+            output, features = self._twin.call_tapped(values, *batch.args, **batch.kwargs)
+            loss = self._loss(self._select(output).flatten(1), teacher)
+            if wanted:
+                loss = loss + self._feature_weight * _distance(features, wanted)
+            self._adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._adam.step()
+        self.steps += 1
+        self.images += batch.images
+
+    def _wanted(self, index: int, batch: Batch) -> list[Tensor]:
+        """What crosses from block to block in the unquantized twin, computed once per batch."""
+        if index not in self._features:
+            with torch.no_grad(), self._twin.float_mode():
+                _, features = self._twin.call_tapped({}, *batch.args, **batch.kwargs)
+            self._features[index] = features
+        return self._features[index]
+
+
+def _distance(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over the crossings of the mean squared difference, in units of what is wanted's variance."""
+    terms = [functional.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in zip(features, wanted, strict=True)]
+    return torch.stack(terms).mean()
+
+
+def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:
+    lead = group[0]
+    now = twin.get(lead.name)
+    log_scale = now.scale.float().log().requires_grad_()
+    offset = (now.zero_point.float() / _CODES_PER_LOG).requires_grad_() if lead.affine else None
+    return _Group(group, log_scale, offset)

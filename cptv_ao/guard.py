@@ -1,0 +1,37 @@
+"""Leaving the user's model as it came: after an exception altogether, after success in all but its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.fx import GraphModule
+
+from cptv_ao.backends.lowered import LoweredBackend
+
+
+@contextmanager
+def restored_on_error(model: GraphModule, backend: LoweredBackend) -> Iterator[None]:
+    """Whatever is raised inside, the model leaves as it came."""
+    snapshot, meta = backend.snapshot(), dict(model.meta)
+    try:
+        yield
+    except BaseException:
+        backend.restore_all(snapshot)
+        model.meta.clear()
+        model.meta.update(meta)
+        raise
+
+
+@contextmanager
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Run in eval mode; every module gets its own training flag back."""
+    flags = [(m, m.training) for model in models if model is not None for m in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

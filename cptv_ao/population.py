@@ -1,0 +1,104 @@
+"""Individuals of the initial population besides the observers' scales; each is tried on the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptv_ao.data import Batch
+from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.space import Assignment
+from cptv_ao.twin import Twin
+from cptv_ao.twin.modules import Weighted
+from cptv_ao.twin.values import QTensor
+
+# Multiples of a weight scale that are tried per channel, and images that they are tried on.
+_FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
+_IMAGES = 64
+# reduce_range calibrates for 7 bits: half the scale uses the whole container, twice the scale leaves it.
+_RANGES = {"whole range": 127 / 255, "narrow range": 255 / 127}
+
+Proposal = tuple[str, Callable[[], Assignment]]
+"""What an individual is, and its scales; these are computed when they are asked for."""
+
+
+def individuals(
+    chosen: Sequence[str],
+    twin: Twin,
+    groups: Mapping[str, tuple[ScaleSite, ...]],
+    now: Callable[[str], QParams],
+    batch: Batch,
+) -> Iterator[Proposal]:
+    """The individuals that are worth a try: per-channel weight scales, then the ranges of the activations.
+
+    Args:
+        chosen: `output_error`, `ranges`.
+        twin: of the model as it was given.
+        groups: the tied groups that are searched.
+        now: reads the scales that are in the model.
+        batch: search images.
+    """
+    weights = [name for name, group in groups.items() if group[0].kind == "weight"]
+    activations = [site for group in groups.values() for site in group if site.affine]
+    if weights and "output_error" in chosen:
+        yield "weight scales of least output error", partial(output_error_scales, twin, weights, batch)
+    for name, factor in _RANGES.items() if activations and "ranges" in chosen else ():
+        yield f"{name} of the activations", partial(_all_rescaled, activations, factor, now)
+
+
+def _all_rescaled(sites: Sequence[ScaleSite], factor: float, now: Callable[[str], QParams]) -> Assignment:
+    return {site.name: rescaled(now(site.name), factor, site) for site in sites}
+
+
+def rescaled(qparams: QParams, factor: float, site: ScaleSite) -> QParams:
+    """A scale times a factor, with the zero_point that keeps the lower end of the range, (qmin - z) * s."""
+    zero_point = site.qmin - (site.qmin - qparams.zero_point) / factor
+    return QParams(qparams.scale * factor, zero_point.round().clamp(site.qmin, site.qmax).long())
+
+
+def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assignment:
+    """Per channel, the multiple of the weight scale that least changes the layer's output on float inputs.
+
+    The error of channel c is sum((x * (s round(w / s) - w))^2) over the inputs x that the layer sees (the Gram
+    matrix of the inputs, without forming it).
+    """
+    inputs = _layer_inputs(twin, batch.rows(0, min(_IMAGES, batch.images)))
+    return {
+        layer.weight.site.name: _least_error(layer, value)
+        for layer, value in inputs
+        if layer.weight.site.name in names and layer.weight.weight is not None
+    }
+
+
+def _layer_inputs(twin: Twin, batch: Batch) -> list[tuple[Weighted, Tensor]]:
+    """The float inputs of each weighted layer, seen by hooks while the unquantized twin runs."""
+    seen: dict[Weighted, Tensor] = {}
+
+    def see(layer: Any, args: tuple[QTensor, ...]) -> None:
+        seen.setdefault(layer, args[0].dequantize())
+
+    layers = [module for module in twin.module.modules() if isinstance(module, Weighted)]
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
+    try:
+        with torch.no_grad(), twin.float_mode():
+            twin(*batch.args, **batch.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen.items())
+
+
+def _least_error(layer: Weighted, value: Tensor) -> QParams:
+    weight, scale = layer.weight, layer.weight.scale
+    best, chosen = torch.full_like(scale, torch.inf), scale.clone()
+    for factor in _FACTORS:
+        error = layer.weight_error(value, scale * factor)
+        error = error.sum() if scale.dim() == 0 else error
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = torch.where(better, scale * factor, chosen)
+    return QParams(chosen.double().cpu(), weight.zero_point.long().cpu())

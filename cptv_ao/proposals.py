@@ -1,0 +1,95 @@
+"""What is tried on the kernels before the block visits: the initial population, then a descent from the best of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.blocks import Block, crossings
+from cptv_ao.config import RefineConfig
+from cptv_ao.data import Batch
+from cptv_ao.evaluator import first_floating
+from cptv_ao.gradient import GradientDescent, Schedule
+from cptv_ao.losses import get_loss
+from cptv_ao.population import Proposal, individuals
+from cptv_ao.sites import ScaleSite
+from cptv_ao.twin import Twin
+
+# Share of the seconds of a limited search that the descent may take where block visits follow.
+_DESCENT_SHARE = 0.7
+# Images of one step of the descent: larger batches of the loader are cut.
+_STEP_IMAGES = 100
+
+
+class Proposer:
+    """Yields proposals for the whole model; each starts from what the loop left in the model before.
+
+    Args:
+        backend: of the model.
+        blocks: of the model; what crosses between them guides the descent.
+        groups: the tied groups that are searched, by the name of their leader.
+        batches, teacher: the search images and the teacher's outputs on them.
+
+    Raises:
+        UnsupportedModelError: the model has an op that the float twin does not know.
+    """
+
+    def __init__(
+        self,
+        backend: LoweredBackend,
+        blocks: Sequence[Block],
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        batches: Sequence[Batch],
+        teacher: Sequence[Tensor],
+        config: RefineConfig,
+    ) -> None:
+        self._backend, self._blocks, self._groups, self._config = backend, blocks, groups, config
+        self._batches, self._teacher = _steps(batches, teacher)
+        self._twin = Twin(backend)
+        self._twin.reround_weights()
+        #: images run through the twin; a step forward and backward counts as three
+        self.image_forwards = 0
+
+    def __iter__(self) -> Iterator[Proposal]:
+        population = self._config.population
+        yield from individuals(population, self._twin, self._groups, self._backend.read, self._batches[0])
+        if self._config.gradient_steps:
+            yield from self._descent()
+
+    def _descent(self) -> Iterator[Proposal]:
+        config = self._config
+        for name in self._twin.names:
+            self._twin.set(name, self._backend.read(name))
+        descent = GradientDescent(
+            self._twin,
+            self._groups,
+            get_loss(config.loss, config.temperature),
+            config.output or first_floating,
+            crossings=crossings(self._backend.model.graph, self._blocks),
+            feature_weight=config.feature_weight,
+            rng=np.random.default_rng(config.seed),
+        )
+        share = _DESCENT_SHARE if config.passes else 1.0
+        seconds = math.inf if config.max_seconds is None else share * config.max_seconds
+        for proposal in descent.run(
+            self._batches, self._teacher, Schedule(config.gradient_steps, config.learning_rate, seconds)
+        ):
+            self.image_forwards = 3 * descent.images
+            yield proposal
+
+
+def _steps(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
+    """The batches of the steps: those of the loader, cut where they are large."""
+    parts: list[Batch] = []
+    targets: list[Tensor] = []
+    for batch, target in zip(batches, teacher, strict=True):
+        pieces = max(1, round(batch.images / _STEP_IMAGES))
+        for start, stop in pairwise(batch.images * i // pieces for i in range(pieces + 1)):
+            parts.append(batch.rows(start, stop))
+            targets.append(target[start:stop])
+    return parts, targets
