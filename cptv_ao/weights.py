@@ -95,10 +95,15 @@ def _module_weights(modules: dict[str, nn.Module], path: str) -> Iterator[Tensor
     yield weight
     names = list(modules)
     place = names.index(path)
+    channels = weight.shape[1 if _transposed(module) else 0]
     for name in names[place + 1 :] + names[:place]:
         norm = modules[name]
-        if isinstance(norm, _BATCH_NORMS) and norm.num_features in weight.shape[:2] and norm.running_var is not None:
+        if isinstance(norm, _BATCH_NORMS) and norm.num_features == channels and norm.running_var is not None:
             yield _fused(module, weight, norm)
+
+
+def _transposed(module: nn.Module) -> bool:
+    return bool(getattr(module, "transposed", False))
 
 
 def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
@@ -106,8 +111,7 @@ def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     # The order of operations of torch.nn.utils.fuse_conv_bn_weights, so that the result is equal bit for bit.
     factor = torch.rsqrt(var + cast(float, norm.eps))
     factor = factor if gamma is None else gamma * factor
-    transposed = bool(getattr(module, "transposed", False))
-    shape = [1, -1] if transposed else [-1, 1]
+    shape = [1, -1] if _transposed(module) else [-1, 1]
     return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
 
 
@@ -124,7 +128,8 @@ def _fits(weight: Tensor, quantized: Tensor, site: ScaleSite) -> bool:
         zero_point = quantized.q_per_channel_zero_points().reshape(shape)
     ratio = weight.to("cpu", torch.float32).reshape(codes.shape) / scale.float() + zero_point
     off = ratio - codes
-    clipped = ((codes == codes.max()) & (off > 0)) | ((codes == codes.min()) & (off < 0))
+    highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
+    clipped = ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
     return bool(((off.abs() <= _HALF_STEP) | clipped).all())
 
 

@@ -11,5 +11,6 @@ LOSSES = ["kl", "infonce", "soft_infonce", "mse", "cosine"]
 
 def small_config(**changes: Any) -> RefineConfig:
     """One pass of two candidates per block on three quarters of the batches, whatever the defaults are."""
-    settings: dict[str, Any] = {"passes": 1, "evaluations": 2, "gradient_steps": 0, "holdout": 0.25, "loss": "kl"}
-    return RefineConfig(**(settings | changes))
+    settings: dict[str, Any] = {"passes": 1, "evaluations": 2, "holdout": 0.25, "loss": "kl"}
+    proposals: dict[str, Any] = {"population": (), "gradient_steps": 0}
+    return RefineConfig(**(settings | proposals | changes))

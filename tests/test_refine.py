@@ -151,7 +151,9 @@ def test_a_model_in_train_mode_is_refined_as_in_eval_mode(conv: Case) -> None:
     for each in (other.converted, other.float_model):
         each.train()
     results = [
-        weights(cptv_ao.refine(c.converted, c.batches, float_model=c.float_model, config=small_config(), progress=False))
+        weights(
+            cptv_ao.refine(c.converted, c.batches, float_model=c.float_model, config=small_config(), progress=False)
+        )
         for c in (conv, other)
     ]
     assert results[0] == results[1]
@@ -274,9 +276,7 @@ def test_the_number_of_evaluations_is_kept(conv: Case) -> None:
     for limit in (0, 1, 5):
         copied = conv.copy()
         config = small_config(max_evaluations=limit, evaluations=10)
-        cptv_ao.refine(
-            copied.converted, copied.batches, float_model=copied.float_model, config=config, progress=False
-        )
+        cptv_ao.refine(copied.converted, copied.batches, float_model=copied.float_model, config=config, progress=False)
         assert cptv_ao.report(copied.converted).evaluations == limit
 
 

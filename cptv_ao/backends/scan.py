@@ -73,12 +73,20 @@ def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Fo
     for node in model.graph.nodes:
         scanner.visit(node)
     found = scanner.found()
-    if not found.sites:
-        observed = any("ObserverBase" in {c.__name__ for c in type(m).__mro__} for m in model.modules())
+    if any("ObserverBase" in {c.__name__ for c in type(m).__mro__} for m in model.modules()):
+        # convert_fx rewrites the graph of the prepared model too, so that quantized ops may be found in it.
         raise UnsupportedModelError(
-            "expected a converted model, got one that is only prepared (it holds observers); call convert_fx first"
-            if observed
-            else "expected a converted model, found no quantized op in the graph; was the qconfig_mapping empty?"
+            "expected a converted model, got one that is only prepared (it holds observers); "
+            "call convert_fx and pass what it returns"
+        )
+    if scanner.is_reference:
+        raise UnsupportedModelError(
+            "expected the lowered model that convert_fx returns, got a reference model (convert_to_reference_fx); "
+            "call convert_fx instead"
+        )
+    if not found.sites:
+        raise UnsupportedModelError(
+            "expected a converted model, found no quantized op in the graph; was the qconfig_mapping empty?"
         )
     return found
 
@@ -117,11 +125,20 @@ class _Scanner:
             self._tie(node)
         return Found(SiteTable(tuple(self._sites.values()), tuple(self._unknown)), self._homes)
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether reference modules are there and nothing was lowered."""
+        lowered = any(site.op != "quantize_per_tensor" for site in self._sites.values())
+        return not lowered and any("(reference " in unknown for unknown in self._unknown)
+
     def _visit_module(self, node: Node, module: nn.Module) -> None:
         kind = type(module)
         if not kind.__module__.startswith(_QUANTIZED_NAMESPACE) or ".quantized" not in kind.__module__:
             return
         path, name = str(node.target), kind.__name__
+        if ".reference." in kind.__module__:
+            self._unknown.append(f"{path} (reference {name}, not lowered)")
+            return
         dynamic = "dynamic quantization computes its scales at run time" if ".dynamic" in kind.__module__ else ""
         if hasattr(module, "set_weight_bias") and hasattr(module, "weight"):  # a dynamic LSTM has no weight()
             home: WeightHome = ModuleWeightHome(module)
