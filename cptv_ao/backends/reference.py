@@ -1,0 +1,202 @@
+"""Models of `convert_to_reference_fx`: refined as a lowered copy, whose scales are then written back.
+
+A reference graph computes in float between quantize and dequantize; its outputs are close to, but not, those of the
+lowered model that ships. So a copy is lowered, refined on its own kernels, and the reference model is given what makes
+it lower to that very copy.
+
+    Before: quantize_per_tensor(x, s) -> dequantize -> nnqr.Linear(weight, weight_scale) -> quantize_per_tensor(y, s)
+    Lowered: quantize_per_tensor(x, s) -> nnq.Linear(packed weight, s)
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.errors import UnsupportedModelError
+
+_QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
+# Marks are 1 + k / _MARKS, exact in float32.
+_MARKS = 2**16
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a reference model keeps the qparams of one quantize node or weighted module.
+
+    Attributes:
+        weight: the float weight that is quantized with them on lowering; None for an activation.
+        axis: channel axis of the weight, None per tensor.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    weight: Tensor | None = None
+    axis: int | None = None
+
+
+def is_reference(model: nn.Module) -> bool:
+    """Whether this is what `convert_to_reference_fx` returns: weights to be quantized, and no quantized op yet."""
+    if not isinstance(model, GraphModule):
+        return False
+    weighted = any(_is_reference_module(m) for m in model.modules())
+    for node in model.graph.nodes:
+        if isinstance(node.target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+            return False
+        weighted = weighted or (node.target in _QUANTIZE and _source(node) is not None)
+    lowered = any(type(m).__module__.startswith("torch.ao.nn.quantized.modules") for m in model.modules())
+    return weighted and not lowered
+
+
+def lower(model: GraphModule, qconfig_map: Mapping[str, Any] | None = None) -> GraphModule:
+    """Lower a copy of a reference model to the kernels of the present engine, as `convert_fx` does.
+
+    Args:
+        model: what `convert_to_reference_fx` returned; it is left alone.
+        qconfig_map: qconfigs by node name; a node whose qconfig is None stays in float even between quantized ones.
+            A reference model does not remember them.
+
+    Raises:
+        UnsupportedModelError: this is not a reference model.
+    """
+    if not is_reference(model):
+        raise UnsupportedModelError(
+            f"expected the GraphModule that convert_to_reference_fx returns, got {type(model).__name__}"
+        )
+    lowering = _lowering()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao warns of its own deprecation
+        lowered = lowering(copy.deepcopy(model), dict(qconfig_map or {}), _scopes(model))
+    lowered.meta.update(model.meta)
+    return lowered
+
+
+def write_back(lowered: GraphModule, reference: GraphModule, qconfig_map: Mapping[str, Any] | None = None) -> None:
+    """Give a reference model the scales of its lowered copy, so that it lowers to the same model bit for bit.
+
+    Float weights stay, but where lowering would round them to another code than the copy's (codes clamped to a
+    nominal range, ties): those become the value of the code. Quantize nodes that lowering drops stay as they are.
+
+    Args:
+        lowered: what `lower(reference)` returned, refined.
+        reference: written in place.
+        qconfig_map: as given to `lower`.
+
+    Raises:
+        UnsupportedModelError: a scale of the copy has no place in the reference model; nothing was written.
+    """
+    backend = LoweredBackend(lowered)
+    places = _places(backend, reference, qconfig_map)
+    values = {name: backend.read(name) for name in places}
+    codes = {name: backend.weight(name).int_repr() for name, home in places.items() if home.weight is not None}
+    with torch.no_grad():
+        for name, home in places.items():
+            home.scale.copy_(values[name].scale.reshape(home.scale.shape))
+            home.zero_point.copy_(values[name].zero_point.reshape(home.zero_point.shape))
+            if home.weight is not None:
+                _settle(home, codes[name].reshape(home.weight.shape))
+
+
+def _settle(home: _Home, codes: Tensor) -> None:
+    """Move the float weights that would be rounded to other codes."""
+    weight = cast(Tensor, home.weight)
+    if home.axis is None:
+        shape = [1] * weight.dim()
+        quantized = torch.quantize_per_tensor(weight, float(home.scale), int(home.zero_point), torch.qint8)
+    else:
+        shape = [-1 if d == home.axis else 1 for d in range(weight.dim())]
+        quantized = torch.quantize_per_channel(weight, home.scale, home.zero_point, home.axis, torch.qint8)
+    value = (codes.to(weight.dtype) - home.zero_point.reshape(shape)) * home.scale.reshape(shape)
+    weight.copy_(torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
+
+
+def _places(backend: LoweredBackend, reference: GraphModule, qconfig_map: Mapping[str, Any] | None) -> dict[str, _Home]:
+    """The home in the reference model of each site of its lowered copy.
+
+    Found by marking: each home of a copy of the reference model gets a scale of its own; where that scale turns up
+    after lowering is the site.
+    """
+    marked = copy.deepcopy(reference)
+    with torch.no_grad():
+        for k, home in enumerate(_homes(marked)):
+            home.scale.fill_(1 + k / _MARKS)
+    marks = LoweredBackend(lower(marked, qconfig_map))
+    homes = _homes(reference)
+    places: dict[str, _Home] = {}
+    for name, site in backend.sites.items():
+        mark = float(marks.read(name).scale.reshape(-1)[0]) if name in marks.sites else 0.0
+        index = round((mark - 1) * _MARKS)
+        if 0 <= index < len(homes) and mark == 1 + index / _MARKS:
+            places[name] = homes[index]
+        elif not site.fixed:
+            raise UnsupportedModelError(f"{name}: the reference model has no place for this scale", name)
+    return places
+
+
+def _homes(model: GraphModule) -> list[_Home]:
+    """Every place of a reference model that holds qparams, in a fixed order."""
+    homes = []
+    for module in model.modules():
+        if _is_reference_module(module) and getattr(module, "weight_dtype", None) == torch.qint8:
+            owner = cast(Any, module)
+            axis = owner.weight_axis_int if "channel" in str(owner.weight_qscheme) else None
+            homes.append(_Home(owner.weight_scale, owner.weight_zero_point, owner.weight, axis))
+    seen = set()
+    for node in model.graph.nodes:
+        if node.op != "call_function" or node.target not in _QUANTIZE:
+            continue
+        sources = [a for a in node.args[1:3] if isinstance(a, Node) and a.op == "get_attr"]
+        if len(sources) != 2 or str(sources[0].target) in seen:
+            continue
+        seen.add(str(sources[0].target))
+        scale, zero_point = (_attribute(model, str(source.target)) for source in sources)
+        axis = int(node.args[3]) if node.target is torch.quantize_per_channel else None
+        weight = _source(node)
+        homes.append(_Home(scale, zero_point, None if weight is None else _attribute(model, weight), axis))
+    return homes
+
+
+def _source(node: Node) -> str | None:
+    """The weight that a quantize node quantizes; None for an activation (a constant such as pos_embed is one too)."""
+    first = node.args[0] if node.args else None
+    weight = isinstance(first, Node) and first.op == "get_attr" and node.args[-1] is torch.qint8
+    return str(cast(Node, first).target) if weight else None
+
+
+def _is_reference_module(module: nn.Module) -> bool:
+    return ".quantized.reference" in type(module).__module__ and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _scopes(model: GraphModule) -> dict[str, tuple[str, Any]]:
+    """Path of the module that owns the weight of each functional op, by node name: packed weights are named by it."""
+    scopes: dict[str, tuple[str, Any]] = defaultdict(lambda: ("", None))
+    for node in model.graph.nodes:
+        weight = _source(node) if node.target in _QUANTIZE else None
+        for dequantize in node.users if weight is not None else ():
+            scopes.update({op.name: (str(weight).rpartition(".")[0], None) for op in dequantize.users})
+    return scopes
+
+
+def _lowering() -> Callable[..., GraphModule]:
+    """What `convert_fx` calls last; the engines share it."""
+    try:
+        from torch.ao.quantization.fx.lower_to_fbgemm import lower_to_fbgemm
+    except ImportError as error:
+        raise UnsupportedModelError("this torch cannot lower reference models; pass what convert_fx returns") from error
+    return cast(Callable[..., GraphModule], lower_to_fbgemm)
+
+
+def _attribute(model: nn.Module, target: str) -> Tensor:
+    value: Any = model
+    for part in target.split("."):
+        value = getattr(value, part)
+    return cast(Tensor, value)
