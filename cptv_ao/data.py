@@ -79,12 +79,14 @@ def split_batches(batches: list[Batch], fraction: float) -> Split:
 
 
 def _batch(item: Any, index: int) -> Batch:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(item, Mapping):
-        args, kwargs = (), dict(item)
+        kwargs = dict(item)
         tensors = [v for v in kwargs.values() if isinstance(v, Tensor)]
     else:
         first = item[0] if isinstance(item, (list, tuple)) and item else item
-        args, kwargs = (first,), {}
+        args = (first,)
         tensors = [first] if isinstance(first, Tensor) else []
     if not tensors:
         raise CalibrationDataError(
@@ -110,7 +112,8 @@ def _batch(item: Any, index: int) -> Batch:
 def _check_shape(first: Batch, batch: Batch, index: int) -> None:
     if len(first.args) != len(batch.args) or first.kwargs.keys() != batch.kwargs.keys():
         raise CalibrationDataError(f"calib_loader, batch {index}: its inputs differ from those of batch 0", index)
-    pairs = [*zip(first.args, batch.args, strict=True), *((first.kwargs[k], batch.kwargs[k]) for k in first.kwargs)]
+    pairs: list[tuple[Any, Any]] = list(zip(first.args, batch.args, strict=True))
+    pairs += [(first.kwargs[k], batch.kwargs[k]) for k in first.kwargs]
     for a, b in pairs:
         if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape[1:] != b.shape[1:] or a.dtype != b.dtype):
             raise CalibrationDataError(

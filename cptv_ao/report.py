@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -113,9 +114,9 @@ class Report:
         if self.moves:
             lines[-1] += "; the farthest:"
             far = sorted(self.moves, key=lambda m: -m.log2)[:8]
-            rows = [("site", "scales moved", "largest factor", "zero_point step")]
-            rows += [(m.name, f"{m.moved} of {m.scales}", f"{2**m.log2:.3f}", str(m.zero_point)) for m in far]
-            lines += _table(rows)
+            moved = [("site", "scales moved", "largest factor", "zero_point step")]
+            moved += [(m.name, f"{m.moved} of {m.scales}", f"{2**m.log2:.3f}", str(m.zero_point)) for m in far]
+            lines += _table(moved)
         lines += ["", *self.notes] if self.notes else []
         lines.append("")
         lines.append(
@@ -142,7 +143,7 @@ def _change(before: float, after: float) -> tuple[str, str, str]:
     return f"{before:.5g}", f"{after:.5g}", change
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

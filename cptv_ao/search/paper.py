@@ -56,7 +56,7 @@ class PaperStrategy:
         drawn = self._rng.integers(len(self._population), size=self._tournament)  # with replacement
         parent = min((self._population[i] for i in drawn), key=_loss)
         noise = self._rng.uniform(-self._epsilon, self._epsilon, size=int(self._scales.sum()))
-        child = parent.vector.copy()
+        child: Vector = parent.vector.copy()
         child[self._scales] = np.abs(child[self._scales] + noise)
         return child
 
