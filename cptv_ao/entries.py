@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cptv_ao.data import Batch
-from cptv_ao.pieces import Pieces, Values, clone, same_stamp, storages
+from cptv_ao.pieces import Pieces, Values, clone, packed, same_stamp, storages
 
 
 class Entries:
@@ -31,6 +31,7 @@ class Entries:
         self._stamp: list[Any] = []
         self._values: list[Values | None] = []
         self._copies: tuple[bool, ...] = ()
+        self._views: tuple[bool, ...] = ()
         #: bytes held now
         self.bytes = 0
 
@@ -49,6 +50,7 @@ class Entries:
             return 0
         old = self._values if usable else [None] * len(self._batches)
         self.clear()
+        self._views = self._pieces.views(at)
         moved, per_image = 0, 0.0
         with torch.inference_mode():
             for index, batch in enumerate(self._batches):
@@ -72,7 +74,7 @@ class Entries:
             values: Values = self._pieces.start(*inputs(self._pieces, batch), at)
         else:
             values = self._pieces.run(before, source, at)
-        return values
+        return tuple(packed(v) if view else v for v, view in zip(values, self._views, strict=True))
 
     def output(self, index: int) -> Any:
         """The model's output on a batch: the tail from its entry, or the whole model."""

@@ -27,6 +27,11 @@ _IN_PLACE = {
     operator.ixor, operator.setitem,
 }  # fmt: skip
 
+_REORDERING = {
+    "contiguous", "flatten", "permute", "reshape", "size", "transpose", "view", getattr, operator.getitem,
+    operator.floordiv, operator.mul, torch.flatten, torch.permute, torch.reshape, torch.transpose,
+}  # fmt: skip
+
 
 class Pieces:
     """The forward of a model in eval mode, cut before any of its nodes.
@@ -47,8 +52,8 @@ class Pieces:
         self._functions: dict[tuple[int, int | None], Callable[..., Any]] = {}
 
     def cut(self, nodes: Iterable[str]) -> int:
-        """The cut before the first of these nodes."""
-        at = min(self._position[name] for name in nodes)
+        """The cut before the first of these nodes; before what only unpacks and reorders its quantized inputs."""
+        at = self._rewound(min(self._position[name] for name in nodes))
         if at not in self._cuts:
             insort(self._cuts, at)
         return at
@@ -73,6 +78,14 @@ class Pieces:
         """Which live values at a cut are worked on in place behind it (timm's ReLU): hand over copies of these."""
         return tuple(node in self._written for node in self._live(at))
 
+    def views(self, at: int) -> tuple[bool, ...]:
+        """Which live values may be packed tightly: those that are only quantized next, element by element."""
+
+        def packable(node: Node) -> bool:
+            return all(u.target is torch.quantize_per_tensor for u in node.users if self._index[u] >= at)
+
+        return tuple(packable(node) for node in self._live(at))
+
     @property
     def input_written(self) -> bool:
         """Whether the model may work in place on its input."""
@@ -89,6 +102,17 @@ class Pieces:
 
     def _next(self, start: int) -> int | None:
         return next((cut for cut in self._cuts if cut > start), None)
+
+    def _rewound(self, at: int) -> int:
+        """Before: dequantize -> permute -> [cut, float32] -> quantize;  after: [cut, quint8] -> dequantize -> ..."""
+        found = at
+        for index in range(at - 1, -1, -1):
+            node = self._nodes[index]
+            if node.op == "call_method" and node.target == "dequantize":
+                found = index
+            elif not (node.op == "get_attr" or node.target in _REORDERING):
+                break
+        return found
 
     def _live(self, at: int) -> list[Node]:
         return [n for n in self._nodes[:at] if n.op != "get_attr" and self._last_use[n] >= at]
@@ -163,6 +187,13 @@ def clone(value: Any) -> Any:
         return value.clone()
     if isinstance(value, (list, tuple)):
         return type(value)(clone(v) for v in value)
+    return value
+
+
+def packed(value: Any) -> Any:
+    """A tensor without the storage around it, where it is a small part of that (`x[:, 0]`)."""
+    if isinstance(value, Tensor) and value.numel() * value.element_size() * 2 < value.untyped_storage().nbytes():
+        return value.clone(memory_format=torch.contiguous_format)
     return value
 
 
