@@ -28,6 +28,8 @@ from cptv_ao.pieces import Pieces
 Select = Callable[[Any], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_CACHE_BYTES = 2 << 30
+#: A raced candidate is dropped once its loss on the images seen so far is above the parent's by this fraction.
+RACE_MARGIN = 0.0
 
 
 def first_floating(output: Any) -> Tensor:
@@ -134,7 +136,7 @@ class Evaluator:
         # Partial sums are added in another order than the total: leave room for their rounding.
         limit = threshold * self.images * (1 + 1e-9)
         losses = [0.0] * len(self._batches)
-        partial = behind = 0.0
+        partial = sofar = 0.0
         with torch.inference_mode():
             for index in self._order(parent):
                 batch = self._batches[index]
@@ -144,8 +146,8 @@ class Evaluator:
                 if partial >= limit:
                     return math.inf
                 if parent is not None:
-                    behind += losses[index] - parent[index]
-                    if behind > 0:
+                    sofar += parent[index]
+                    if partial - sofar > RACE_MARGIN * abs(sofar):
                         return math.inf
         total = sum(losses) / self.images
         if total >= threshold:

@@ -29,7 +29,7 @@ _IN_PLACE = {
 
 _REORDERING = {
     "contiguous", "flatten", "permute", "reshape", "size", "transpose", "view", getattr, operator.getitem,
-    operator.floordiv, operator.mul, torch.flatten, torch.permute, torch.reshape, torch.transpose,
+    operator.floordiv, operator.mod, operator.mul, nn.functional.pad, torch.flatten, torch.permute, torch.reshape, torch.transpose,
 }  # fmt: skip
 
 
