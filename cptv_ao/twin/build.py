@@ -1,4 +1,4 @@
-"""From a lowered graph to the float graph of the twin.
+"""From a lowered graph to the float graph of the twin. Nodes keep their names.
 
 Before: quantize_per_tensor(x, s, z) -> nnq.Linear -> quantized.add(a, b, s, z) -> dequantize
 After:  Quantizer(x)                 -> Weighted   -> Sum(a, b)                 -> lifted("dequantize")
@@ -85,6 +85,8 @@ class Builder:
             return self._function(node)
         if node.op == "call_method":
             method = str(node.target)
+            if method.endswith("_") and not method.endswith("__"):  # never in place: others may hold the codes
+                method = method.removesuffix("_")
             return self._lift(node, method, getattr(torch.Tensor, method))
         return self._graph.node_copy(node, lambda n: self.nodes[n.name])
 
@@ -152,7 +154,7 @@ class Builder:
         self._owned[name] = module
         mapped = torch.fx.node.map_arg(node.args if args is None else args, lambda n: self.nodes[n.name])
         named = torch.fx.node.map_arg(node.kwargs if kwargs is None else kwargs, lambda n: self.nodes[n.name])
-        return self._graph.call_module(name, mapped, named)
+        return self._graph.create_node("call_module", name, mapped, named, name=node.name)
 
     def _quantizer(self, node: Node) -> Quantizer:
         if node.name not in self._activation:
@@ -183,6 +185,8 @@ class Lift(nn.Module):
         self._name, self.function = name, function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("inplace"):
+            kwargs["inplace"] = False
         return lifted(self._name, self.function, *args, **kwargs)
 
 
@@ -214,7 +218,7 @@ def _float_op(module: nn.Module) -> Callable[..., Tensor]:
         stats = [_own(getattr(owner, k)) for k in ("running_mean", "running_var", "weight", "bias")]
 
         def batch_norm(x: Tensor) -> Tensor:
-            mean, var, weight, bias = (s.to(x.device) for s in stats)
+            mean, var, weight, bias = (s.to(x) for s in stats)
             out = functional.batch_norm(x, mean, var, weight, bias, False, 0.0, owner.eps)
             return functional.relu(out) if "ReLU" in name else out
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,7 +39,7 @@ class Quantize(torch.autograd.Function):
         passed = ctx.limits.inside(gradient, u)
         d_scale = -dot(passed, u) * inverse if ctx.needs_input_grad[1] else None
         d_zero = ctx.limits.ends(gradient, u, passed) if ctx.needs_input_grad[2] else None
-        return passed * inverse if ctx.needs_input_grad[0] else None, d_scale, d_zero, None
+        return passed.mul_(inverse) if ctx.needs_input_grad[0] else None, d_scale, d_zero, None
 
 
 class RoundWeight(torch.autograd.Function):
@@ -208,11 +209,12 @@ class Add(torch.autograd.Function):
 
 def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """fma(q, s, -z s): codes * scale plus what the product z s loses in rounding."""
-    exact = zero_point.double() * scale.double()
-    lost = (exact - exact.float()).float()
     if codes.is_cpu and not torch.compiler.is_compiling():
+        exact = float(zero_point) * float(scale)
+        lost = torch.scalar_tensor(exact - float(np.float32(exact)))
         return torch.add(lost, codes, alpha=float(scale))  # one fused multiply-add
-    return torch.addcmul(lost, codes, scale)
+    product = zero_point.double() * scale.double()
+    return torch.addcmul((product - product.float()).float(), codes, scale)
 
 
 def _fixed_point_sum(a: Tensor, a_ratio: Tensor, b: Tensor, b_ratio: Tensor) -> Tensor:
@@ -287,7 +289,7 @@ def _kernel_rstd(mean: Tensor, rstd: Tensor, zero_point: Tensor, scale: Tensor, 
 def _correct_rows(u: Tensor, ratio: Tensor, shift: Tensor | None, shape: list[int]) -> None:
     """Multiply u, less its bias, by a ratio per row, in place; where few rows change, only those."""
     flat, factor = u.view(-1, *shape), ratio.reshape(-1, *([1] * len(shape)))
-    rows = ((factor - 1).abs() > 1e-6).flatten()
+    rows = ((factor - 1).abs() > 2e-6).flatten()
     count = int(rows.sum())
     if 4 * count > len(rows):
         flat.mul_(factor)

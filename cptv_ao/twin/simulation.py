@@ -1,0 +1,107 @@
+"""Searching on the twin in place of the kernels: the backend of a simulated model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.data import Batch
+from cptv_ao.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.twin import Twin, moved
+
+
+class SimulatedBackend:
+    """The sites of a lowered model, read from and written to its twin, on any device.
+
+    It has the methods of `LoweredBackend`, so a search runs on either. Nodes of `model` have the names of those of the
+    lowered model, so blocks and cuts are the same. The lowered model is only written by `commit`.
+
+    Args:
+        backend: of the lowered model, with its float weights.
+        device: where the twin computes.
+
+    Raises:
+        UnsupportedModelError: the twin does not know an op.
+    """
+
+    def __init__(self, backend: LoweredBackend, device: torch.device | str = "cpu") -> None:
+        self._backend = backend
+        self.sites: SiteTable = backend.sites
+        self.twin = Twin(backend).to(device)
+        self._given = {name: backend.read(name) for name in self.twin.names}
+
+    @property
+    def model(self) -> GraphModule:
+        """What an evaluator runs."""
+        return self.twin.module
+
+    @property
+    def float_weights(self) -> Mapping[str, Tensor]:
+        """As of the lowered model."""
+        return self._backend.float_weights
+
+    def read(self, name: str) -> QParams:
+        """Scale and zero_point as they are in the twin now."""
+        return self.twin.get(name) if name in self._given else self._backend.read(name)
+
+    def write(self, name: str, qparams: QParams) -> None:
+        """Write a scale into the twin; the codes of a weight are re-rounded.
+
+        Raises:
+            InvalidScaleError: see `QParams.checked`; the twin is untouched.
+            KeyError: a weight site without a float weight, or a site that the output does not depend on.
+        """
+        if self.sites[name].kind == "weight" and name not in self.float_weights:
+            raise KeyError(name)
+        self.twin.set(name, qparams)
+
+    def state(self, name: str) -> Any:
+        """What the twin holds at the site now, for `restore`."""
+        return self.twin.state(name) if name in self._given else None
+
+    def restore(self, name: str, state: Any) -> None:
+        """Put back what `state` returned."""
+        if state is not None:
+            self.twin.restore(name, state)
+
+    def snapshot(self) -> dict[str, Any]:
+        """`state` of every site."""
+        return {name: self.state(name) for name in self.sites}
+
+    def restore_all(self, snapshot: Mapping[str, Any]) -> None:
+        """Put back a `snapshot`."""
+        for name, state in snapshot.items():
+            self.restore(name, state)
+
+    def movable(self) -> dict[str, tuple[ScaleSite, ...]]:
+        """As of the lowered model, less what the twin's output does not depend on."""
+        groups = self._backend.movable()
+        return {lead: group for lead, group in groups.items() if all(site.name in self._given for site in group)}
+
+    def check_finite(self) -> None:
+        """As of the lowered model."""
+        self._backend.check_finite()
+
+    def commit(self) -> list[str]:
+        """Write what moved since the twin was built into the lowered model; returns the names.
+
+        Whether the kernels agree that it is better is for the caller to find out, and `LoweredBackend.restore_all` to
+        undo.
+        """
+        moved_sites = []
+        for name, given in self._given.items():
+            now = self.twin.get(name)
+            if not (torch.equal(now.scale, given.scale) and torch.equal(now.zero_point, given.zero_point)):
+                self._backend.write(name, now)
+                moved_sites.append(name)
+        return moved_sites
+
+    def batch(self, batch: Batch) -> Batch:
+        """A batch on the twin's device."""
+        device = self.twin.device
+        return Batch(moved(batch.args, device), moved(batch.kwargs, device), batch.images)
