@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.twin.values import QTensor
+from cptv_ao.twin.values import QTensor, straight_through_round
 
 # Pure selections and reorderings of the codes.
 _SHAPE = {
@@ -22,7 +22,7 @@ _SHAPE = {
 }  # fmt: skip
 # Averages: computed on the codes and rounded to the same qparams.
 _AVERAGES = {
-    "mean", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "AvgPool2d", "AvgPool1d",
+    "avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "AvgPool2d", "AvgPool1d",
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "interpolate", "Upsample",
 }  # fmt: skip
 # Clamps to real values, which are rounded to the scale first.
@@ -58,6 +58,8 @@ def lifted(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -
         return function(first.codes, *args[1:], **kwargs)
     if name in _SHAPE:
         return _wrapped(first, function(first.codes, *args[1:], **kwargs))
+    if name == "mean":
+        return _mean(function, first, *args[1:], **kwargs)
     if name in _AVERAGES:
         return first.fitted(function(first.codes, *args[1:], **kwargs))
     if name in _CLAMPS:
@@ -67,6 +69,18 @@ def lifted(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -
         like = replace(first, scale=first.scale.new_tensor(scale), zero_point=first.scale.new_tensor(float(zero_point)))
         return like.fitted(op(first.dequantize()) / like.scale)
     raise UnsupportedModelError(f"the twin does not know {name} on a quantized tensor", name)
+
+
+def _mean(function: Callable[..., Tensor], value: QTensor, dim: Any = None, *args: Any, **kwargs: Any) -> QTensor:
+    """Means of small groups fall on ties: the kernel rounds codes over the last dimensions, floats over others."""
+    rank = value.codes.dim()
+    dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
+    if dims != list(range(rank - len(dims), rank)):
+        return value.fitted(function(value.dequantize(), dim, *args, **kwargs) * (1 / value.scale))
+    codes = function(value.codes, *([] if dim is None else [dim]), *args, **kwargs)
+    if value.rounding != "round":
+        return value.with_codes(codes)
+    return value.with_codes(straight_through_round(codes + value.zero_point) - value.zero_point)
 
 
 def _concatenated(function: Callable[..., Tensor], values: list[QTensor], *args: Any, **kwargs: Any) -> QTensor:
