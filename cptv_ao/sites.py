@@ -86,7 +86,7 @@ class QParams:
                 f"got {float(scale.reshape(-1)[channel]):.4g}{where}",
                 site.name,
             )
-        zero_point = self.zero_point.to(torch.int64)
+        zero_point = self.zero_point.to(torch.int64, copy=True)
         if site.kind == "activation" and not bool(((zero_point >= site.qmin) & (zero_point <= site.qmax)).all()):
             raise InvalidScaleError(
                 f"{site.name}: zero_point must be in {site.qmin}..{site.qmax}, got {int(zero_point.reshape(-1)[0])}",

@@ -194,7 +194,7 @@ def test_without_float_model_there_is_one_warning_and_weights_stay(case: Case) -
 def test_the_prepared_model_is_as_good_a_float_model_as_the_float_model(case: Case) -> None:
     other = case.copy()
     prepared = everything(other.prepared)
-    arguments: dict[str, Any] = {"config": small_config(), "progress": False}
+    arguments: dict[str, Any] = {"config": small_config(evaluations=20, holdout=0), "progress": False}
     cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, **arguments)
     cptv_ao.refine(other.converted, case.batches, float_model=other.prepared, **arguments)
     assert everything(other.prepared) == prepared, "refine must not observe, patch or move the prepared model"

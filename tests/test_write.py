@@ -151,3 +151,19 @@ def test_what_was_read_does_not_change_with_the_model(case: Case) -> None:
         backend.write(name, moved(read[name], site))
     for name, (scale, zero_point) in kept.items():
         assert torch.equal(read[name].scale, scale) and torch.equal(read[name].zero_point, zero_point), name
+
+
+def test_neither_what_was_read_nor_what_was_written_is_shared_with_the_model(case: Case) -> None:
+    backend = backend_of(case)
+    for name, site in backend.sites.items():
+        given = weights(case.converted)
+        read = backend.read(name)
+        read.scale.fill_(7.0)
+        read.zero_point.fill_(7)
+        assert weights(case.converted) == given, name
+        written = moved(backend.read(name), site)
+        backend.write(name, written)
+        given = weights(case.converted)
+        written.scale.fill_(7.0)
+        written.zero_point.fill_(7)
+        assert weights(case.converted) == given, name

@@ -88,7 +88,9 @@ class WeightHome:
         weight = self.weight()
         if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
             return QParams(torch.tensor(weight.q_scale(), dtype=torch.float64), torch.tensor(weight.q_zero_point()))
-        return QParams(weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().long())
+        # The unpacked tensor shares its scales with the packed object.
+        scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
+        return QParams(scales.to(torch.float64, copy=True), zero_points.to(torch.int64, copy=True))
 
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams) -> None:
         """Pack int8 codes with their scales."""
