@@ -252,9 +252,12 @@ class LayerNorm(torch.autograd.Function):
         gain = inverse.expand(shape) if weight is None else weight * inverse
         shift = None if bias is None else bias * inverse
         codes = codes.contiguous()
-        small = eps / float(scale) ** 2
-        u, mean, rstd = torch.native_layer_norm(codes, shape, gain.contiguous(), shift, small)
-        if limits.rounds:
+        if torch.compiler.is_compiling():
+            u, mean, rstd = _plain_layer_norm(codes, scale, in_zero, gain, shift, shape, eps, limits.rounds)
+        else:
+            small = eps / float(scale) ** 2
+            u, mean, rstd = torch.native_layer_norm(codes, shape, gain.contiguous(), shift, small)
+        if limits.rounds and not torch.compiler.is_compiling():
             ratio = _kernel_rstd(mean, rstd, in_zero, scale, eps) / rstd
             _correct_rows(u, ratio, shift, shape)
         ctx.save_for_backward(codes, scale, gain, shift, out_scale, u, mean, rstd)
@@ -274,6 +277,26 @@ class LayerNorm(torch.autograd.Function):
         # u does not change when codes and 1 / s_x grow together (eps / s_x^2 is what is added to the variance)
         d_scale = dot(d_codes, codes) / scale if needs[1] else None
         return d_codes, d_scale, None, None, None, d_out, d_zero, None, None, None
+
+
+def _plain_layer_norm(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    shape: list[int],
+    eps: float,
+    rounds: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, mean and 1 / std by ops that a compiler fuses and that need no number on the host."""
+    dims = list(range(-len(shape), 0))
+    mean = codes.mean(dims, keepdim=True)
+    centred = codes - mean
+    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps / (scale * scale))
+    factor = _kernel_rstd(mean, rstd, zero_point, scale, eps) if rounds else rstd
+    u = centred * factor * gain
+    return u if shift is None else u + shift, mean, rstd
 
 
 def _kernel_rstd(mean: Tensor, rstd: Tensor, zero_point: Tensor, scale: Tensor, eps: float) -> Tensor:
