@@ -64,14 +64,16 @@ def check_every_block(case: Case, blocks: tuple[Block, ...]) -> None:
         evaluator.enter(nodes(block))
         before = reference.outputs()
         assert all(same_bits(a, b) for a, b in zip(evaluator.outputs(), before, strict=True)), block.name
-        for factor in (1.2, 0.3):
+        changed = False
+        for factor in (1.2, 0.3, 5.0):
             reference.move(block, factor)
             wanted = reference.outputs()
             for _ in range(2):  # what ran on the cached entries must not have changed them
                 got = evaluator.outputs()
                 assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True)), (block.name, factor)
+            changed |= not all(same_bits(a, b) for a, b in zip(wanted, before, strict=True))
             assert evaluator.score() == reference.loss()
-        assert not all(same_bits(a, b) for a, b in zip(wanted, before, strict=True)), f"{block.name} does nothing"
+        assert changed, f"writing {block.name} does nothing"
         evaluator.leave()
         assert all(same_bits(a, b) for a, b in zip(evaluator.outputs(), wanted, strict=True)), block.name
 
@@ -125,7 +127,7 @@ def test_a_functional_in_place_relu_on_a_cached_value() -> None:
             x = self.a(x)
             y = nn.functional.relu(self.b(x) + x, inplace=True)
             z = nn.functional.relu_(nn.functional.max_pool2d(x, 2))
-            return (self.c(z).mean((2, 3)) + y.mean((2, 3))) * 3
+            return (self.c(z) + nn.functional.max_pool2d(y, 2)).flatten(1) * 3
 
     float_model = nets.seeded(InPlace)
     batches = list(nets.images(8, 3, 8, 8).split(4))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import nets
+import pytest
 import torch
 from conftest import Case
 from torch import Tensor, nn
@@ -115,6 +118,40 @@ def test_inputs_of_a_cat_move_together(conv: Case) -> None:
     assert [site.name for site in sites.groups()["left.output"]] == ["left.output", "right.output"]
     assert "right.output" not in sites.groups()
     assert [name for name, site in sites.items() if site.tied != name] == ["right.output"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Identity(),
+        nn.MaxPool2d(1),
+        nn.AvgPool2d(1),
+        nn.AdaptiveAvgPool2d(4),
+        nn.ReLU6(),
+        nn.Dropout(),
+        lambda x: x.contiguous(),
+        lambda x: nn.functional.avg_pool2d(x, 1),
+        lambda x: x.flatten(2).reshape(x.shape),
+        lambda x: x.permute(0, 1, 3, 2),
+    ],
+)
+def test_a_cat_ties_through_ops_that_keep_the_scale(between: Any) -> None:
+    class Cat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.between = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), between
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.between(self.a(x)), self.b(x)], 1)
+
+    _, model = nets.quantize(nets.seeded(Cat), [nets.images(4, 3, 4, 4)])
+    model.b.scale, model.b.zero_point = model.a.scale, model.a.zero_point
+    assert cptv_ao.find_sites(model)["b.output"].tied == "a.output"
+
+
+def test_inputs_of_a_cat_with_scales_of_their_own_move_alone(conv: Case) -> None:
+    conv.converted.right.scale *= 1.5
+    assert cptv_ao.find_sites(conv.converted)["right.output"].tied == "right.output"
 
 
 def test_fixed_qparams_never_move() -> None:

@@ -34,16 +34,18 @@ _DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
 # torch ops whose quantized output keeps the qparams of their first input.
 _PASS_METHODS = {
     "contiguous", "detach", "flatten", "permute", "repeat", "reshape", "squeeze", "transpose", "unsqueeze", "view",
-    "relu", "relu_", "clamp", "expand", "chunk", "split", "unbind", "clone",
+    "relu", "relu_", "clamp", "expand", "chunk", "split", "unbind", "clone", "mean",
 }  # fmt: skip
 _PASS_FUNCTIONS = {
     "flatten", "transpose", "squeeze", "unsqueeze", "reshape", "permute", "narrow", "relu", "relu6", "hardtanh",
     "clamp", "max_pool1d", "max_pool2d", "interpolate", "channel_shuffle", "pixel_shuffle", "getitem", "dropout",
-    "chunk", "split", "unbind", "boolean_dispatch",
+    "chunk", "split", "unbind", "boolean_dispatch", "mean", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
 }  # fmt: skip
 _PASS_MODULES = {
     "Identity", "Dropout", "ReLU", "ReLU6", "Hardtanh", "MaxPool1d", "MaxPool2d", "Flatten", "PixelShuffle",
-    "ChannelShuffle", "Upsample",
+    "ChannelShuffle", "Upsample", "AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
 }  # fmt: skip
 
 
