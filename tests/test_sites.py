@@ -131,7 +131,7 @@ def test_inputs_of_a_cat_move_together(conv: Case) -> None:
         nn.Dropout(),
         lambda x: x.contiguous(),
         lambda x: nn.functional.avg_pool2d(x, 1),
-        lambda x: x.flatten(2).reshape(x.shape),
+        lambda x: x.transpose(1, 2).transpose(1, 2),
         lambda x: x.permute(0, 1, 3, 2),
     ],
 )
