@@ -38,7 +38,7 @@ class Quantize(torch.autograd.Function):
         u, inverse = ctx.saved_tensors
         passed = ctx.limits.inside(gradient, u)
         d_scale = -dot(passed, u) * inverse if ctx.needs_input_grad[1] else None
-        d_zero = ctx.limits.ends(gradient, u, passed) if ctx.needs_input_grad[2] else None
+        d_zero = ctx.limits.ends(gradient, u, passed.sum()) if ctx.needs_input_grad[2] else None
         return passed.mul_(inverse) if ctx.needs_input_grad[0] else None, d_scale, d_zero, None
 
 
@@ -157,7 +157,7 @@ class Weigh(torch.autograd.Function):
             d_weight = d_weight * per_weight
         direct = moment if bias is None else moment - total * bias / out_scale
         d_weight_scale = direct / weight_scale if weight_scale.dim() else direct.sum() / weight_scale
-        d_zero = ctx.limits.ends(gradient, u, passed) if needs[6] else None
+        d_zero = ctx.limits.ends(gradient, u, total.sum()) if needs[6] else None
         d_out = -moment.sum() / out_scale
         return d_codes, direct.sum() / scale, d_weight, d_weight_scale, None, d_out, d_zero, None, None, None
 
@@ -200,7 +200,7 @@ class Add(torch.autograd.Function):
         needs = ctx.needs_input_grad
         passed = ctx.limits.inside(gradient, u)
         moment, left = dot(passed, u), dot(passed, a) / out_scale
-        d_zero = ctx.limits.ends(gradient, u, passed) if needs[7] else None
+        d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[7] else None
         d_a = passed * (a_scale / out_scale) if needs[0] else None
         d_b = passed.mul_(b_scale / out_scale) if needs[3] else None
         right = (moment - left * a_scale) / b_scale  # u s_y = a s_a + b s_b
@@ -273,7 +273,7 @@ class LayerNorm(torch.autograd.Function):
         d_out = -dot(passed, u) / out_scale
         mask = [True, False, False]
         d_codes = _aten.native_layer_norm_backward(passed, codes, ctx.shape, mean, rstd, gain, shift, mask)[0]
-        d_zero = ctx.limits.ends(gradient, u, passed) if needs[6] else None
+        d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[6] else None
         # u does not change when codes and 1 / s_x grow together (eps / s_x^2 is what is added to the variance)
         d_scale = dot(d_codes, codes) / scale if needs[1] else None
         return d_codes, d_scale, None, None, None, d_out, d_zero, None, None, None

@@ -48,11 +48,14 @@ class Limits:
         margin = 0.5 if self.rounds else 0.0
         return _between(gradient, u, self.low if self.relu else self.low - margin, self.high + margin)
 
-    def ends(self, gradient: Tensor, u: Tensor, passed: Tensor) -> Tensor:
-        """The gradient of a zero_point (): it moves the ends that codes are clipped to."""
+    def ends(self, gradient: Tensor, u: Tensor, passed_sum: Tensor) -> Tensor:
+        """The gradient of a zero_point (): it moves the ends that codes are clipped to.
+
+        `passed_sum`: the sum of what `inside` returned.
+        """
         if self.relu:  # the lower end is zero, wherever the zero_point is
-            passed = _between(gradient, u, -math.inf, self.high + (0.5 if self.rounds else 0.0))
-        return passed.sum() - gradient.sum()
+            passed_sum = _between(gradient, u, -math.inf, self.high + (0.5 if self.rounds else 0.0)).sum()
+        return passed_sum - gradient.sum()
 
 
 def _between(gradient: Tensor, u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -124,7 +127,7 @@ class _Fit(torch.autograd.Function):
         (gradient,) = gradients
         (centred,) = ctx.saved_tensors
         passed = ctx.limits.inside(gradient, centred)
-        return passed, ctx.limits.ends(gradient, centred, passed) if ctx.needs_input_grad[1] else None, None
+        return passed, ctx.limits.ends(gradient, centred, passed.sum()) if ctx.needs_input_grad[1] else None, None
 
 
 class _Scale(torch.autograd.Function):
