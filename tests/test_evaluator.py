@@ -117,19 +117,23 @@ def test_batches_of_different_size(conv: Case) -> None:
     check_every_block(conv, blocks_of(conv, one_per_site=False))
 
 
-def test_a_functional_in_place_relu_on_a_cached_value() -> None:
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+class InPlace(nn.Module):
+    """Reads a value, then works on it in place: a second run on the same cached value would read another one."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
-            y = nn.functional.relu(self.b(x) + x, inplace=True)
-            z = nn.functional.relu_(nn.functional.max_pool2d(x, 2))
-            return (self.c(z) + nn.functional.max_pool2d(y, 2)).flatten(1) * 3
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.act = nn.functional.relu_ if functional else nn.ReLU(inplace=True)
 
-    float_model = nets.seeded(InPlace)
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.a(x), 2)
+        y = self.b(x)
+        return self.c(y + self.act(x)).flatten(1)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_cached_value_that_the_tail_works_on_in_place(functional: bool) -> None:
+    float_model = nets.seeded(lambda: InPlace(functional))
     batches = list(nets.images(8, 3, 8, 8).split(4))
     prepared, converted = nets.quantize(float_model, batches)
     case = Case(float_model, prepared, converted, batches)
