@@ -28,8 +28,9 @@ from cptv_ao.pieces import Pieces
 Select = Callable[[Any], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_CACHE_BYTES = 2 << 30
-#: A raced candidate is dropped once its loss on the images seen so far is above the parent's by this fraction.
-RACE_MARGIN = 0.0
+#: A raced candidate is dropped once its loss on the first batch is above the parent's by this fraction. With k of n
+#: batches seen the fraction is lower by sqrt((n - k) / (k (n - 1))), as the error of a mean without replacement is.
+RACE_MARGIN = 0.05
 
 
 def first_floating(output: Any) -> Tensor:
@@ -138,7 +139,7 @@ class Evaluator:
         losses = [0.0] * len(self._batches)
         partial = sofar = 0.0
         with torch.inference_mode():
-            for index in self._order(parent):
+            for seen, index in enumerate(self._order(parent), start=1):
                 batch = self._batches[index]
                 losses[index] = float(self._loss(self._output(index), self._teacher[index])) * batch.images
                 self.image_forwards += batch.images
@@ -147,7 +148,7 @@ class Evaluator:
                     return math.inf
                 if parent is not None:
                     sofar += parent[index]
-                    if partial - sofar > RACE_MARGIN * abs(sofar):
+                    if partial - sofar > _margin(seen, len(losses)) * abs(sofar):
                         return math.inf
         total = sum(losses) / self.images
         if total >= threshold:
@@ -178,6 +179,10 @@ class Evaluator:
             output = run(self._model, Batch(args, kwargs, self._batches[index].images), index)
         self.forward_seconds += time.perf_counter() - started
         return self._select(output).flatten(1)
+
+
+def _margin(seen: int, batches: int) -> float:
+    return RACE_MARGIN * math.sqrt((batches - seen) / (seen * max(batches - 1, 1)))
 
 
 def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:

@@ -169,7 +169,7 @@ class Pieces:
         graph.lint()
         code = graph.python_code("self")
         scope: dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)
+        exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)  # noqa: S102
         function: Callable[..., Any] = scope["forward"]
         return function
 
