@@ -43,6 +43,9 @@ class RefineConfig:
         holdout: fraction of the batches that only accept or reject the result; 0 accepts on the search images.
         output: picks the tensor that the loss compares from the model's output; by default its first floating one.
         score_on: `kernels`: the model's own quantized kernels (CPU).
+        racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
+            have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
+        cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate.
         seed: of the search; no global generator is read or changed.
         max_evaluations: stop after this many candidates; None for no limit.
         max_seconds: stop after this many seconds of search; None for no limit.
@@ -66,6 +69,8 @@ class RefineConfig:
     holdout: float = 0.2
     output: Callable[[Any], Tensor] | None = None
     score_on: Literal["kernels"] = "kernels"
+    racing: bool = True
+    cache_bytes: int = 2**31
     seed: int = 0
     max_evaluations: int | None = None
     max_seconds: float | None = None
@@ -76,10 +81,14 @@ class RefineConfig:
         _expect(self.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", self.search)
         _expect(self.score_on == "kernels", "score_on", "'kernels'", self.score_on)
         _expect(self.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", self.block_order)
+        for name in ("blocks", "output"):
+            value = getattr(self, name)
+            _expect(value is None or callable(value), name, "a function or None", value)
+        _expect(isinstance(self.racing, bool), "racing", "True or False", self.racing)
         for name in ("temperature", "learning_rate", "epsilon"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
-        for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0)):
+        for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):
             value = getattr(self, name)
             _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)
         _expect(_is_number(self.holdout) and 0 <= self.holdout < 1, "holdout", "a fraction in [0, 1)", self.holdout)
@@ -157,5 +166,4 @@ def _is_number(value: object) -> bool:
 def _is_range(value: object) -> bool:
     if not (isinstance(value, tuple) and len(value) == 2 and all(_is_integer(v) for v in value)):
         return False
-    qmin, qmax = value
-    return -128 <= qmin < qmax <= 127
+    return bool(-128 <= value[0] < value[1] <= 127)

@@ -102,7 +102,7 @@ class GradientDescent:
         self._features: dict[int, list[Tensor]] = {}
         self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
         leaves = [leaf for g in self._groups for leaf in (g.log_scale, g.offset) if leaf is not None]
-        self._adam = torch.optim.Adam(leaves, lr=1.0, betas=(0.9, 0.95))
+        self._adam = torch.optim.Adam(leaves, lr=1.0, betas=(0.9, 0.95), fused=True)
         #: steps so far, and the images that went through them
         self.steps, self.images = 0, 0
 
@@ -129,8 +129,8 @@ class GradientDescent:
 
     def _step(self, index: int, batch: Batch, teacher: Tensor) -> None:
         wanted = self._wanted(index, batch) if self._feature_weight else []
-        values = {site.name: group.values() for group in self._groups for site in group.sites}
         with torch.enable_grad():
+            values = {site.name: group.values() for group in self._groups for site in group.sites}
             output, features = self._twin.call_tapped(values, *batch.args, **batch.kwargs)
             loss = self._loss(self._select(output).flatten(1), teacher)
             if wanted:

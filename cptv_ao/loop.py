@@ -10,15 +10,17 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.blocks import Block
 from cptv_ao.config import RefineConfig
+from cptv_ao.errors import CalibrationDataError
 from cptv_ao.evaluator import Evaluator
 from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, SiteMove
 from cptv_ao.search import make_strategy
-from cptv_ao.search.protocol import Individual, Strategy
+from cptv_ao.search.protocol import Individual
 from cptv_ao.sites import ScaleSite
 from cptv_ao.space import ScaleSpace
 
@@ -93,6 +95,7 @@ class Loop:
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
         self.start = self._losses(search.score())
+        search.keep()
         self.best = self.start
         self.rejected = False
         self._loss = self.start.search
@@ -111,10 +114,11 @@ class Loop:
             self._whole.refresh()
             before = self._whole.vector
             self._whole.write(self._whole.repair(self._whole.from_assignment(scales())))
-            loss = self._score(self._search, self._loss)
+            loss = self._score(self._loss)
             better = loss < self._loss
             if better:
                 self._loss = loss
+                self._search.keep()
             else:
                 self._whole.write(before)
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
@@ -126,13 +130,17 @@ class Loop:
         order = list(self._spaces.items())
         if self._config.block_order == "backward":
             order.reverse()
+        self._search.plan(space.nodes for space in self._spaces.values())
         for pass_index in range(self._config.passes):
+            before = self.best
             for name, space in order:
                 if not self.budget.left:
                     break
                 self._visit(name, space, pass_index)
                 self._keep()
             self._tell("pass", f"pass {pass_index + 1}", pass_index, self._loss)
+            if self._config.search == "evolution" and self.best is before:
+                break  # a whole pass gained nothing that the held-out images confirm
         self._backend.restore_all(self._best_state)
 
     def moves(self, before: Mapping[str, Any]) -> tuple[SiteMove, ...]:
@@ -167,11 +175,13 @@ class Loop:
         best = before
         while not strategy.done and self.budget.left:
             vector = space.repair(strategy.ask())
-            loss = self._try(space, strategy, vector)
+            space.write(vector)
+            loss = self._score(strategy.threshold, strategy.races)
             count += 1
             if loss < best:
                 best = loss
                 accepted += 1
+                self._search.keep()
             strategy.tell(vector, loss)
             self._tell("candidate", name, pass_index, loss, best)
         winner = strategy.best()
@@ -184,13 +194,16 @@ class Loop:
         self.results.append(BlockResult(name, pass_index, count, accepted, before, self._loss))
         self._tell("block", name, pass_index, self._loss)
 
-    def _try(self, space: ScaleSpace, strategy: Strategy, vector: np.ndarray) -> float:
-        space.write(vector)
-        return self._score(self._search, strategy.threshold)
-
-    def _score(self, evaluator: Evaluator, threshold: float) -> float:
+    def _score(self, threshold: float, race: bool = False) -> float:
         self.budget.evaluations += 1
-        loss = evaluator.score(threshold if isinstance(self._config.loss, str) else math.inf)
+        # Nothing says that a loss of the user's own is never negative: it is always scored in full.
+        named = isinstance(self._config.loss, str)
+        try:
+            loss = self._search.score(threshold if named else math.inf, race and named and self._config.racing)
+        except (RuntimeError, CalibrationDataError):
+            if torch.backends.quantized.engine != "qnnpack":
+                raise
+            return math.inf  # its add refuses inputs whose scales are too far apart, when it runs
         return loss if math.isfinite(loss) else math.inf
 
     def _keep(self) -> None:
@@ -215,6 +228,12 @@ class Loop:
 
 
 def _searched(backend: LoweredBackend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
+    for pattern in config.include:
+        if not any(fnmatchcase(name, pattern) for name in backend.sites):
+            raise ValueError(
+                f"RefineConfig.include: expected patterns of site names, {pattern!r} fits none of the "
+                f"{len(backend.sites)} sites of this model; print(cptv_ao.find_sites(model)) lists them"
+            )
     return {
         lead: group
         for lead, group in backend.movable().items()

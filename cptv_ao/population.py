@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from cptv_ao.twin.values import QTensor
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
 _IMAGES = 64
 # reduce_range calibrates for 7 bits: half the scale uses the whole container, twice the scale leaves it.
-_RANGES = {"whole range": 127 / 255, "narrow range": 255 / 127}
+HALF = 127 / 255
 
 Proposal = tuple[str, Callable[[], Assignment]]
 """What an individual is, and its scales; these are computed when they are asked for."""
@@ -30,6 +30,7 @@ def individuals(
     chosen: Sequence[str],
     twin: Twin,
     groups: Mapping[str, tuple[ScaleSite, ...]],
+    limited: Collection[str],
     now: Callable[[str], QParams],
     batch: Batch,
 ) -> Iterator[Proposal]:
@@ -39,15 +40,21 @@ def individuals(
         chosen: `output_error`, `ranges`.
         twin: of the model as it was given.
         groups: the tied groups that are searched.
+        limited: leaders of the groups whose codes must stay below 128, or kernels saturate.
         now: reads the scales that are in the model.
         batch: search images.
     """
     weights = [name for name, group in groups.items() if group[0].kind == "weight"]
-    activations = [site for group in groups.values() for site in group if site.affine]
     if weights and "output_error" in chosen:
         yield "weight scales of least output error", partial(output_error_scales, twin, weights, batch)
-    for name, factor in _RANGES.items() if activations and "ranges" in chosen else ():
-        yield f"{name} of the activations", partial(_all_rescaled, activations, factor, now)
+    if "ranges" not in chosen:
+        return
+    free = [site for lead, group in groups.items() if lead not in limited for site in group if site.affine]
+    narrow = [site for lead in limited for site in groups[lead]]
+    if free:
+        yield "whole range where no kernel saturates", partial(_all_rescaled, free, HALF, now)
+    if narrow:
+        yield "half the range where kernels saturate", partial(_all_rescaled, narrow, 1 / HALF, now)
 
 
 def _all_rescaled(sites: Sequence[ScaleSite], factor: float, now: Callable[[str], QParams]) -> Assignment:

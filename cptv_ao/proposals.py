@@ -16,12 +16,17 @@ from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.losses import get_loss
-from cptv_ao.population import Proposal, individuals
+from cptv_ao.population import HALF, Proposal, individuals, rescaled
 from cptv_ao.sites import ScaleSite
 from cptv_ao.twin import Twin
+from cptv_ao.twin.saturation import saturating_inputs
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.7
+# Codes 0..127 times int8 weights cannot saturate the int16 pair sums of kernels without VNNI.
+_NARROW_QMAX = 127
+# Images on which saturation is looked for.
+_PROBE_IMAGES = 16
 # Images of one step of the descent: larger batches of the loader are cut.
 _STEP_IMAGES = 100
 
@@ -56,15 +61,40 @@ class Proposer:
         self.image_forwards = 0
 
     def __iter__(self) -> Iterator[Proposal]:
-        population = self._config.population
-        yield from individuals(population, self._twin, self._groups, self._backend.read, self._batches[0])
+        backend, population = self._backend, self._config.population
+        limited = self._limited()
+        self._twin.limit([site.name for lead in limited for site in self._groups[lead]], _NARROW_QMAX)
+        yield from individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0])
         if self._config.gradient_steps:
             yield from self._descent()
 
-    def _descent(self) -> Iterator[Proposal]:
-        config = self._config
+    def _limited(self) -> list[str]:
+        """Leaders of the groups that kernels saturate on, found where all activations use their whole container."""
+        backend, twin = self._backend, self._twin
+        activations = {lead: group for lead, group in self._groups.items() if group[0].affine}
+        before = backend.snapshot()
+        try:
+            for group in activations.values():
+                for site in group:
+                    backend.write(site.name, rescaled(backend.read(site.name), HALF, site))
+            self._follow()
+            batch = self._batches[0]
+            twin.reround_weights(False)
+            found = saturating_inputs(backend.model, twin, batch.rows(0, min(_PROBE_IMAGES, batch.images)))
+        finally:
+            backend.restore_all(before)
+        twin.reround_weights()
+        self._follow()
+        return [lead for lead, group in activations.items() if any(site.name in found for site in group)]
+
+    def _follow(self) -> None:
+        """Give the twin the scales that are in the model."""
         for name in self._twin.names:
             self._twin.set(name, self._backend.read(name))
+
+    def _descent(self) -> Iterator[Proposal]:
+        config = self._config
+        self._follow()
         descent = GradientDescent(
             self._twin,
             self._groups,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -100,8 +100,8 @@ def refine(
         model = copy.deepcopy(model)
         backend = _backend(model, float_model, config)
     backend.check_finite()
-    batches = read_batches(calib_loader)
-    with restored_on_error(model, backend), eval_mode(model, float_model):
+    with restored_on_error(model, backend), eval_mode(model, float_model), torch.inference_mode(False), torch.no_grad():
+        batches = read_batches(calib_loader)
         model.meta[META_KEY] = _refine(backend, batches, float_model, config, callback, progress)
     return model
 
@@ -198,7 +198,9 @@ def _evaluator(
     model: GraphModule, batches: Sequence[Batch], targets: Sequence[Tensor], config: RefineConfig
 ) -> Evaluator:
     select = config.output or first_floating
-    evaluator = Evaluator(model, batches, targets, get_loss(config.loss, config.temperature), select)
+    evaluator = Evaluator(
+        model, batches, targets, get_loss(config.loss, config.temperature), select, config.cache_bytes
+    )
     for index, (output, target) in enumerate(zip(evaluator.outputs(), targets, strict=True)):
         if output.shape != target.shape:
             raise FloatModelMismatchError(

@@ -5,6 +5,7 @@ Test images are seen by no training and no search; calibration images come from 
 
 from __future__ import annotations
 
+import copy
 import gzip
 import warnings
 from collections.abc import Callable, Iterable
@@ -127,6 +128,25 @@ def trained(name: str) -> nn.Module:
     state = torch.load(CHECKPOINTS / f"{name}.pt", weights_only=True)
     model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
     return model.eval()
+
+
+def with_outliers(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The same function with outliers in its activations, as large pretrained ViTs have them.
+
+    After each norm of each block three channels are 30 to 100 times larger, and the columns of the following
+    linear layer that read them as much smaller.
+    """
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+                channels = torch.randperm(len(norm.weight), generator=generator)[:3]
+                factors = 30 + 70 * torch.rand(3, generator=generator)
+                norm.weight[channels] *= factors
+                norm.bias[channels] *= factors
+                linear.weight[:, channels] /= factors
+    return model
 
 
 def quantize(

@@ -17,7 +17,7 @@ import torch
 import workloads
 from conftest import Case
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.backends.lowered import LoweredBackend
@@ -26,8 +26,8 @@ from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.losses import get_loss
 from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin, disagreement, unquantized
+from cptv_ao.twin.saturation import Recorder, lift
 from cptv_ao.twin.simulation import SimulatedBackend
-from cptv_ao.twin.values import QTensor
 from cptv_ao.weights import find_float_weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -39,30 +39,6 @@ FEW = 8
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Recorder(Interpreter):
-    """Runs the kernels and keeps what each node returned."""
-
-    def __init__(self, model: GraphModule) -> None:
-        super().__init__(model)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value.clone() if isinstance(value, Tensor) else value
-        return value
-
-
-def _lifted(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor) and value.is_quantized:
-        zero_point = torch.tensor(float(value.q_zero_point()), device=device)
-        low, high = (0, 255) if value.dtype == torch.quint8 else (-128, 127)
-        codes = value.int_repr().to(device).float() - zero_point
-        return QTensor(codes, torch.tensor(value.q_scale(), device=device).float(), zero_point, low, high, "round")
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return type(value)(_lifted(v, device) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _differing(simulated: Any, kernel: Any) -> Iterator[tuple[int, int, int]]:
@@ -91,7 +67,7 @@ def _check_parity(
     compared = 0
 
     def given(node: Node) -> Any:
-        return _lifted(recorder.values[node.name], device)
+        return lift(recorder.values[node.name], device)
 
     for node in twin.graph.nodes:
         if node.op != "call_module" or skip(nodes[node.name]):

@@ -54,6 +54,10 @@ class CmaStrategy:
     def threshold(self) -> float:
         return math.inf  # every loss ranks the generation
 
+    @property
+    def races(self) -> bool:
+        return False
+
     def ask(self) -> Vector:
         self._pending = self._cma.ask()
         return self._decode(self._pending)

@@ -68,6 +68,10 @@ class EvolutionStrategy:
     def threshold(self) -> float:
         return self._parent.loss
 
+    @property
+    def races(self) -> bool:
+        return True
+
     def ask(self) -> Vector:
         self._last = move = self._moves[int(self._rng.integers(len(self._moves)))]
         child = self._parent.vector.copy()
@@ -105,4 +109,3 @@ class EvolutionStrategy:
         if self._rng.random() < 0.5:
             zero_points = zero_points + self._rng.integers(-2, 3)
         child[group.zero_points] = np.clip(np.rint(zero_points), group.qmin, group.qmax)
-

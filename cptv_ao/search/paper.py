@@ -52,6 +52,10 @@ class PaperStrategy:
         # A child that is not better than the worst is appended and dropped at once.
         return max(member.loss for member in self._population)
 
+    @property
+    def races(self) -> bool:
+        return False
+
     def ask(self) -> Vector:
         drawn = self._rng.integers(len(self._population), size=self._tournament)  # with replacement
         parent = min((self._population[i] for i in drawn), key=_loss)

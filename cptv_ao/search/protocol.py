@@ -79,6 +79,11 @@ class Strategy(Protocol):
         """
         ...
 
+    @property
+    def races(self) -> bool:
+        """Whether a child may be dropped once it is behind its parent, the best so far, on the images seen so far."""
+        ...
+
     def ask(self) -> Vector:
         """Return a new vector (size,)."""
         ...

@@ -98,9 +98,13 @@ class Twin:
         return QParams(site.scale.double().cpu(), site.zero_point.round().long().cpu())
 
     def set(self, name: str, qparams: QParams) -> None:
-        """Write a site. The codes of a weight whose float weight is known are re-rounded."""
+        """Write a site. The codes of a weight whose float weight is known are re-rounded.
+
+        A zero_point beyond a `limit` is moved to it.
+        """
         module = self._sites[name]
-        checked = qparams.checked(module.site)
+        zero_point = qparams.zero_point.clamp(max=module.site.qmax) if module.site.affine else qparams.zero_point
+        checked = QParams(qparams.scale, zero_point).checked(module.site)
         module.scale.copy_(checked.scale)
         module.zero_point.copy_(checked.zero_point)
         if isinstance(module, WeightQuantizer):
@@ -131,11 +135,10 @@ class Twin:
         for module in self._sites.values():
             module.rounding = rounding
 
-    def limit_activations(self, qmax: int) -> None:
-        """Clip unsigned 8-bit activations at `qmax`, as an observer with reduce_range would like them to be."""
-        for module in self._sites.values():
-            if module.site.kind == "activation" and module.site.qmax == 255:
-                module.site = replace(module.site, qmax=qmax)
+    def limit(self, names: Iterable[str], qmax: int) -> None:
+        """Clip the codes of these activation sites at `qmax`."""
+        for name in names:
+            self._sites[name].site = replace(self._sites[name].site, qmax=qmax)
 
     @contextmanager
     def float_mode(self) -> Iterator[None]:

@@ -1,0 +1,90 @@
+"""Where the kernels saturate: ops whose codes are not those of exact arithmetic on the very same inputs.
+
+8-bit kernels that add products in pairs of int16 (AVX2 without VNNI, FBGEMM's depthwise convolutions everywhere) are
+exact as long as the activation codes stay below 128, which is what reduce_range is for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+
+from cptv_ao.data import Batch
+from cptv_ao.twin import Twin
+from cptv_ao.twin.modules import Quantizer, Weighted
+from cptv_ao.twin.values import QTensor
+
+# Share of an op's codes that may be off by more than one before it counts as saturating.
+_TOLERATED = 1e-4
+
+
+class Recorder(Interpreter):
+    """Runs a model node by node and keeps what each node returned, by name."""
+
+    def __init__(self, model: GraphModule) -> None:
+        super().__init__(model, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value.clone() if isinstance(value, Tensor) else value
+        return value
+
+
+def lift(value: Any, device: torch.device | str = "cpu") -> Any:
+    """What the kernels computed, as values of the twin."""
+    if isinstance(value, Tensor) and value.is_quantized:
+        zero_point = torch.tensor(float(value.q_zero_point()), device=device)
+        low, high = (0, 255) if value.dtype == torch.quint8 else (-128, 127)
+        codes = value.int_repr().to(device).float() - zero_point
+        return QTensor(codes, torch.tensor(value.q_scale(), device=device).float(), zero_point, low, high, "round")
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(lift(v, device) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
+    """Names of the activation sites whose codes some kernel of the model cannot add up.
+
+    Args:
+        model: the lowered model.
+        twin: its twin, with the same scales and weight codes.
+        batch: some images; each weighted op of the twin gets the inputs that its kernel was given.
+    """
+    recorder = Recorder(model)
+    with torch.no_grad():
+        recorder.run(*batch.args, *batch.kwargs.values())
+        sources = _sources(twin, batch)
+        found = set()
+        for node in twin.module.graph.nodes:
+            layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(layer, Weighted) or layer not in sources:
+                continue
+            wanted = layer(*map_arg(node.args, lambda n: lift(recorder.values[n.name])))
+            got = recorder.values[node.name].int_repr()
+            off = (wanted.codes + wanted.zero_point - got).abs() > 1
+            if float(off.float().mean()) > _TOLERATED:
+                found.add(sources[layer])
+    return found
+
+
+def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:
+    """The activation site that the input of each weighted layer is quantized by."""
+    names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
+    sources: dict[Weighted, str] = {}
+
+    def see(layer: Any, args: tuple[QTensor, ...]) -> None:
+        if id(args[0].scale) in names:
+            sources[layer] = names[id(args[0].scale)]
+
+    hooks = [m.register_forward_pre_hook(see) for m in twin.module.modules() if isinstance(m, Weighted)]
+    try:
+        twin(*batch.args, **batch.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sources

@@ -1,0 +1,100 @@
+"""The workloads of the accuracy benchmark: converted models with their float originals, calibration and test images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import photos  # noqa: E402
+from workloads import NETWORKS, quantize, trained, with_outliers  # noqa: E402
+
+# Calibration draws of the tuning and of the table never meet: their seeds differ.
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One converted model and all that is needed to refine and judge it.
+
+    `unseen` are images like those of the calibration that no search sees; `labels` is None where the float network's
+    own choice is the reference.
+    """
+
+    float_model: nn.Module
+    quantized: GraphModule
+    calibration: tuple[Tensor, ...]
+    unseen: Tensor
+    test: Tensor
+    labels: Tensor | None
+    weight_bits: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How a case is made from a seed, and the seconds that each method may search on it."""
+
+    make: Callable[[int], Case]
+    seconds: float
+    isa: str | None = None
+    """ONEDNN_MAX_CPU_ISA of the process: AVX2 has no VNNI, so full-range activations saturate on every machine."""
+
+
+def _small(
+    network: str,
+    weight_bits: int,
+    *,
+    reduce_range: bool = True,
+    engine: str = "x86",
+    change: Callable[[nn.Module], nn.Module] | None = None,
+) -> Callable[[int], Case]:
+    def make(seed: int) -> Case:
+        data = NETWORKS[network][1]()
+        model = trained(network) if change is None else change(trained(network))
+        count = 900 if network.startswith("digits") else 1000
+        drawn = data.calibration(min(2 * count, len(data.train)), seed)
+        calibration = drawn[:count].split(100)
+        _, quantized = quantize(model, calibration, weight_bits=weight_bits, reduce_range=reduce_range, engine=engine)
+        return Case(model, quantized, calibration, drawn[count:], data.test, data.test_labels, weight_bits)
+
+    return make
+
+
+def _photographs(seed: int) -> Case:
+    model = photos.efficientnet()
+    calibration = photos.crops(photos.CALIBRATION, 250, seed).split(25)
+    unseen = photos.crops(photos.CALIBRATION, 100, 1000 + seed)
+    test = photos.crops(photos.TEST, 400, 2000)
+    _, quantized = quantize(model, calibration)
+    return Case(model, quantized, calibration, unseen, test, None, 8)
+
+
+def _saturating(seed: int) -> Case:
+    return _small("fashion_vit", 8, reduce_range=False, engine="onednn")(seed)
+
+
+WORKLOADS: dict[str, Workload] = {
+    "fashion ViT W2A8": Workload(_small("fashion_vit", 2), 40),
+    "fashion ViT W3A8": Workload(_small("fashion_vit", 3), 40),
+    "fashion ViT W4A8": Workload(_small("fashion_vit", 4), 40),
+    "fashion ViT W8A8 saturating": Workload(_saturating, 40, isa="AVX2"),
+    "outlier ViT W8A8": Workload(_small("fashion_vit", 8, change=with_outliers), 40),
+    "digits ViT W2A8": Workload(_small("digits_vit", 2), 40),
+    "digits ViT W3A8": Workload(_small("digits_vit", 3), 40),
+    "fashion CNN W8A8": Workload(_small("fashion_cnn", 8), 40),
+    "fashion CNN W4A8": Workload(_small("fashion_cnn", 4), 40),
+    "EfficientNet-Lite0 W8A8": Workload(_photographs, 180),
+}
+
+
+def unit_threads() -> None:
+    """One thread: cells run side by side, and times stay comparable."""
+    torch.set_num_threads(1)
