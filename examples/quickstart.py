@@ -1,4 +1,6 @@
-"""Quantize a small trained ViT to low-bit weights, refine it, and print what came back: `python examples/quickstart.py`.
+"""Quantize a small trained ViT to low-bit weights, refine it, and print what came back.
+
+    python examples/quickstart.py
 
 The images are scikit-learn's 8x8 digits; the network and the script that trained it lie beside this file. Test images
 are seen by no training, calibration or search.

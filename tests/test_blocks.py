@@ -103,5 +103,5 @@ def test_a_policy_that_leaves_a_site_out_is_refused(conv: Case) -> None:
     def policy(all_sites: object) -> dict[str, str]:
         return {name: "one" for name in sites if not name.startswith("fc")}
 
-    with pytest.raises(ValueError, match="must name a block for every site, left out 4, first fc1.weight"):
+    with pytest.raises(ValueError, match=r"must name a block for every site, left out 4, first fc1\.weight"):
         find_blocks(sites.values(), policy)

@@ -263,7 +263,7 @@ def test_weight_codes_stay_in_the_nominal_range(case: Case) -> None:
     for name in moved:
         codes = backend.weight(name).int_repr()
         assert (before[name].qmin, before[name].qmax) == (-4, 3)
-        assert -4 <= int(codes.min()) and int(codes.max()) <= 3, name
+        assert int(codes.min()) >= -4 and int(codes.max()) <= 3, name
 
 
 def test_refining_twice_starts_from_the_refined_model(conv: Case) -> None:
@@ -290,7 +290,7 @@ def test_weight_range_is_kept_when_it_is_said(conv: Case) -> None:
     moves = cptv_ao.report(conv.converted).moves
     for move in moves:
         codes = conv.converted.get_submodule(move.name.removesuffix(".weight")).weight().int_repr()
-        assert -2 <= int(codes.min()) and int(codes.max()) <= 1
+        assert int(codes.min()) >= -2 and int(codes.max()) <= 1
 
 
 def test_the_first_floating_tensor_of_an_output() -> None:

@@ -156,7 +156,7 @@ def test_the_bar_shows_the_loss_and_reaches_its_end(conv: Case, capfd: pytest.Ca
     last_line = [line for line in last if line.strip()][-1]
     assert last_line.startswith("refine: 100%")
     assert f"{report.evaluations}/{report.evaluations}" in last_line
-    assert "loss 0." in last_line or "loss " in last_line and "e-" in last_line
+    assert "loss 0." in last_line or ("loss " in last_line and "e-" in last_line)
 
 
 def test_the_callback_sees_every_step(vit_w3: Case) -> None:
