@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cptv_ao.blocks import BlockPolicy
@@ -42,7 +43,9 @@ class RefineConfig:
             `float_model`, else inferred from the codes.
         holdout: fraction of the batches that only accept or reject the result; 0 accepts on the search images.
         output: picks the tensor that the loss compares from the model's output; by default its first floating one.
-        score_on: `kernels`: the model's own quantized kernels (CPU).
+        score_on: `kernels`: the model's own quantized kernels (CPU). `simulation`: the float twin, on `device`; what
+            the search finds is then accepted or rejected as a whole on the kernels.
+        device: where the simulation runs, e.g. `cuda`.
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
             have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
         cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate.
@@ -68,7 +71,8 @@ class RefineConfig:
     weight_range: tuple[int, int] | None = None
     holdout: float = 0.2
     output: Callable[[Any], Tensor] | None = None
-    score_on: Literal["kernels"] = "kernels"
+    score_on: Literal["kernels", "simulation"] = "kernels"
+    device: str = "cpu"
     racing: bool = True
     cache_bytes: int = 2**31
     seed: int = 0
@@ -79,7 +83,10 @@ class RefineConfig:
     def __post_init__(self) -> None:
         _expect(callable(self.loss) or self.loss in LOSSES, "loss", f"one of {sorted(LOSSES)} or a function", self.loss)
         _expect(self.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", self.search)
-        _expect(self.score_on == "kernels", "score_on", "'kernels'", self.score_on)
+        _expect(self.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", self.score_on)
+        _expect(_is_device(self.device), "device", "a device such as 'cpu' or 'cuda:1'", self.device)
+        on_cpu = self.device == "cpu" or self.score_on == "simulation"
+        _expect(on_cpu, "device", "'cpu' (quantized kernels run there only) or score_on='simulation'", self.device)
         _expect(self.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", self.block_order)
         for name in ("blocks", "output"):
             value = getattr(self, name)
@@ -161,6 +168,13 @@ def _is_integer(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_device(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(torch.device(value).type)
+    except RuntimeError:
+        return False
 
 
 def _is_range(value: object) -> bool:

@@ -159,6 +159,6 @@ def _distance(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:
     lead = group[0]
     now = twin.get(lead.name)
-    log_scale = now.scale.float().log().requires_grad_()
-    offset = (now.zero_point.float() / _CODES_PER_LOG).requires_grad_() if lead.affine else None
+    log_scale = now.scale.float().log().to(twin.device).requires_grad_()
+    offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
     return _Group(group, log_scale, offset)

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 from torch.fx import GraphModule
 
+from cptv_ao.backends import reference
 from cptv_ao.backends.lowered import LoweredBackend
 
 
 @contextmanager
 def restored_on_error(model: GraphModule, backend: LoweredBackend) -> Iterator[None]:
-    """Whatever is raised inside, the model leaves as it came."""
-    snapshot, meta = backend.snapshot(), dict(model.meta)
+    """Whatever is raised inside, the model leaves as it came.
+
+    Args:
+        model: the one that was given.
+        backend: of that model, or of its lowered copy where it is a reference model.
+    """
+    if backend.model is model:
+        undo = partial(backend.restore_all, backend.snapshot())
+    else:
+        undo = partial(reference.restore, model, reference.state(model))
+    meta = dict(model.meta)
     try:
         yield
     except BaseException:
-        backend.restore_all(snapshot)
+        undo()
         model.meta.clear()
         model.meta.update(meta)
         raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from bisect import insort
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,8 @@ _IN_PLACE = {
 
 _REORDERING = {
     "contiguous", "flatten", "permute", "reshape", "size", "transpose", "view", getattr, operator.getitem,
-    operator.floordiv, operator.mod, operator.mul, nn.functional.pad, torch.flatten, torch.permute, torch.reshape, torch.transpose,
+    operator.floordiv, operator.mod, operator.mul, nn.functional.pad, torch.flatten, torch.permute,
+    torch.reshape, torch.transpose,
 }  # fmt: skip
 
 
@@ -169,7 +171,7 @@ class Pieces:
         graph.lint()
         code = graph.python_code("self")
         scope: dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)  # noqa: S102
+        exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)
         function: Callable[..., Any] = scope["forward"]
         return function
 
@@ -204,6 +206,8 @@ def storages(value: Any) -> dict[int, int]:
         return {storage.data_ptr(): storage.nbytes()}
     if isinstance(value, (list, tuple)):
         return {address: size for v in value for address, size in storages(v).items()}
+    if is_dataclass(value):  # the twin's QTensor
+        return storages(list(vars(value).values()))
     return {}
 
 
@@ -245,15 +249,19 @@ def _written_in_place(nodes: list[Node], held: dict[Node, Any]) -> set[Node]:
 def _writes(node: Node, held: Any) -> bool:
     """Whether a node may work in place; a module of which nothing is known may."""
     if node.op == "call_module":
-        known = type(held).__module__.startswith("torch.")
-        return not known or any(getattr(module, "inplace", False) for module in held.modules())
+        parts = list(held.modules())
+        known = all(type(part).__module__.startswith(("torch.", "cptv_ao.twin.")) for part in parts)
+        lifted = getattr(held, "function", None)  # of the twin's Lift; not a module
+        return not known or any(getattr(part, "inplace", False) for part in parts) or _function_writes(node, lifted)
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = node.kwargs.get("inplace", False) or "out" in node.kwargs
-        return bool(in_place) or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return False
+    return node.op == "call_function" and _function_writes(node, node.target)
+
+
+def _function_writes(node: Node, function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    in_place = node.kwargs.get("inplace", False) or "out" in node.kwargs
+    return bool(in_place) or function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_new(node: Node, held: dict[Node, Any]) -> bool:

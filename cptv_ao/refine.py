@@ -5,42 +5,48 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
+from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.blocks import Block, find_blocks
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
-from cptv_ao.errors import (
-    CalibrationDataError,
-    CptvWarning,
-    FloatModelMismatchError,
-    NonFiniteError,
-    UnsupportedModelError,
-)
-from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
+from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
 from cptv_ao.guard import eval_mode, restored_on_error
 from cptv_ao.loop import Callback, Event, Loop
-from cptv_ao.losses import get_loss
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
-from cptv_ao.sites import SiteTable
+from cptv_ao.scoring import Images, Scoring
+from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
+from cptv_ao.sites import QParams, SiteTable
 from cptv_ao.twin import unquantized
+from cptv_ao.twin.simulation import SimulatedBackend
 from cptv_ao.weights import as_float, find_float_weights, weight_ranges
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where the teacher's outputs and the float weights come from; None: nothing but the quantized model is there."""
+
+    teacher: nn.Module | None
+    weights: nn.Module | None
 
 
 def find_sites(model: GraphModule) -> SiteTable:
     """List every scale of a converted model; `print()` it for a readable table.
 
     Args:
-        model: what `convert_fx` returned.
+        model: what `convert_fx` returned, or `convert_to_reference_fx`: the sites of what that lowers to.
 
     Returns:
         The sites by name, in graph order; `.unknown` names quantized ops that were not understood.
@@ -48,7 +54,7 @@ def find_sites(model: GraphModule) -> SiteTable:
     Raises:
         UnsupportedModelError: the model is not converted, or holds no quantized op.
     """
-    return LoweredBackend(model).sites
+    return LoweredBackend(lower(model) if is_reference(model) else model).sites
 
 
 def refine(
@@ -67,12 +73,15 @@ def refine(
     held-out calibration images. On any exception the model is exactly as it was given.
 
     Args:
-        model: what `convert_fx` returned. It is written in place and returned.
+        model: what `convert_fx` or `convert_to_reference_fx` returned. It is written in place and returned. A
+            reference model gets the scales that make it lower to the very model that was searched, and where these
+            do not round a weight to the code that was searched, the value of that code in its place.
         calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
             read), or of dicts of keyword inputs. Iterated once. About 1,000 images are a good number.
         float_model: the float model that was given to `prepare_fx`, or the prepared model. Gives the teacher's
             outputs and the float weights that are re-rounded at a new scale. Without it the teacher is the model
-            itself with float activations, and weights stay as they are.
+            itself with float activations, and weights stay as they are (but for those of a reference model, which
+            are float).
         config: settings; the default is the recommended one.
         callback: called with an `Event` after each step. It can watch, not select.
         progress: show a progress bar on stderr.
@@ -95,45 +104,65 @@ def refine(
     config = RefineConfig() if config is None else config
     if not isinstance(config, RefineConfig):
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    backend = _backend(model, float_model, config)
-    if not inplace:
-        model = copy.deepcopy(model)
+    with torch.inference_mode(False), torch.no_grad():
         backend = _backend(model, float_model, config)
-    backend.check_finite()
-    with restored_on_error(model, backend), eval_mode(model, float_model), torch.inference_mode(False), torch.no_grad():
-        batches = read_batches(calib_loader)
-        model.meta[META_KEY] = _refine(backend, batches, float_model, config, callback, progress)
+        if not inplace:
+            model = copy.deepcopy(model)
+            backend = _backend(model, float_model, config)
+        backend.check_finite()
+        lowered = backend.model
+        sources = _Sources(float_model, float_model if float_model is not None or lowered is model else model)
+        with restored_on_error(model, backend), eval_mode(lowered, float_model):
+            report = _refine(backend, read_batches(calib_loader), sources, config, callback, progress)
+            if report.moves and lowered is not model:
+                write_back(lowered, model)
+            model.meta[META_KEY] = report
     return model
 
 
 def _refine(
     backend: LoweredBackend,
     batches: list[Batch],
-    float_model: nn.Module | None,
+    sources: _Sources,
     config: RefineConfig,
     callback: Callback | None,
     progress: bool,
 ) -> Report:
-    if float_model is not None:
-        find_float_weights(backend, float_model)
+    if sources.weights is not None:
+        find_float_weights(backend, sources.weights)
     split = split_batches(batches, config.holdout)
     _check_negatives(config, (*split.search, *split.holdout))
-    teacher = _teacher(backend, float_model)
-    select = config.output or first_floating
+    teacher = _teacher(backend, sources)
     with as_float(teacher):
-        targets = [teacher_outputs(teacher, part, select) for part in (split.search, split.holdout)]
-    search = _evaluator(backend.model, split.search, targets[0], config)
-    holdout = _evaluator(backend.model, split.holdout, targets[1], config) if split.holdout else None
-    given = {name: backend.read(name) for name in backend.sites}
-    blocks = find_blocks(backend.sites.values(), config.blocks)
-    loop = Loop(backend, blocks, search, holdout, config, [callback] if callback else [])
-    if not math.isfinite(loop.start.search):
-        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+        images, held_out = (Images.of(part, teacher, config) for part in (split.search, split.holdout))
+    kernels = Scoring(backend.model, images, held_out, config)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
-    proposer = _proposer(backend, blocks, loop, split.search, targets[0], config, notes)
+    notes += agreement_notes(backend, images.batches[0], config)
+    blocks = find_blocks(backend.sites.values(), config.blocks)
+    simulated = SimulatedBackend(backend, config.device) if config.score_on == "simulation" else None
+    if simulated is None:
+        scoring, searched, before = kernels, backend, None
+    else:
+        scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config)
+        searched, before = as_backend(simulated), kernels.losses()
+    given = {name: backend.read(name) for name in backend.sites}
+    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, [callback] if callback else [])
+    if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
+        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+    proposer = _proposer(backend, simulated, blocks, loop, images, config, notes)
     with _progress_bar(loop, progress):
         loop.propose(proposer or ())
         loop.run()
+    report = _report(loop, given, kernels, config, notes)
+    if simulated is not None and before is not None:
+        report = confirmed(report, simulated, backend, kernels, before)
+    parts = {id(part): part.image_forwards for part in (kernels, scoring, proposer) if part is not None}
+    return replace(report, image_forwards=sum(parts.values()))
+
+
+def _report(
+    loop: Loop, given: Mapping[str, QParams], kernels: Scoring, config: RefineConfig, notes: Sequence[str]
+) -> Report:
     moves = loop.moves(given)
     return Report(
         status=_status(loop, bool(moves)),
@@ -143,10 +172,10 @@ def _refine(
         blocks=tuple(loop.results),
         moves=moves,
         stages=tuple(loop.stages),
-        sites=len(backend.sites),
+        sites=len(given),
         evaluations=loop.budget.evaluations,
-        image_forwards=sum(part.image_forwards for part in (search, holdout, proposer) if part is not None),
-        images=(search.images, holdout.images if holdout else 0),
+        image_forwards=0,
+        images=(kernels.search.images, kernels.holdout.images if kernels.holdout else 0),
         seconds=loop.budget.seconds,
         seed=config.seed,
         threads=torch.get_num_threads(),
@@ -155,32 +184,38 @@ def _refine(
 
 
 def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> LoweredBackend:
+    """Of the model, or of a lowered copy of a reference model."""
     if float_model is not None and not isinstance(float_model, nn.Module):
         raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
+    ranges = weight_ranges(float_model)
+    if is_reference(model):
+        ranges = weight_ranges(model) | ranges
+        model = lower(model)
     if config.weight_range is None:
-        return LoweredBackend(model, weight_ranges(float_model))
+        return LoweredBackend(model, ranges)
     names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
     return LoweredBackend(model, dict.fromkeys(names, config.weight_range))
 
 
-def _teacher(backend: LoweredBackend, float_model: nn.Module | None) -> nn.Module:
-    if float_model is not None:
-        return float_model
-    warnings.warn(
-        "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
-        "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
-        CptvWarning,
-        stacklevel=4,
-    )
+def _teacher(backend: LoweredBackend, sources: _Sources) -> nn.Module:
+    if sources.teacher is not None:
+        return sources.teacher
+    if sources.weights is None:
+        warnings.warn(
+            "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
+            "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
+            CptvWarning,
+            stacklevel=4,
+        )
     return unquantized(backend).module
 
 
 def _proposer(
     backend: LoweredBackend,
+    simulated: SimulatedBackend | None,
     blocks: Sequence[Block],
     loop: Loop,
-    batches: Sequence[Batch],
-    targets: Sequence[Tensor],
+    images: Images,
     config: RefineConfig,
     notes: list[str],
 ) -> Proposer | None:
@@ -188,28 +223,12 @@ def _proposer(
     if not (config.population or config.gradient_steps) or not loop.groups:
         return None
     try:
-        return Proposer(backend, blocks, loop.groups, batches, targets, config)
+        if simulated is not None:
+            return SimulatedProposer(simulated, backend, blocks, loop.groups, images, config)
+        return Proposer(backend, blocks, loop.groups, images.batches, images.targets, config)
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None
-
-
-def _evaluator(
-    model: GraphModule, batches: Sequence[Batch], targets: Sequence[Tensor], config: RefineConfig
-) -> Evaluator:
-    select = config.output or first_floating
-    evaluator = Evaluator(
-        model, batches, targets, get_loss(config.loss, config.temperature), select, config.cache_bytes
-    )
-    for index, (output, target) in enumerate(zip(evaluator.outputs(), targets, strict=True)):
-        if output.shape != target.shape:
-            raise FloatModelMismatchError(
-                f"float_model: expected outputs of shape {tuple(output.shape)} as the quantized model gives on batch "
-                f"{index}, got {tuple(target.shape)}"
-            )
-        if not bool(torch.isfinite(output).all()):
-            raise NonFiniteError(f"the quantized model's output on calibration batch {index} holds NaN or inf")
-    return evaluator
 
 
 def _check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:

@@ -17,7 +17,9 @@ class Status(Enum):
 
     IMPROVED = "improved: the refined scales are in the model"
     UNCHANGED = "unchanged: no better scales were found, the model is as it was given"
-    REJECTED = "rejected: better on the search images, worse on the held-out ones; the model is as it was given"
+    REJECTED = (
+        "rejected: better in the search, worse on the held-out images or on the kernels; the model is as it was given"
+    )
     BUDGET = "budget ended: the best scales found until then are in the model"
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import nets
 import pytest
 import torch
 import workloads
+from small import small_config
+from state import everything
+from test_refine import loss_of
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from torch.fx import GraphModule
 
+import cptv_ao
+from cptv_ao.backends import reference as reference_backend
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.sites import QParams
+from cptv_ao.twin import unquantized
 from cptv_ao.weights import find_float_weights, weight_ranges
 
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
@@ -63,7 +71,8 @@ def test_lowered_copy_is_what_convert_fx_returns(name: str, per_tensor: bool) ->
     with torch.no_grad():
         assert all(torch.equal(lowered(b), converted(b)) for b in batches)
     assert list(LoweredBackend(lowered).sites) == list(LoweredBackend(converted).sites)
-    assert is_reference(reference) and not is_reference(lowered)
+    assert is_reference(reference)
+    assert not is_reference(lowered)
 
 
 @pytest.mark.parametrize("engine", ["x86", "qnnpack"])
@@ -90,7 +99,8 @@ def test_written_back_scales_lower_to_the_same_model(name: str, per_tensor: bool
         if site.kind == "weight":
             codes = backend.weight(site.name).int_repr()
             assert torch.equal(repeated.weight(site.name).int_repr(), codes)
-            assert int(codes.max()) <= site.qmax and int(codes.min()) >= site.qmin
+            assert int(codes.max()) <= site.qmax
+            assert int(codes.min()) >= site.qmin
 
 
 def test_writing_back_unchanged_scales_changes_nothing() -> None:
@@ -131,3 +141,130 @@ def test_copy_of_another_model_is_refused_and_nothing_is_written() -> None:
         write_back(lower(other), reference)
     after = reference.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before if isinstance(before[key], Tensor))
+
+
+def _config(**changes: Any) -> cptv_ao.RefineConfig:
+    return small_config(**({"evaluations": 6, "holdout": 0.5} | changes))
+
+
+@pytest.mark.parametrize("score_on", ["kernels", "simulation"])
+@pytest.mark.parametrize("teacher", ["float model", "twin"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_refined_reference_model_lowers_to_what_was_scored(name: str, teacher: str, score_on: Any) -> None:
+    reference, converted, batches = _reference(name, False)
+    float_model = NETS[name]()[0] if teacher == "float model" else None
+    given = everything(reference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cptv_ao.CptvWarning)  # float weights are known
+        refined = cptv_ao.refine(
+            reference, batches, float_model=float_model, config=_config(score_on=score_on), progress=False
+        )
+    assert refined is reference
+    assert everything(reference)["state_dict"] != given["state_dict"]
+    assert {k: v for k, v in everything(reference).items() if k not in ("state_dict", "meta")} == {
+        k: v for k, v in given.items() if k not in ("state_dict", "meta")
+    }
+    report = cptv_ao.report(reference)
+    assert report.moves
+    assert report.sites == len(cptv_ao.find_sites(reference))
+    again = lower(reference)
+    target = float_model
+    if target is None:
+        backend = LoweredBackend(converted)
+        find_float_weights(backend, NETS[name]()[0])
+        target = unquantized(backend).module
+    half = len(batches) // 2
+    for part, before, after in (
+        (batches[:half], report.before.search, report.after.search),
+        (batches[half:], report.before.holdout, report.after.holdout),
+    ):
+        assert loss_of(converted, target, part) == pytest.approx(before, rel=1e-4)
+        assert loss_of(again, target, part) == pytest.approx(after, rel=1e-4)
+    assert report.after.search < report.before.search
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_reference_model_is_refined_as_what_it_lowers_to(name: str) -> None:
+    """The same search as on what convert_fx returns: the outputs are equal bit for bit."""
+    reference, converted, batches = _reference(name, False)
+    float_model = NETS[name]()[0]
+    sites = cptv_ao.find_sites(reference)
+    assert list(sites) == list(cptv_ao.find_sites(converted))
+    for model in (reference, converted):
+        config = _config(weight_range=(-4, 3))
+        cptv_ao.refine(model, batches, float_model=float_model, config=config, progress=False)
+    assert cptv_ao.report(reference).moves == cptv_ao.report(converted).moves != ()
+    again = lower(reference)
+    with torch.no_grad():
+        assert all(torch.equal(again(b), converted(b)) for b in batches)
+
+
+def test_a_copy_of_a_reference_model_is_refined_and_the_original_untouched() -> None:
+    reference, _, batches = _reference("conv", False)
+    given = everything(reference)
+    refined = cptv_ao.refine(reference, batches, config=_config(), progress=False, inplace=False)
+    assert refined is not reference
+    assert everything(reference) == given
+    assert cptv_ao.report(refined).moves
+    assert everything(refined)["state_dict"] != given["state_dict"]
+    cptv_ao.refine(reference, batches, config=_config(), progress=False)
+    assert everything(reference)["state_dict"] == everything(refined)["state_dict"]
+
+
+def test_refining_a_reference_model_twice() -> None:
+    reference, _, batches = _reference("conv", False)
+    arguments: dict[str, Any] = {"float_model": NETS["conv"]()[0], "progress": False}
+    first = cptv_ao.report(cptv_ao.refine(reference, batches, config=_config(), **arguments))
+    second = cptv_ao.report(cptv_ao.refine(reference, batches, config=_config(seed=1), **arguments))
+    assert second.before == first.after
+    assert second.after.search <= second.before.search
+
+
+@pytest.mark.parametrize("where", ["callback", "write", "written"])
+def test_a_reference_model_is_restored_on_any_exception(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, _, batches = _reference("conv", False)
+    reference.train()
+    reference.meta["mine"] = "kept"
+    given = everything(reference)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    settle = reference_backend._settle
+
+    def partly(home: Any, codes: Tensor) -> None:
+        settle(home, codes)
+        if everything(reference)["state_dict"] != given["state_dict"]:
+            fail()
+
+    def written(*arguments: Any) -> None:
+        write_back(*arguments)
+        assert everything(reference)["state_dict"] != given["state_dict"]
+        fail()
+
+    if where == "write":
+        monkeypatch.setattr("cptv_ao.backends.reference._settle", partly)
+    if where == "written":
+        monkeypatch.setattr(importlib.import_module("cptv_ao.refine"), "write_back", written)
+    callback = fail if where == "callback" else None
+    with pytest.raises(KeyboardInterrupt):
+        cptv_ao.refine(reference, batches, config=_config(), callback=callback, progress=False)
+    assert everything(reference) == given
+
+
+def test_a_reference_model_inside_inference_mode() -> None:
+    states = []
+    for mode in (torch.enable_grad, torch.inference_mode):
+        reference, _, batches = _reference("conv", False)
+        with mode():
+            cptv_ao.refine(reference, batches, config=_config(), progress=False)
+        states.append(everything(reference)["state_dict"])
+    assert states[0] == states[1]
+
+
+def test_float_model_of_another_reference_model_is_refused() -> None:
+    reference, _, batches = _reference("conv", False)
+    given = everything(reference)
+    with pytest.raises(cptv_ao.FloatModelMismatchError, match="its weights are not those"):
+        cptv_ao.refine(reference, batches, float_model=nets.seeded(nets.ConvNet, 1), config=_config(), progress=False)
+    assert everything(reference) == given

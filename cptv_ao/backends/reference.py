@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -104,6 +104,22 @@ def write_back(lowered: GraphModule, reference: GraphModule, qconfig_map: Mappin
             home.zero_point.copy_(values[name].zero_point.reshape(home.zero_point.shape))
             if home.weight is not None:
                 _settle(home, codes[name].reshape(home.weight.shape))
+
+
+def state(model: GraphModule) -> list[Tensor]:
+    """Copies of all that `write_back` may write in a reference model, for `restore`."""
+    return [tensor.detach().clone() for tensor in _held(model)]
+
+
+def restore(model: GraphModule, before: Sequence[Tensor]) -> None:
+    """Put back what `state` returned, bit for bit."""
+    with torch.no_grad():
+        for tensor, value in zip(_held(model), before, strict=True):
+            tensor.copy_(value)
+
+
+def _held(model: GraphModule) -> list[Tensor]:
+    return [t for home in _homes(model) for t in (home.scale, home.zero_point, home.weight) if t is not None]
 
 
 def _settle(home: _Home, codes: Tensor) -> None:

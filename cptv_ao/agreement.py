@@ -1,0 +1,55 @@
+"""Whether the kernels of this machine compute what exact arithmetic would, told to the user where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.config import RefineConfig
+from cptv_ao.data import Batch
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.evaluator import first_floating
+from cptv_ao.pieces import clone
+from cptv_ao.twin import Twin, disagreement
+from cptv_ao.twin.saturation import saturating_inputs
+
+# Relative difference of the outputs from which it is worth a word: roundings alone stay well below.
+_TOLERATED = 0.03
+_IMAGES = 16
+_NAMES = 3
+
+
+def agreement_notes(backend: LoweredBackend, batch: Batch, config: RefineConfig) -> list[str]:
+    """What a report says of saturation: nothing where kernels and exact arithmetic agree, or no twin is known.
+
+    Args:
+        backend: of the lowered model, as it was given.
+        batch: some search images.
+    """
+    select = config.output or first_floating
+    try:
+        twin = Twin(backend)
+        few = batch.rows(0, min(_IMAGES, batch.images))
+        gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
+        if gap <= _TOLERATED:
+            return []
+        found = sorted(saturating_inputs(backend.model, twin, Batch(_own(few.args), _own(few.kwargs), few.images)))
+    except UnsupportedModelError:
+        return []
+    told = f"kernels and exact arithmetic differ by {100 * gap:.3g} % on the outputs of the model that was given: "
+    if not found:
+        return [told + "no kernel saturates, roundings by one code grow on the way to the output"]
+    named = ", ".join(found[:_NAMES]) + (f" and {len(found) - _NAMES} more" if len(found) > _NAMES else "")
+    told += (
+        f"kernels of this CPU saturate on the activations of {named}; observers with reduce_range=True or a CPU with "
+        "VNNI avoid it (depthwise convolutions saturate on any x86 CPU)"
+    )
+    if config.score_on == "kernels":
+        return [told + "; the search ran on these kernels, so its result is right for machines that saturate alike"]
+    return [told + "; the search ran on exact arithmetic, which does not see it"]
+
+
+def _own(value: Any) -> Any:
+    """Copies of inputs: a model may work in place on them."""
+    return {k: clone(v) for k, v in value.items()} if isinstance(value, Mapping) else clone(value)

@@ -1,0 +1,108 @@
+"""Search on the float twin, ship on the kernels: `RefineConfig(score_on="simulation")`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.blocks import Block
+from cptv_ao.config import RefineConfig
+from cptv_ao.errors import CalibrationDataError
+from cptv_ao.proposals import Proposer
+from cptv_ao.report import Losses, Report, Status
+from cptv_ao.scoring import Images, Scoring
+from cptv_ao.sites import ScaleSite
+from cptv_ao.twin.simulation import SimulatedBackend
+
+
+class SimulatedProposer(Proposer):
+    """Proposals for a search on the twin, computed on its device.
+
+    Which sites the kernels saturate on is still found on the kernels: what they cannot add up would be rejected.
+
+    Args:
+        simulated: what is searched.
+        backend: of the lowered model, as it was given.
+    """
+
+    def __init__(
+        self,
+        simulated: SimulatedBackend,
+        backend: LoweredBackend,
+        blocks: Sequence[Block],
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        images: Images,
+        config: RefineConfig,
+    ) -> None:
+        super().__init__(backend, blocks, groups, images.batches, images.targets, config)
+        self._simulated = simulated
+
+    def _limited(self) -> list[str]:
+        limited = super()._limited()
+        simulated = self._simulated
+        nodes = {node.name for node in simulated.model.graph.nodes}
+        sites = {b.name: tuple(s for s in b.sites if nodes.issuperset(s.nodes)) for b in self._blocks}
+        self._blocks = [Block(name, there) for name, there in sites.items() if there]
+        self._batches = [simulated.batch(batch) for batch in self._batches]
+        self._teacher = [target.to(simulated.twin.device) for target in self._teacher]
+        self._twin.to(simulated.twin.device)
+        self._backend = as_backend(simulated)
+        return limited
+
+
+def as_backend(simulated: SimulatedBackend) -> LoweredBackend:
+    """A simulated backend has the methods of a lowered one that a search calls."""
+    return cast(LoweredBackend, simulated)
+
+
+def on_device(simulated: SimulatedBackend, images: Images) -> Images:
+    """Images and targets where the twin computes."""
+    device = simulated.twin.device
+    return Images(
+        tuple(simulated.batch(batch) for batch in images.batches), tuple(t.to(device) for t in images.targets)
+    )
+
+
+def confirmed(
+    found: Report, simulated: SimulatedBackend, backend: LoweredBackend, kernels: Scoring, before: Losses
+) -> Report:
+    """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
+
+    Args:
+        found: what the search on the twin reports.
+        kernels, before: of the lowered model, and its losses as it was given.
+
+    Returns:
+        The report of what ships: before and after are losses of the kernels. Where they are worse, the model has the
+        scales from before again.
+    """
+    told = f"searched on the simulation, whose loss went from {found.before.search:.5g} to {found.after.search:.5g}"
+    if not found.moves:
+        return replace(found, before=before, after=before, notes=(*found.notes, told))
+    given = backend.snapshot()
+    simulated.commit()
+    after = _losses(kernels)
+    worse = not after.search <= before.search
+    if after.holdout is not None and before.holdout is not None:
+        worse = worse or not after.holdout <= before.holdout
+    if not worse:
+        return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
+    backend.restore_all(given)
+    held_out = f", held-out {before.holdout:.5g} to {after.holdout:.5g}" if before.holdout and after.holdout else ""
+    told += f"; rejected: on the kernels it went from {before.search:.5g} to {after.search:.5g}{held_out}"
+    notes = (*found.notes, told + "; the default score_on='kernels' searches there")
+    return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)
+
+
+def _losses(kernels: Scoring) -> Losses:
+    try:
+        return kernels.losses()
+    except (RuntimeError, CalibrationDataError):
+        if torch.backends.quantized.engine != "qnnpack":
+            raise
+        return Losses(math.inf, None)  # its add refuses inputs whose scales are too far apart, when it runs
