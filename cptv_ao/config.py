@@ -31,6 +31,7 @@ class RefineConfig:
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none.
             Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales.
+        activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         feature_weight: weight, in those steps, of the distance between what crosses from block to block and the
             same in float, beside the loss; 0 leaves it out.
         passes: sweeps over all blocks.
@@ -61,6 +62,7 @@ class RefineConfig:
     population: tuple[Individual, ...] = ("output_error", "ranges")
     gradient_steps: int = 300
     learning_rate: float = 0.03
+    activation_rate: float = 3.0
     feature_weight: float = 0.1
     passes: int = 2
     evaluations: int = 20
@@ -92,7 +94,7 @@ class RefineConfig:
             value = getattr(self, name)
             _expect(value is None or callable(value), name, "a function or None", value)
         _expect(isinstance(self.racing, bool), "racing", "True or False", self.racing)
-        for name in ("temperature", "learning_rate", "epsilon"):
+        for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
         for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):

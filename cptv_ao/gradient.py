@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ class GradientDescent:
         loss, select: as for the evaluator.
         crossings: names of the lowered model's nodes whose values are compared with the unquantized twin's.
         feature_weight: weight of that comparison beside the loss; 0 leaves it out.
+        activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself.
         rng: draws the order of the batches.
     """
 
@@ -92,6 +94,7 @@ class GradientDescent:
         *,
         crossings: Sequence[str] = (),
         feature_weight: float = 0.0,
+        activation_rate: float = 1.0,
         rng: np.random.Generator,
     ) -> None:
         known = set(twin.names)
@@ -101,15 +104,21 @@ class GradientDescent:
         twin.tap(crossings if feature_weight else ())
         self._features: dict[int, list[Tensor]] = {}
         self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
-        leaves = [leaf for g in self._groups for leaf in (g.log_scale, g.offset) if leaf is not None]
-        self._adam = torch.optim.Adam(leaves, lr=1.0, betas=(0.9, 0.95), fused=True)
+        self._adam = torch.optim.Adam(self._parameters(activation_rate), lr=1.0, betas=(0.9, 0.95), fused=True)
         #: steps so far, and the images that went through them
         self.steps, self.images = 0, 0
 
     def run(
-        self, batches: Sequence[Batch], teacher: Sequence[Tensor], schedule: Schedule
+        self,
+        batches: Sequence[Batch],
+        teacher: Sequence[Tensor],
+        schedule: Schedule,
+        on_step: Callable[[float], None] | None = None,
     ) -> Iterator[tuple[str, Callable[[], Assignment]]]:
-        """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times."""
+        """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times.
+
+        `on_step` is given the loss of each step's batch.
+        """
         order: list[int] = []
         due = 1
         while (progress := schedule.progress(self.steps)) < 1.0:
@@ -117,17 +126,26 @@ class GradientDescent:
                 order = [int(i) for i in self._rng.permutation(len(batches))]
             index = order.pop()
             for group in self._adam.param_groups:
-                group["lr"] = schedule.rate(progress)
-            self._step(index, batches[index], teacher[index])
+                group["lr"] = schedule.rate(progress) * group["factor"]
+            loss = self._step(index, batches[index], teacher[index])
+            if on_step is not None:
+                on_step(loss)
             if schedule.progress(self.steps) >= due / schedule.proposals:
                 due += 1
                 yield f"gradient, {self.steps} steps", self.assignment
+
+    def _parameters(self, activation_rate: float) -> list[dict[str, Any]]:
+        """Adam's parameter groups: weights, then activations at their multiple of the learning rate."""
+        weights = [g.log_scale for g in self._groups if g.offset is None]
+        activations = [leaf for g in self._groups if g.offset is not None for leaf in (g.log_scale, g.offset)]
+        groups = ({"params": weights, "factor": 1.0}, {"params": activations, "factor": activation_rate})
+        return [group for group in groups if group["params"]]
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
 
-    def _step(self, index: int, batch: Batch, teacher: Tensor) -> None:
+    def _step(self, index: int, batch: Batch, teacher: Tensor) -> float:
         wanted = self._wanted(index, batch) if self._feature_weight else []
         with torch.enable_grad():
             values = {site.name: group.values() for group in self._groups for site in group.sites}
@@ -140,6 +158,7 @@ class GradientDescent:
         self._adam.step()
         self.steps += 1
         self.images += batch.images
+        return float(loss)
 
     def _wanted(self, index: int, batch: Batch) -> list[Tensor]:
         """What crosses from block to block in the unquantized twin, computed once per batch."""

@@ -29,12 +29,12 @@ from cptv_ao.space import ScaleSpace
 class Event:
     """One step of a refine, as given to the callback.
 
-    `candidate`: a vector was scored; `block`: a visit ended; `proposal`: scales for the whole model were scored;
-    `pass`: all blocks were visited. `loss` is that of the step on the search images (inf: rejected early), `best`
-    the best so far.
+    `step`: a step of the descent on the twin (loss of its batch there); `proposal`: scales for the whole model were
+    scored; `candidate`: a vector was scored; `block`: a visit ended; `pass`: all blocks were visited. `loss` is that of
+    the step on the search images (inf: rejected early), `best` the best so far.
     """
 
-    kind: Literal["candidate", "block", "proposal", "pass"]
+    kind: Literal["step", "proposal", "candidate", "block", "pass"]
     name: str
     pass_index: int
     evaluations: int
@@ -68,8 +68,8 @@ class Budget:
 class Loop:
     """Searches the scales of one model; leaves the best accepted state in it.
 
-    A state is accepted when its loss is not worse than the start's on the search images and lowest on the
-    held-out ones; the start is the first state.
+    A state is accepted when neither loss is worse than the start's, and the mean of the losses on the search and on
+    the held-out images is the lowest so far; the start is the first state.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Loop:
 
     @property
     def steps(self) -> int:
-        """Evaluations that the block visits take at most."""
-        return self._config.passes * len(self._spaces) * self._config.evaluations
+        """Steps of the descent and evaluations of the block visits, at most."""
+        return self._config.gradient_steps + self._config.passes * len(self._spaces) * self._config.evaluations
 
     def propose(self, proposals: Iterable[Proposal]) -> None:
         """Score scales for the whole model; go on from the best of them if it is better than what is there."""
@@ -124,6 +124,10 @@ class Loop:
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
             self._keep()
+
+    def step(self, loss: float) -> None:
+        """Tell the listeners of a step of the descent."""
+        self._tell("step", "gradient", 0, loss)
 
     def run(self) -> None:
         """Visit every block in every pass, then leave the best state in the model."""
@@ -211,11 +215,11 @@ class Loop:
         if self._loss >= self.best.search:
             return
         losses = self._losses(self._loss)
-        if losses.holdout is None or self.best.holdout is None or losses.holdout <= self.best.holdout:
+        if losses.holdout is not None and self.start.holdout is not None and losses.holdout > self.start.holdout:
+            self.rejected = True
+        elif losses.mean < self.best.mean:
             self.best = losses
             self._best_state = self._backend.snapshot()
-        else:
-            self.rejected = True
 
     def _losses(self, search: float) -> Losses:
         return Losses(search, None if self._holdout is None else self._holdout.score())

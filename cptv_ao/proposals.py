@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -59,6 +59,8 @@ class Proposer:
         self._twin.reround_weights()
         #: images run through the twin; a step forward and backward counts as three
         self.image_forwards = 0
+        #: called with the loss of each step of the descent
+        self.on_step: Callable[[float], None] | None = None
 
     def __iter__(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
@@ -102,13 +104,13 @@ class Proposer:
             config.output or first_floating,
             crossings=crossings(self._backend.model.graph, self._blocks),
             feature_weight=config.feature_weight,
+            activation_rate=config.activation_rate,
             rng=np.random.default_rng(config.seed),
         )
         share = _DESCENT_SHARE if config.passes else 1.0
         seconds = math.inf if config.max_seconds is None else share * config.max_seconds
-        for proposal in descent.run(
-            self._batches, self._teacher, Schedule(config.gradient_steps, config.learning_rate, seconds)
-        ):
+        schedule = Schedule(config.gradient_steps, config.learning_rate, seconds)
+        for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step):
             self.image_forwards = 3 * descent.images
             yield proposal
 

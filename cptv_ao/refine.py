@@ -150,6 +150,8 @@ def _refine(
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
     proposer = _proposer(backend, simulated, blocks, loop, images, config, notes)
+    if proposer is not None:
+        proposer.on_step = loop.step
     with _progress_bar(loop, progress):
         loop.propose(proposer or ())
         loop.run()
@@ -254,18 +256,20 @@ def _status(loop: Loop, moved: bool) -> Status:
 
 @contextmanager
 def _progress_bar(loop: Loop, enabled: bool) -> Iterator[None]:
-    """A tqdm bar over the evaluations of the block visits, with the loss."""
+    """A tqdm bar over the steps of the descent and the evaluations of the block visits, with the loss."""
     if not enabled:
         yield
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=loop.steps, desc="refine", unit="eval") as bar:
-        loop.listeners.append(partial(_advance, bar))
+    limit = loop.budget.max_seconds
+    with tqdm(total=loop.steps if limit is None else None, desc="refine", unit="step") as bar:
+        loop.listeners.append(partial(_advance, bar, limit))
         yield
 
 
-def _advance(bar: Any, event: Event) -> None:
-    if event.kind == "candidate":
+def _advance(bar: Any, limit: float | None, event: Event) -> None:
+    if event.kind in ("candidate", "step"):
         bar.update(1)
-    bar.set_postfix_str(f"{event.name} loss {event.best:.5g}", refresh=False)
+    left = "" if limit is None else f", {max(0.0, limit - event.seconds):.0f} s left"
+    bar.set_postfix_str(f"{event.name} loss {event.best:.5g}{left}", refresh=False)

@@ -55,6 +55,11 @@ class Losses:
     search: float
     holdout: float | None
 
+    @property
+    def mean(self) -> float:
+        """Mean of both: few held-out images are noisy, and the search images are overfitted."""
+        return self.search if self.holdout is None else (self.search + self.holdout) / 2
+
 
 @dataclass(frozen=True)
 class Report:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SIZE = 160
+SIZE = 128
 # Calibration and test crops come from different photographs.
-CALIBRATION = ("astronaut", "chelsea", "motorcycle_left", "china.jpg", "immunohistochemistry", "retina")
+CALIBRATION = (
+    "astronaut", "chelsea", "motorcycle_left", "china.jpg", "immunohistochemistry", "retina", "camera", "coins",
+    "brick", "grass", "gravel", "clock", "moon",
+)  # fmt: skip
 TEST = ("coffee", "flower.jpg", "rocket", "hubble_deep_field")
 
 
@@ -61,4 +64,5 @@ def _photo(name: str) -> Tensor:
         import skimage.data
 
         image = getattr(skimage.data, name)()
-    return torch.tensor(np.asarray(image)[..., :3].copy()).permute(2, 0, 1).float()
+    array = np.atleast_3d(np.asarray(image))[..., :3]  # grey photographs get three equal channels
+    return torch.tensor(array.copy()).permute(2, 0, 1).float().expand(3, -1, -1)

@@ -18,7 +18,8 @@ _SHAPE = {
     "chunk", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "narrow", "permute", "repeat", "reshape",
     "split", "squeeze", "transpose", "unbind", "unsqueeze", "view", "max_pool1d", "max_pool2d", "boolean_dispatch",
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "roll", "relu", "relu_", "dropout", "Identity", "Dropout",
-    "Flatten", "MaxPool1d", "MaxPool2d", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "ReLU", "repeat_interleave",
+    "Flatten", "MaxPool1d", "MaxPool2d", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "ReLU",
+    "repeat_interleave",
 }  # fmt: skip
 # Averages: computed on the codes and rounded to the same qparams.
 _AVERAGES = {

@@ -32,7 +32,7 @@ class Limits:
         if rounding == "none":
             return Limits(0.0 if relu else -math.inf, math.inf, False, relu)
         if zero_point.dim() == 0 and zero_point.is_cpu and not torch.compiler.is_compiling():
-            zero = float(zero_point)
+            zero = float(zero_point.detach())
             return Limits(max(low - zero, 0.0) if relu else low - zero, high - zero, rounding == "round", relu)
         zero_point = zero_point.detach()
         floor = low - zero_point

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import photos  # noqa: E402
-from workloads import NETWORKS, quantize, trained, with_outliers  # noqa: E402
+import photos
+from workloads import NETWORKS, quantize, trained, with_outliers
 
 # Calibration draws of the tuning and of the table never meet: their seeds differ.
 SEEDS = (0, 1, 2)

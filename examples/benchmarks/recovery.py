@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from cases import SEEDS, TUNING_SEED, WORKLOADS, Case, unit_threads
 from tables import recovery_table
 from torch.fx import GraphModule
@@ -33,7 +32,6 @@ from cptv_ao.losses import kl
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells"
-TUNED = RESULTS / "tuned.json"
 LEARNING_RATES = (0.01, 0.03, 0.1)
 _FOREVER = 10**6
 
@@ -43,6 +41,7 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
     return RefineConfig(
         population=(),
         feature_weight=0.0,
+        activation_rate=1.0,
         gradient_steps=_FOREVER,
         passes=0,
         max_seconds=seconds,
@@ -51,12 +50,19 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
     )
 
 
+def paper(case: Case, seconds: float, seed: int) -> RefineConfig:
+    """The published settings, repeated for as long as the budget lasts; all weights where there is no attention."""
+    attention = any("attn" in name for name, _ in case.float_model.named_modules())
+    include = ("*attn*",) if attention else ("*",)
+    return RefineConfig.paper(case.weight_bits, include=include, passes=_FOREVER, max_seconds=seconds, seed=seed)
+
+
 METHODS: dict[str, Callable[[str, Case, float, int], RefineConfig]] = {
-    "paper": lambda _, case, s, seed: RefineConfig.paper(case.weight_bits, passes=_FOREVER, max_seconds=s, seed=seed),
+    "paper": lambda _, case, s, seed: paper(case, s, seed),
     "sweep": lambda _, case, s, seed: RefineConfig(
         population=("output_error",), gradient_steps=0, passes=0, max_seconds=s, seed=seed
     ),
-    "gradient": lambda name, _, s, seed: gradient(s, seed, json.loads(TUNED.read_text())[name]),
+    "gradient": lambda name, _, s, seed: gradient(s, seed, json.loads(tuned(name).read_text())["chosen"]),
     "sep-CMA-ES": lambda _, case, s, seed: RefineConfig(
         population=(), gradient_steps=0, search="cma", passes=_FOREVER, max_seconds=s, seed=seed
     ),
@@ -106,6 +112,11 @@ def cell(name: str, method: str, seed: int) -> Path:
     return CELLS / f"{name} {method} {seed}.json".replace(" ", "_")
 
 
+def tuned(name: str) -> Path:
+    """Where the gradient's learning rate for a workload is kept."""
+    return RESULTS / "tuned" / f"{name}.json".replace(" ", "_")
+
+
 def run_unit(name: str, seed: int, methods: list[str]) -> None:
     """All missing cells of one workload and seed."""
     unit_threads()
@@ -129,8 +140,7 @@ def run_unit(name: str, seed: int, methods: list[str]) -> None:
 def tune_unit(name: str) -> None:
     """Choose the gradient's learning rate for one workload, by KL on unseen images of another draw."""
     unit_threads()
-    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    if name in tuned:
+    if tuned(name).exists():
         return
     case = WORKLOADS[name].make(TUNING_SEED)
     losses = {}
@@ -138,9 +148,8 @@ def tune_unit(name: str) -> None:
         model, _ = refined(case, gradient(WORKLOADS[name].seconds, TUNING_SEED, rate))
         losses[rate] = judge(case, model)["kl"]
     print(f"{name}: " + ", ".join(f"lr {rate}: KL {loss:.4f}" for rate, loss in losses.items()), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    TUNED.write_text(json.dumps(tuned | {name: min(losses, key=losses.__getitem__)}, indent=1))
+    tuned(name).parent.mkdir(parents=True, exist_ok=True)
+    tuned(name).write_text(json.dumps({"chosen": min(losses, key=losses.__getitem__), "kl": losses}, indent=1))
 
 
 def start_unit(name: str, *words: str) -> None:
