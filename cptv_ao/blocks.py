@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.fx import Graph
-
 from cptv_ao.sites import ScaleSite
 
 #: Given the sites of a model in graph order, returns the block of each site by name.
@@ -50,18 +48,6 @@ def find_blocks(sites: Iterable[ScaleSite], policy: BlockPolicy | None = None) -
     for site in ordered:
         members.setdefault(names[site.name], []).append(site)
     return tuple(Block(name, tuple(group)) for name, group in members.items())
-
-
-def crossings(graph: Graph, blocks: Sequence[Block]) -> list[str]:
-    """Names of the nodes of a lowered graph whose values cross from one block into the next, in graph order."""
-    position = {node.name: i for i, node in enumerate(graph.nodes)}
-    last_use = {node: max((position[u.name] for u in node.users), default=-1) for node in graph.nodes}
-    cuts = [min(position[name] for site in block.sites for name in site.nodes) for block in blocks]
-    return [
-        node.name
-        for i, node in enumerate(graph.nodes)
-        if node.op not in ("get_attr", "placeholder") and any(i < cut <= last_use[node] for cut in cuts)
-    ]
 
 
 def blocks_by_path(sites: Sequence[ScaleSite]) -> dict[str, str]:

@@ -32,8 +32,6 @@ class RefineConfig:
             Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
-        feature_weight: weight, in those steps, of the distance between what crosses from block to block and the
-            same in float, beside the loss; 0 leaves it out.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
@@ -63,7 +61,6 @@ class RefineConfig:
     gradient_steps: int = 300
     learning_rate: float = 0.03
     activation_rate: float = 3.0
-    feature_weight: float = 0.1
     passes: int = 2
     evaluations: int = 20
     include: tuple[str, ...] = ("*",)
@@ -125,8 +122,6 @@ class RefineConfig:
             "a tuple of 'output_error' and 'ranges'",
             self.population,
         )
-        weight = self.feature_weight
-        _expect(_is_number(weight) and 0 <= weight < math.inf, "feature_weight", "a finite number >= 0", weight)
         _expect(
             isinstance(self.kinds, tuple) and bool(self.kinds) and set(self.kinds) <= {"weight", "activation"},
             "kinds",

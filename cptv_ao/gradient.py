@@ -2,9 +2,6 @@
 
 The twin cannot see what only the kernels do (saturation), so what comes from here is a proposal: the loop accepts
 it where the kernels confirm it.
-
-Besides the loss on the outputs, the values that cross from block to block are drawn to those of the unquantized
-twin: they tell more about an image than its outputs do, so that fewer images are overfitted less.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Select
@@ -79,8 +75,6 @@ class GradientDescent:
         twin: the twin of the model with the scales to start from.
         groups: the tied groups that are searched, by the name of their leader.
         loss, select: as for the evaluator.
-        crossings: names of the lowered model's nodes whose values are compared with the unquantized twin's.
-        feature_weight: weight of that comparison beside the loss; 0 leaves it out.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself.
         rng: draws the order of the batches.
     """
@@ -92,17 +86,12 @@ class GradientDescent:
         loss: Loss,
         select: Select,
         *,
-        crossings: Sequence[str] = (),
-        feature_weight: float = 0.0,
         activation_rate: float = 1.0,
         rng: np.random.Generator,
     ) -> None:
         known = set(twin.names)
         twin.reround_weights()
         self._twin, self._loss, self._select, self._rng = twin, loss, select, rng
-        self._feature_weight = feature_weight
-        twin.tap(crossings if feature_weight else ())
-        self._features: dict[int, list[Tensor]] = {}
         self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
         self._adam = torch.optim.Adam(self._parameters(activation_rate), lr=1.0, betas=(0.9, 0.95), fused=True)
         #: steps so far, and the images that went through them
@@ -127,7 +116,7 @@ class GradientDescent:
             index = order.pop()
             for group in self._adam.param_groups:
                 group["lr"] = schedule.rate(progress) * group["factor"]
-            loss = self._step(index, batches[index], teacher[index])
+            loss = self._step(batches[index], teacher[index])
             if on_step is not None:
                 on_step(loss)
             if schedule.progress(self.steps) >= due / schedule.proposals:
@@ -145,34 +134,17 @@ class GradientDescent:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
 
-    def _step(self, index: int, batch: Batch, teacher: Tensor) -> float:
-        wanted = self._wanted(index, batch) if self._feature_weight else []
+    def _step(self, batch: Batch, teacher: Tensor) -> float:
         with torch.enable_grad():
             values = {site.name: group.values() for group in self._groups for site in group.sites}
-            output, features = self._twin.call_tapped(values, *batch.args, **batch.kwargs)
+            output = self._twin.call(values, *batch.args, **batch.kwargs)
             loss = self._loss(self._select(output).flatten(1), teacher)
-            if wanted:
-                loss = loss + self._feature_weight * _distance(features, wanted)
             self._adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         self._adam.step()
         self.steps += 1
         self.images += batch.images
         return float(loss)
-
-    def _wanted(self, index: int, batch: Batch) -> list[Tensor]:
-        """What crosses from block to block in the unquantized twin, computed once per batch."""
-        if index not in self._features:
-            with torch.no_grad(), self._twin.float_mode():
-                _, features = self._twin.call_tapped({}, *batch.args, **batch.kwargs)
-            self._features[index] = features
-        return self._features[index]
-
-
-def _distance(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Mean over the crossings of the mean squared difference, in units of what is wanted's variance."""
-    terms = [functional.mse_loss(a, b) / b.var().clamp_min(1e-12) for a, b in zip(features, wanted, strict=True)]
-    return torch.stack(terms).mean()
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:

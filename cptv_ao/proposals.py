@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from cptv_ao.backends.lowered import LoweredBackend
-from cptv_ao.blocks import Block, crossings
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
@@ -22,7 +21,7 @@ from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
-_DESCENT_SHARE = 0.7
+_DESCENT_SHARE = 0.85
 # Codes 0..127 times int8 weights cannot saturate the int16 pair sums of kernels without VNNI.
 _NARROW_QMAX = 127
 # Images on which saturation is looked for.
@@ -36,7 +35,6 @@ class Proposer:
 
     Args:
         backend: of the model.
-        blocks: of the model; what crosses between them guides the descent.
         groups: the tied groups that are searched, by the name of their leader.
         batches, teacher: the search images and the teacher's outputs on them.
 
@@ -47,13 +45,12 @@ class Proposer:
     def __init__(
         self,
         backend: LoweredBackend,
-        blocks: Sequence[Block],
         groups: Mapping[str, tuple[ScaleSite, ...]],
         batches: Sequence[Batch],
         teacher: Sequence[Tensor],
         config: RefineConfig,
     ) -> None:
-        self._backend, self._blocks, self._groups, self._config = backend, blocks, groups, config
+        self._backend, self._groups, self._config = backend, groups, config
         self._batches, self._teacher = _steps(batches, teacher)
         self._twin = Twin(backend)
         self._twin.reround_weights()
@@ -102,8 +99,6 @@ class Proposer:
             self._groups,
             get_loss(config.loss, config.temperature),
             config.output or first_floating,
-            crossings=crossings(self._backend.model.graph, self._blocks),
-            feature_weight=config.feature_weight,
             activation_rate=config.activation_rate,
             rng=np.random.default_rng(config.seed),
         )

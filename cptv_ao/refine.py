@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.backends.reference import is_reference, lower, write_back
-from cptv_ao.blocks import Block, find_blocks
+from cptv_ao.blocks import find_blocks
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
@@ -149,7 +149,7 @@ def _refine(
     loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, [callback] if callback else [])
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
-    proposer = _proposer(backend, simulated, blocks, loop, images, config, notes)
+    proposer = _proposer(backend, simulated, loop, images, config, notes)
     if proposer is not None:
         proposer.on_step = loop.step
     with _progress_bar(loop, progress):
@@ -215,7 +215,6 @@ def _teacher(backend: LoweredBackend, sources: _Sources) -> nn.Module:
 def _proposer(
     backend: LoweredBackend,
     simulated: SimulatedBackend | None,
-    blocks: Sequence[Block],
     loop: Loop,
     images: Images,
     config: RefineConfig,
@@ -226,8 +225,8 @@ def _proposer(
         return None
     try:
         if simulated is not None:
-            return SimulatedProposer(simulated, backend, blocks, loop.groups, images, config)
-        return Proposer(backend, blocks, loop.groups, images.batches, images.targets, config)
+            return SimulatedProposer(simulated, backend, loop.groups, images, config)
+        return Proposer(backend, loop.groups, images.batches, images.targets, config)
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
 import torch
 
 from cptv_ao.backends.lowered import LoweredBackend
-from cptv_ao.blocks import Block
 from cptv_ao.config import RefineConfig
 from cptv_ao.errors import CalibrationDataError
 from cptv_ao.proposals import Proposer
@@ -34,20 +33,16 @@ class SimulatedProposer(Proposer):
         self,
         simulated: SimulatedBackend,
         backend: LoweredBackend,
-        blocks: Sequence[Block],
         groups: Mapping[str, tuple[ScaleSite, ...]],
         images: Images,
         config: RefineConfig,
     ) -> None:
-        super().__init__(backend, blocks, groups, images.batches, images.targets, config)
+        super().__init__(backend, groups, images.batches, images.targets, config)
         self._simulated = simulated
 
     def _limited(self) -> list[str]:
         limited = super()._limited()
         simulated = self._simulated
-        nodes = {node.name for node in simulated.model.graph.nodes}
-        sites = {b.name: tuple(s for s in b.sites if nodes.issuperset(s.nodes)) for b in self._blocks}
-        self._blocks = [Block(name, there) for name, there in sites.items() if there]
         self._batches = [simulated.batch(batch) for batch in self._batches]
         self._teacher = [target.to(simulated.twin.device) for target in self._teacher]
         self._twin.to(simulated.twin.device)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.data import Batch
@@ -18,7 +17,7 @@ from cptv_ao.evaluator import first_floating
 from cptv_ao.sites import QParams
 from cptv_ao.twin.build import Builder
 from cptv_ao.twin.modules import WeightQuantizer
-from cptv_ao.twin.values import QTensor, Rounding
+from cptv_ao.twin.values import Rounding
 
 __all__ = ["Twin", "disagreement", "moved", "unquantized"]
 
@@ -40,8 +39,6 @@ class Twin:
     def __init__(self, backend: LoweredBackend, engine: str | None = None) -> None:
         builder = Builder(backend, engine or str(torch.backends.quantized.engine))
         self.module = builder.build()
-        self._nodes = builder.nodes
-        self._tapped = self.module
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
@@ -58,24 +55,6 @@ class Twin:
         """Run with other scales and zero_points (differentiable; the buffers stay as they are)."""
         with self._replaced(values):
             return self.module(*args, **kwargs)
-
-    def tap(self, nodes: Sequence[str]) -> None:
-        """Choose the nodes of the lowered model whose values `call_tapped` returns."""
-        graph, copied = Graph(), dict[Node, Node]()
-        graph.graph_copy(self.module.graph, copied)
-        output = next(n for n in self.module.graph.nodes if n.op == "output")
-        taps = [copied[self._nodes[name]] for name in nodes]
-        graph.output((torch.fx.node.map_arg(output.args[0], copied.__getitem__), taps))
-        self._tapped = GraphModule(self.module, graph, "TappedTwin")
-
-    def call_tapped(
-        self, values: Mapping[str, tuple[Tensor, Tensor | None]], *args: Any, **kwargs: Any
-    ) -> tuple[Any, list[Tensor]]:
-        """As `call`; with the output come the floating values of the nodes given to `tap`."""
-        with self._replaced(values):
-            output, taps = self._tapped(*args, **kwargs)
-        floats = [value.dequantize() if isinstance(value, QTensor) else value for value in taps]
-        return output, [v for v in floats if isinstance(v, Tensor) and v.is_floating_point()]
 
     @contextmanager
     def _replaced(self, values: Mapping[str, tuple[Tensor, Tensor | None]]) -> Iterator[None]:

@@ -40,7 +40,6 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
     """Straight-through Adam on all log scales and zero_points from the observers' scales, nothing else."""
     return RefineConfig(
         population=(),
-        feature_weight=0.0,
         activation_rate=1.0,
         gradient_steps=_FOREVER,
         passes=0,
