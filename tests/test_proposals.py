@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -97,14 +96,3 @@ def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
     assert steps.rate(1.0) == pytest.approx(0.0)
     assert Schedule(10**9, 0.1, seconds=1e-9).progress(1) >= 1.0
     assert math.isinf(Schedule(1, 0.1).seconds)
-
-
-@pytest.mark.filterwarnings("error:.*requires_grad.*:UserWarning")
-def test_a_descent_warns_of_nothing(vit_w3: Case) -> None:
-    backend = backend_of(vit_w3)
-    batches = [Batch((vit_w3.batches[0],), {}, len(vit_w3.batches[0]))]
-    teacher = teacher_outputs(vit_w3.float_model, batches)
-    descent = GradientDescent(Twin(backend), backend.movable(), kl, first_floating, rng=np.random.default_rng(0))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*requires_grad.*")
-        assert len(list(descent.run(batches, teacher, Schedule(2, 0.01, proposals=1)))) == 1
