@@ -34,7 +34,7 @@ def agreement_notes(backend: LoweredBackend, batch: Batch, config: RefineConfig)
         gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
         if gap <= _TOLERATED:
             return []
-        found = sorted(saturating_inputs(backend.model, twin, Batch(_own(few.args), _own(few.kwargs), few.images)))
+        found = sorted(saturating_inputs(backend.model, twin, few))
     except UnsupportedModelError:
         return []
     told = f"kernels and exact arithmetic differ by {100 * gap:.3g} % on the outputs of the model that was given: "

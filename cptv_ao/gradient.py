@@ -144,7 +144,7 @@ class GradientDescent:
         self._adam.step()
         self.steps += 1
         self.images += batch.images
-        return float(loss)
+        return float(loss.detach())
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from cptv_ao.backends.homes import (
     PackedWeightHome,
     WeightHome,
 )
+from cptv_ao.backends.passing import op_name, producer
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import Scopes
 from cptv_ao.sites import ScaleSite, SiteTable
@@ -31,22 +31,6 @@ _INHERITING_OPS = {"add", "add_relu", "mul", "mul_relu", "dropout", "max_pool1d"
 _INHERITING_MODULES = {"Dropout", "MaxPool2d", "Identity", "ReLU6", "DeQuantize", "LinearPackedParams"}
 _FIXED_OPS = {"softmax", "sigmoid", "hardsigmoid", "tanh"}
 _DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
-# torch ops whose quantized output keeps the qparams of their first input.
-_PASS_METHODS = {
-    "contiguous", "detach", "flatten", "permute", "repeat", "reshape", "squeeze", "transpose", "unsqueeze", "view",
-    "relu", "relu_", "clamp", "expand", "chunk", "split", "unbind", "clone", "mean",
-}  # fmt: skip
-_PASS_FUNCTIONS = {
-    "flatten", "transpose", "squeeze", "unsqueeze", "reshape", "permute", "narrow", "relu", "relu6", "hardtanh",
-    "clamp", "max_pool1d", "max_pool2d", "interpolate", "channel_shuffle", "pixel_shuffle", "getitem", "dropout",
-    "chunk", "split", "unbind", "boolean_dispatch", "mean", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-}  # fmt: skip
-_PASS_MODULES = {
-    "Identity", "Dropout", "ReLU", "ReLU6", "Hardtanh", "MaxPool1d", "MaxPool2d", "Flatten", "PixelShuffle",
-    "ChannelShuffle", "Upsample", "AvgPool1d", "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d",
-    "AdaptiveAvgPool3d",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,7 +149,7 @@ class _Scanner:
         self._add_activation(node, output_name(path), name, path, activation, torch.quint8, fixed)
 
     def _visit_function(self, node: Node) -> None:
-        op = _op_name(node)
+        op = op_name(node)
         if node.target is torch.cat:
             self._cats.append(node)
         if op == "quantize_per_tensor":
@@ -213,7 +197,7 @@ class _Scanner:
         source = node.args[0]
         if not isinstance(source, Node):
             return ""
-        op = _op_name(source)
+        op = op_name(source)
         if source.op == "call_module":
             op = type(self._modules[str(source.target)]).__name__.lower()
         return f"fixed qparams of {op}" if op.rstrip("_") in _FIXED_OPS else ""
@@ -262,7 +246,7 @@ class _Scanner:
         inputs = cat.args[0] if cat.args else cat.kwargs["tensors"]
         if not isinstance(inputs, (list, tuple)):
             return
-        names = [self._by_node.get(self._producer(n)) for n in inputs if isinstance(n, Node)]
+        names = [self._by_node.get(producer(n, self._by_node, self._modules)) for n in inputs if isinstance(n, Node)]
         sites = [self._sites[name] for name in names if name is not None]
         if len(sites) < 2:
             return
@@ -284,19 +268,6 @@ class _Scanner:
             if site.tied == other:
                 self._sites[name] = replace(site, tied=lead)
 
-    def _producer(self, node: Node) -> Node:
-        """Walk up through the ops that keep the qparams of their first input."""
-        while node not in self._by_node and node.args and isinstance(node.args[0], Node) and self._passes(node):
-            node = node.args[0]
-        return node
-
-    def _passes(self, node: Node) -> bool:
-        if node.op == "call_method":
-            return str(node.target) in _PASS_METHODS
-        if node.op == "call_module":
-            return type(self._modules[str(node.target)]).__name__ in _PASS_MODULES
-        return node.op == "call_function" and _op_name(node) in _PASS_FUNCTIONS
-
     def _is_packed(self, attribute: str) -> bool:
         value = _attribute(self._model, attribute)
         return isinstance(value, torch.ScriptObject) and hasattr(value, "unpack")
@@ -314,19 +285,6 @@ def infer_range(weight: Tensor) -> tuple[int, int]:
         return -128, 127
     bits = next(b for b in range(2, 9) if 2 ** (b - 1) >= largest)
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def _op_name(node: Node) -> str:
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return str(target).replace("::", ".")
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket).replace("::", ".")
-    if target is operator.getitem:
-        return "getitem"
-    return getattr(target, "__name__", str(target))
 
 
 def _attribute(model: GraphModule, target: str) -> Any:

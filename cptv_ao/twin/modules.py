@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cptv_ao.sites import QParams, ScaleSite
-from cptv_ao.twin.functions import Add, LayerNorm, Product, Quantize, RoundWeight, Weigh
+from cptv_ao.twin.functions import Add, Product, Quantize, RoundWeight, Weigh
+from cptv_ao.twin.norm import LayerNorm
 from cptv_ao.twin.values import Limits, QTensor, Rounding, straight_through_round
 
 

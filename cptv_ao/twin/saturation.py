@@ -6,6 +6,7 @@ exact as long as the activation codes stay below 128, which is what reduce_range
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.data import Batch
+from cptv_ao.pieces import clone
 from cptv_ao.twin import Twin
 from cptv_ao.twin.modules import Quantizer, Weighted
 from cptv_ao.twin.values import QTensor
@@ -57,7 +59,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
     """
     recorder = Recorder(model)
     with torch.no_grad():
-        recorder.run(*batch.args, *batch.kwargs.values())
+        recorder.run(*_ordered(model, batch))
         sources = _sources(twin, batch)
         found = set()
         for node in twin.module.graph.nodes:
@@ -72,6 +74,13 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
     return found
 
 
+def _ordered(model: GraphModule, batch: Batch) -> list[Any]:
+    """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
+    names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
+    given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
+    return [clone(given[name]) for name in takewhile(given.__contains__, names)]
+
+
 def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:
     """The activation site that the input of each weighted layer is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
@@ -83,7 +92,7 @@ def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:
 
     hooks = [m.register_forward_pre_hook(see) for m in twin.module.modules() if isinstance(m, Weighted)]
     try:
-        twin(*batch.args, **batch.kwargs)
+        twin(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
     finally:
         for hook in hooks:
             hook.remove()

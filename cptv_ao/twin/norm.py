@@ -1,0 +1,109 @@
+"""quantized.layer_norm of the twin as an autograd function, with the rounding of the kernels' float32 variance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptv_ao.twin.values import Limits, dot
+
+_aten = torch.ops.aten
+
+
+class LayerNorm(torch.autograd.Function):
+    """u = ((codes - mean) / std * weight + bias) / s_y over the last dimensions; the input's scale enters by eps only.
+
+    The kernels take the variance of a row as mean(q^2) - mean(q)^2 in float32, which is off where the row's codes
+    vary little; such rows are corrected to it.
+    Arguments: codes, s_x, z_x, weight, bias, s_y, zero_point, shape, eps, limits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codes: Tensor,
+        scale: Tensor,
+        in_zero: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        out_scale: Tensor,
+        zero_point: Tensor,
+        shape: list[int],
+        eps: float,
+        limits: Limits,
+    ) -> Tensor:
+        inverse = 1 / out_scale
+        gain = inverse.expand(shape) if weight is None else weight * inverse
+        shift = None if bias is None else bias * inverse
+        codes = codes.contiguous()
+        if torch.compiler.is_compiling():
+            u, mean, rstd = _plain_layer_norm(codes, scale, in_zero, gain, shift, shape, eps, limits.rounds)
+        else:
+            small = eps / float(scale) ** 2
+            u, mean, rstd = torch.native_layer_norm(codes, shape, gain.contiguous(), shift, small)
+        if limits.rounds and not torch.compiler.is_compiling():
+            ratio = _kernel_rstd(mean, rstd, in_zero, scale, eps) / rstd
+            _correct_rows(u, ratio, shift, shape)
+        ctx.save_for_backward(codes, scale, gain, shift, out_scale, u, mean, rstd)
+        ctx.shape, ctx.limits = shape, limits
+        return limits.fit(u)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        codes, scale, gain, shift, out_scale, u, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        passed = ctx.limits.inside(gradient, u)
+        d_out = -dot(passed, u) / out_scale
+        mask = [True, False, False]
+        d_codes = _aten.native_layer_norm_backward(passed, codes, ctx.shape, mean, rstd, gain, shift, mask)[0]
+        d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[6] else None
+        # u does not change when codes and 1 / s_x grow together (eps / s_x^2 is what is added to the variance)
+        d_scale = dot(d_codes, codes) / scale if needs[1] else None
+        return d_codes, d_scale, None, None, None, d_out, d_zero, None, None, None
+
+
+def _plain_layer_norm(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    shape: list[int],
+    eps: float,
+    rounds: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, mean and 1 / std by ops that a compiler fuses and that need no number on the host."""
+    dims = list(range(-len(shape), 0))
+    mean = codes.mean(dims, keepdim=True)
+    centred = codes - mean
+    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps / (scale * scale))
+    factor = _kernel_rstd(mean, rstd, zero_point, scale, eps) if rounds else rstd
+    u = centred * factor * gain
+    return u if shift is None else u + shift, mean, rstd
+
+
+def _kernel_rstd(mean: Tensor, rstd: Tensor, zero_point: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """1 / std of the codes of each row as the kernels get it, from the true mean and 1 / std."""
+    exact_mean = mean.double() + zero_point
+    variance = rstd.double().pow(-2) - eps / scale.double() ** 2
+    squares = (variance + exact_mean * exact_mean).float()
+    shifted = exact_mean.float()
+    variance = torch.clamp_min(squares.double() - shifted.double() * shifted.double(), 0.0).float()
+    return scale / torch.sqrt(variance * scale * scale + eps)
+
+
+def _correct_rows(u: Tensor, ratio: Tensor, shift: Tensor | None, shape: list[int]) -> None:
+    """Multiply u, less its bias, by a ratio per row, in place; where few rows change, only those."""
+    flat, factor = u.view(-1, *shape), ratio.reshape(-1, *([1] * len(shape)))
+    rows = ((factor - 1).abs() > 2e-6).flatten()
+    count = int(rows.sum())
+    if 4 * count > len(rows):
+        flat.mul_(factor)
+        if shift is not None:
+            flat.addcmul_(shift, 1 - factor)
+    elif count:
+        base: Any = 0.0 if shift is None else shift
+        flat[rows] = (flat[rows] - base) * factor[rows] + base

@@ -1,0 +1,98 @@
+"""Proposals for the whole model: the initial population, saturation, and the descent on the twin."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import workloads
+from conftest import Case
+from torch import nn
+
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.data import Batch
+from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
+from cptv_ao.gradient import GradientDescent, Schedule
+from cptv_ao.losses import kl
+from cptv_ao.population import HALF, output_error_scales, rescaled
+from cptv_ao.space import ScaleSpace
+from cptv_ao.twin import Twin
+from cptv_ao.twin.saturation import saturating_inputs
+from cptv_ao.weights import find_float_weights, weight_ranges
+
+
+def backend_of(case: Case) -> LoweredBackend:
+    backend = LoweredBackend(case.converted, weight_ranges(case.float_model))
+    find_float_weights(backend, case.float_model)
+    return backend
+
+
+def test_fbgemm_saturates_in_depthwise_convolutions_only() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.abs_()
+        model[1].weight.fill_(0.5)  # every code 127, so that products add up
+    images = torch.rand(16, 3, 8, 8)
+    _, converted = workloads.quantize(model, [images], reduce_range=False, engine="fbgemm")
+    backend = LoweredBackend(converted)
+    found = saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16))
+    assert found == {"0.output"}
+    for site in backend.sites.values():  # below code 128 no kernel saturates
+        if site.affine:
+            backend.write(site.name, rescaled(backend.read(site.name), 1 / HALF, site))
+    assert saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16)) == set()
+
+
+def test_scales_of_least_output_error_are_those_of_an_exhaustive_search(vit_w3: Case) -> None:
+    backend = backend_of(vit_w3)
+    twin = Twin(backend)
+    twin.reround_weights()
+    name = "blocks.1.mlp.fc1.weight"
+    images = vit_w3.batches[0]
+    layer = vit_w3.float_model.get_submodule("blocks.1.mlp.fc1")
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        vit_w3.float_model(images)
+    hook.remove()
+    found = output_error_scales(twin, [name], Batch((images,), {}, len(images)))[name].scale
+    given = backend.read(name).scale
+
+    def errors(scale: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight.detach().double()
+        codes = (weight / scale[:, None]).round().clamp(-4, 3)
+        return ((seen[0].double() @ (codes * scale[:, None] - weight).T) ** 2).sum(0)
+
+    best = torch.stack([errors(given * 10**x) for x in np.linspace(-0.45, 0.1, 23)]).amin(0)
+    assert torch.allclose(errors(found), best, rtol=0.02)
+    assert float(errors(found).sum()) < 0.9 * float(errors(given).sum())
+
+
+def test_a_descent_lowers_the_loss_on_the_kernels(vit_w2: Case) -> None:
+    backend = backend_of(vit_w2)
+    batches = [Batch((x,), {}, len(x)) for x in vit_w2.batches]
+    teacher = teacher_outputs(vit_w2.float_model, batches)
+    evaluator = Evaluator(vit_w2.converted, batches, teacher, kl)
+    before = evaluator.score()
+    descent = GradientDescent(
+        Twin(backend), backend.movable(), kl, first_floating, activation_rate=3.0, rng=np.random.default_rng(0)
+    )
+    losses: list[float] = []
+    *_, (name, scales) = descent.run(batches, teacher, Schedule(20, 0.03, proposals=2), losses.append)
+    assert name == "gradient, 20 steps"
+    assert len(losses) == descent.steps == 20
+    space = ScaleSpace(backend, backend.movable())
+    space.write(space.repair(space.from_assignment(scales())))
+    assert evaluator.score() < 0.5 * before
+
+
+def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
+    steps = Schedule(10, 0.1)
+    assert [steps.progress(i) for i in (0, 5, 10)] == [0.0, 0.5, 1.0]
+    assert steps.rate(0.1) == pytest.approx(0.1)
+    assert steps.rate(1.0) == pytest.approx(0.0)
+    assert Schedule(10**9, 0.1, seconds=1e-9).progress(1) >= 1.0
+    assert math.isinf(Schedule(1, 0.1).seconds)
