@@ -255,6 +255,7 @@ def racing(name: str, quick: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each; on deit_tiny a third of them")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -263,11 +264,12 @@ def main() -> None:
     quick = options.quick
     if options.peak:
         size = 8 if quick else 32 if options.peak == "deit_tiny" else 100
-        print(json.dumps(peak_memory(options.peak, 2 if quick else 8, size)))
+        print(json.dumps(peak_memory(options.peak, 2, size)))
         return
     results: dict[str, Any] = {"threads": options.threads, "torch": torch.__version__, "quick": quick}
     for name, size in (("deit_tiny", 4 if quick else 32), ("fashion_vit", 32 if quick else 100)):
-        r = results[name] = candidates(name, size, 2 if quick else 7)
+        repeats = max(2, options.repeats // (3 if name == "deit_tiny" else 1))
+        r = results[name] = candidates(name, size, 2 if quick else repeats)
         r["share_in_forwards"] = search(setting(name, 2, size), 1, 5)["share_in_forwards"]
         command = [sys.executable, __file__, "--peak", name, "--threads", str(options.threads)]
         out = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True, check=True).stdout
