@@ -36,16 +36,18 @@ def _top1(found: Cells, start: Cells) -> str:
     if not found:
         return "-"
     values = [100 * c["top1"] for c in found]
-    text = f"{mean(values):.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
+    text = f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}, 1 seed"
     return text + (f" ({100 * mean(c['clamped'] for c in found):.2f})" if "clamped" in found[0] else "")
 
 
 def _closed(found: Cells, start: Cells) -> str:
-    before, reference = mean(c["top1"] for c in start), mean(c["float"] for c in start)
     if not found or found[0]["method"] == "start":
         return "-"
-    if reference - before < 0.005:
+    if mean(c["float"] - c["top1"] for c in start) < 0.005:
         return "no gap"
+    seeds = {c["seed"] for c in found}
+    paired = [c for c in start if c["seed"] in seeds]
+    before, reference = mean(c["top1"] for c in paired), mean(c["float"] for c in paired)
     return f"{100 * (mean(c['top1'] for c in found) - before) / (reference - before):.0f}"
 
 
