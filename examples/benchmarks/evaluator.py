@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(options.threads)
     quick = options.quick
     if options.peak:
