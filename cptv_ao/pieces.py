@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cptv_ao.scopes import fetch
+
 Values = tuple[Any, ...]
 _PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _IN_PLACE = {
@@ -134,7 +136,7 @@ class Pieces:
             if node.op not in ("call_module", "get_attr"):
                 copied[node] = graph.node_copy(node, copied.__getitem__)
                 continue
-            held = _fetch(model, str(node.target))
+            held = fetch(model, str(node.target))
             if isinstance(held, _PASS_THROUGH) and _does_nothing(held):
                 copied[node] = copied[node.all_input_nodes[0]]
                 continue
@@ -211,13 +213,6 @@ def storages(value: Any) -> dict[int, int]:
     return {}
 
 
-def _fetch(model: GraphModule, target: str) -> Any:
-    owner: Any = model
-    for part in target.split("."):
-        owner = getattr(owner, part)
-    return owner
-
-
 def _does_nothing(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks
     return type(module) in _PASS_THROUGH and not module.training and not hooked
@@ -225,7 +220,7 @@ def _does_nothing(module: nn.Module) -> bool:
 
 def _stamp(root: Any, held: Any) -> list[Any]:
     if isinstance(held, str):
-        return [_fetch(root, held)]
+        return [fetch(root, held)]
     if isinstance(held, Tensor):
         # An inference tensor has no version: a fresh object is like no other, so what depends on it is run again.
         return [object() if held.is_inference() else held._version]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.modules import Weighted
-from cptv_ao.twin.values import QTensor
 
 # Multiples of a weight scale that are tried per channel, and images that they are tried on.
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
@@ -73,30 +71,13 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     The error of channel c is sum((x * (s round(w / s) - w))^2) over the inputs x that the layer sees (the Gram
     matrix of the inputs, without forming it).
     """
-    inputs = _layer_inputs(twin, batch.rows(0, min(_IMAGES, batch.images)))
+    with torch.no_grad(), twin.float_mode():
+        inputs = twin.layer_inputs(batch.rows(0, min(_IMAGES, batch.images)))
     return {
-        layer.weight.site.name: _least_error(layer, value)
-        for layer, value in inputs
+        layer.weight.site.name: _least_error(layer, value.dequantize())
+        for layer, value in inputs.items()
         if layer.weight.site.name in names and layer.weight.weight is not None
     }
-
-
-def _layer_inputs(twin: Twin, batch: Batch) -> list[tuple[Weighted, Tensor]]:
-    """The float inputs of each weighted layer, seen by hooks while the unquantized twin runs."""
-    seen: dict[Weighted, Tensor] = {}
-
-    def see(layer: Any, args: tuple[QTensor, ...]) -> None:
-        seen.setdefault(layer, args[0].dequantize())
-
-    layers = [module for module in twin.module.modules() if isinstance(module, Weighted)]
-    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
-    try:
-        with torch.no_grad(), twin.float_mode():
-            twin(*batch.args, **batch.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(seen.items())
 
 
 def _least_error(layer: Weighted, value: Tensor) -> QParams:

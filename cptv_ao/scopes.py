@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+from typing import Any
+
 from torch.fx import Node
 from torch.nn import Module
+
+
+def fetch(model: Module, target: str) -> Any:
+    """What the target of a `get_attr` or `call_module` node refers to."""
+    return attrgetter(target)(model)
 
 
 class Scopes:

@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.scopes import fetch
 
 _QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
 # Marks are 1 + k / _MARKS, exact in float32.
@@ -174,10 +175,10 @@ def _homes(model: GraphModule) -> list[_Home]:
         if len(sources) != 2 or str(sources[0].target) in seen:
             continue
         seen.add(str(sources[0].target))
-        scale, zero_point = (_attribute(model, str(source.target)) for source in sources)
+        scale, zero_point = (fetch(model, str(source.target)) for source in sources)
         axis = int(node.args[3]) if node.target is torch.quantize_per_channel else None
         weight = _source(node)
-        homes.append(_Home(scale, zero_point, None if weight is None else _attribute(model, weight), axis))
+        homes.append(_Home(scale, zero_point, None if weight is None else fetch(model, weight), axis))
     return homes
 
 
@@ -209,10 +210,3 @@ def _lowering() -> Callable[..., GraphModule]:
     except ImportError as error:
         raise UnsupportedModelError("this torch cannot lower reference models; pass what convert_fx returns") from error
     return cast(Callable[..., GraphModule], lower_to_fbgemm)
-
-
-def _attribute(model: nn.Module, target: str) -> Tensor:
-    value: Any = model
-    for part in target.split("."):
-        value = getattr(value, part)
-    return cast(Tensor, value)

@@ -21,7 +21,7 @@ from cptv_ao.backends.homes import (
 )
 from cptv_ao.backends.passing import op_name, producer
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.scopes import Scopes
+from cptv_ao.scopes import Scopes, fetch
 from cptv_ao.sites import ScaleSite, SiteTable
 
 _QUANTIZED_NAMESPACE = "torch.ao.nn."
@@ -177,12 +177,12 @@ class _Scanner:
     def _visit_buffers(self, node: Node, op: str, dtype: Any) -> bool:
         """Add the site of a function whose scale and zero_point are buffers of the root."""
         sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        scales = [n for n in sources if _is_scalar(_attribute(self._model, str(n.target)), floating=True)]
-        zeros = [n for n in sources if _is_scalar(_attribute(self._model, str(n.target)), floating=False)]
+        scales = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=True)]
+        zeros = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=False)]
         if len(scales) != 1 or len(zeros) != 1:
             return False
         attribute = str(scales[0].target)
-        home = BufferHome(_attribute(self._model, attribute), _attribute(self._model, str(zeros[0].target)))
+        home = BufferHome(fetch(self._model, attribute), fetch(self._model, str(zeros[0].target)))
         scope = self._scopes.of_attribute(attribute)
         name = self._scopes.name(attribute)
         if name in self._sites and self._by_attribute.get(attribute) != name:
@@ -269,7 +269,7 @@ class _Scanner:
                 self._sites[name] = replace(site, tied=lead)
 
     def _is_packed(self, attribute: str) -> bool:
-        value = _attribute(self._model, attribute)
+        value = fetch(self._model, attribute)
         return isinstance(value, torch.ScriptObject) and hasattr(value, "unpack")
 
 
@@ -285,13 +285,6 @@ def infer_range(weight: Tensor) -> tuple[int, int]:
         return -128, 127
     bits = next(b for b in range(2, 9) if 2 ** (b - 1) >= largest)
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def _attribute(model: GraphModule, target: str) -> Any:
-    value: Any = model
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _is_scalar(value: Any, *, floating: bool) -> bool:

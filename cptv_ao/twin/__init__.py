@@ -14,10 +14,11 @@ from torch import Tensor
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
+from cptv_ao.pieces import clone
 from cptv_ao.sites import QParams
 from cptv_ao.twin.build import Builder
-from cptv_ao.twin.modules import WeightQuantizer
-from cptv_ao.twin.values import Rounding
+from cptv_ao.twin.modules import Weighted, WeightQuantizer
+from cptv_ao.twin.values import QTensor, Rounding
 
 __all__ = ["Twin", "disagreement", "moved", "unquantized"]
 
@@ -70,6 +71,22 @@ class Twin:
         finally:
             for buffers, before in kept:
                 buffers.update(before)
+
+    def layer_inputs(self, batch: Batch) -> dict[Weighted, QTensor]:
+        """What each weighted layer is given when the twin runs on a batch, which is left as it is."""
+        seen: dict[Weighted, QTensor] = {}
+
+        def see(layer: Any, args: tuple[QTensor, ...]) -> None:
+            seen[layer] = args[0]
+
+        hooks = [m.register_forward_pre_hook(see) for m in self.module.modules() if isinstance(m, Weighted)]
+        try:
+            with torch.no_grad():
+                self(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
     def get(self, name: str) -> QParams:
         """Scale and zero_point of a site."""

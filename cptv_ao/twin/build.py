@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.scopes import fetch
 from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.lift import lifted
 from cptv_ao.twin.modules import (
@@ -71,7 +72,7 @@ class Builder:
         self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
         for node in self._graph.nodes:
             if node.op == "get_attr":
-                _assign(root, node.target, copy.deepcopy(_attribute(self._model, node.target)))
+                _assign(root, node.target, copy.deepcopy(fetch(self._model, node.target)))
         for name, module in self._owned.items():
             root.add_module(name, module)
         twin = GraphModule(root, self._graph, "Twin")
@@ -138,8 +139,8 @@ class Builder:
             return self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1], {})
         if node.name in self._weight:
             packed = next(n for n in node.all_input_nodes if n.op == "get_attr" and "packed_weight" in str(n.target))
-            bias = _attribute(self._model, str(packed.target)).unpack()[1]
-            product = _packed_product(_attribute(self._model, str(packed.target)))
+            bias = fetch(self._model, str(packed.target)).unpack()[1]
+            product = _packed_product(fetch(self._model, str(packed.target)))
             weighted = Weighted(self._weight_module(node.name), output, bias, product, relu, self._qnnpack)
             return self._call(node, weighted, node.args[:1], {})
         raise self._unsupported(node, name)
@@ -237,13 +238,6 @@ def _float_op(module: nn.Module) -> Callable[..., Tensor]:
 
 def _own(value: Tensor) -> Tensor:
     return value.detach().clone()
-
-
-def _attribute(model: nn.Module, target: str) -> Any:
-    value: Any = model
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _assign(root: nn.Module, target: str, value: Any) -> None:

@@ -84,16 +84,5 @@ def _ordered(model: GraphModule, batch: Batch) -> list[Any]:
 def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:
     """The activation site that the input of each weighted layer is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
-    sources: dict[Weighted, str] = {}
-
-    def see(layer: Any, args: tuple[QTensor, ...]) -> None:
-        if id(args[0].scale) in names:
-            sources[layer] = names[id(args[0].scale)]
-
-    hooks = [m.register_forward_pre_hook(see) for m in twin.module.modules() if isinstance(m, Weighted)]
-    try:
-        twin(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sources
+    given = twin.layer_inputs(batch)
+    return {layer: names[id(value.scale)] for layer, value in given.items() if id(value.scale) in names}
