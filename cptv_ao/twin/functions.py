@@ -7,8 +7,9 @@ scales follow from sums of `gradient * u`, so that no other pass over an activat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,31 @@ class RoundWeight(torch.autograd.Function):
         return None, -product.sum(dims).reshape(scale.shape) / scale, None, None
 
 
+class Clamp(torch.autograd.Function):
+    """codes = fit(clamp(codes, low / scale, high / scale)). Arguments: codes, scale (), low, high (real), limits."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, low: float, high: float, limits: Limits) -> Tensor:
+        ctx.bounds, ctx.limits = (low, high), limits.within(low / scale, high / scale)
+        ctx.save_for_backward(codes, scale)
+        return codes.clamp(ctx.limits.low, ctx.limits.high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        codes, scale = ctx.saved_tensors
+        low, high = ctx.bounds
+        passed = ctx.limits.inside(gradient, codes)
+        d_scale = None
+        if ctx.needs_input_grad[1]:  # a clipped code is an end over the scale
+            clipped = gradient.sum() - passed.sum()
+            lower = replace(ctx.limits, high=math.inf).inside(gradient, codes) if low else None
+            below = gradient.sum() - lower.sum() if lower is not None else clipped.new_zeros(())
+            finite_low, finite_high = (end if math.isfinite(end) else 0.0 for end in (low, high))
+            d_scale = -(below * finite_low + (clipped - below) * finite_high) / scale.square()
+        return passed if ctx.needs_input_grad[0] else None, d_scale, None, None, None
+
+
 @dataclass(frozen=True)
 class Linear:
     """accumulator = codes @ weight.T, channels last."""
@@ -79,7 +105,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Convolution:
-    """accumulator = convolution of any rank, channels first; padding is zero, which is what zero_point stands for."""
+    """accumulator = convolution of any rank, channels first; padding is zero, which is what zero_point stands for.
+
+    Images are laid out channels last in memory, where forward and backward take half the time on a CPU; what follows
+    keeps the layout.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -90,11 +120,16 @@ class Convolution:
     def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
         none = [0] * len(self.stride)
         settings = (self.stride, self.padding, self.dilation, False, none, self.groups)
+        if codes.dim() == 4:
+            codes = codes.contiguous(memory_format=torch.channels_last)
         return torch.convolution(codes, weight, None, *settings)
 
     def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
         none = [0] * len(self.stride)
         settings = (self.stride, self.padding, self.dilation, False, none, self.groups)
+        if codes.dim() == 4:
+            codes = codes.contiguous(memory_format=torch.channels_last)
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
         return _aten.convolution_backward(gradient, codes, weight, None, *settings, [*mask, False])[:2]
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.values import QTensor, straight_through_round
 
 # Pure selections and reorderings of the codes.
@@ -26,8 +28,11 @@ _AVERAGES = {
     "avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "AvgPool2d", "AvgPool1d",
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "interpolate", "Upsample",
 }  # fmt: skip
-# Clamps to real values, which are rounded to the scale first.
-_CLAMPS = {"relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "ReLU6", "Hardtanh"}
+# Clamps to real values, which are rounded to the scale first: their ends where the call does not say otherwise.
+_CLAMPS = {
+    "relu6": (0.0, 6.0), "relu6_": (0.0, 6.0), "ReLU6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "hardtanh_": (-1.0, 1.0),
+    "Hardtanh": (-1.0, 1.0), "clamp": (-math.inf, math.inf), "clamp_": (-math.inf, math.inf),
+}  # fmt: skip
 _PLAIN = {"getattr", "size", "dim", "numel", "shape"}
 # Output qparams that the kernels fix: (scale, zero_point).
 _FIXED: dict[str, tuple[Callable[[Tensor], Tensor], float, int]] = {
@@ -64,12 +69,27 @@ def lifted(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -
     if name in _AVERAGES:
         return first.fitted(function(first.codes, *args[1:], **kwargs))
     if name in _CLAMPS:
-        return first.fitted(function(first.dequantize(), *args[1:], **kwargs) / first.scale)
+        low, high = _ends(name, function, *args[1:], **kwargs)
+        return first.with_codes(Clamp.apply(first.codes, first.scale, low, high, first.limits()))
     if name in _FIXED:
         op, scale, zero_point = _FIXED[name]
         like = replace(first, scale=first.scale.new_tensor(scale), zero_point=first.scale.new_tensor(float(zero_point)))
         return like.fitted(op(first.dequantize()) / like.scale)
     raise UnsupportedModelError(f"the twin does not know {name} on a quantized tensor", name)
+
+
+def _ends(name: str, function: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
+    """The real values that a clamp clamps to; arguments are those after the value."""
+    low, high = _CLAMPS[name]
+    if isinstance(function, nn.Module):
+        return float(getattr(function, "min_val", low)), float(getattr(function, "max_val", high))
+    if name.startswith("relu6"):
+        return low, high
+    given = {**dict(zip(("min", "max"), args, strict=False)), **{k.removesuffix("_val"): v for k, v in kwargs.items()}}
+    ends = (given.get("min"), given.get("max"))
+    if any(isinstance(end, Tensor) for end in ends):
+        raise UnsupportedModelError(f"the twin does not know {name} with tensors as ends", name)
+    return low if ends[0] is None else float(ends[0]), high if ends[1] is None else float(ends[1])
 
 
 def _mean(function: Callable[..., Tensor], value: QTensor, dim: Any = None, *args: Any, **kwargs: Any) -> QTensor:

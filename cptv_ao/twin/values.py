@@ -38,6 +38,15 @@ class Limits:
         floor = low - zero_point
         return Limits(floor.clamp_min(0.0) if relu else floor, high - zero_point, rounding == "round", relu)
 
+    def within(self, low: Tensor, high: Tensor) -> Limits:
+        """These limits and those of two more ends (), which are rounded where codes are."""
+        low, high = (torch.round(end) if self.rounds else end for end in (low.detach(), high.detach()))
+        if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
+            floor, ceiling = (torch.as_tensor(end, device=low.device) for end in (self.low, self.high))
+            return replace(self, low=torch.clamp(low, floor, ceiling), high=torch.clamp(high, floor, ceiling))
+        lower, upper = (min(max(float(end), self.low), self.high) for end in (low, high))
+        return replace(self, low=lower, high=upper)
+
     def fit(self, u: Tensor) -> Tensor:
         """The codes."""
         codes = torch.round(u) if self.rounds else u.clone()
@@ -112,6 +121,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """sum(a * b), in one pass where the memory allows it."""
     if a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.view(-1), b.view(-1))
+    layout = torch.channels_last
+    if a.dim() == 4 and a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout):
+        return torch.dot(a.permute(0, 2, 3, 1).reshape(-1), b.permute(0, 2, 3, 1).reshape(-1))
     return (a * b).sum()
 
 
