@@ -16,6 +16,7 @@ from cptv_ao.errors import (
     UnsupportedModelError,
 )
 from cptv_ao.loop import Event
+from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
 from cptv_ao.refine import find_sites, refine
 from cptv_ao.report import Report, Status, report
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
@@ -30,6 +31,7 @@ __all__ = [
     "InvalidScaleError",
     "NonFiniteError",
     "QParams",
+    "Recipe",
     "RefineConfig",
     "Report",
     "ScaleSite",
@@ -38,6 +40,8 @@ __all__ = [
     "UnsupportedModelError",
     "blocks_by_path",
     "find_sites",
+    "qconfig_mapping",
+    "recipe",
     "refine",
     "report",
 ]

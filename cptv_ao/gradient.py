@@ -26,6 +26,8 @@ from cptv_ao.twin import Twin
 #: A zero_point moves by this many codes where a log scale moves by 1.
 _CODES_PER_LOG = 20.0
 _WARM_UP = 0.1
+# Share of the learning rate that is left after the descent was sent back.
+_BACK_OFF = 0.5
 
 
 @dataclass
@@ -38,6 +40,12 @@ class _Group:
 
     def values(self) -> tuple[Tensor, Tensor | None]:
         return self.log_scale.exp(), None if self.offset is None else self.offset * _CODES_PER_LOG
+
+    def set(self, qparams: QParams) -> None:
+        """Put the leaves where these qparams are."""
+        self.log_scale.copy_(qparams.scale.log())
+        if self.offset is not None:
+            self.offset.copy_(qparams.zero_point / _CODES_PER_LOG)
 
     def qparams(self, site: ScaleSite, now: QParams) -> QParams:
         scale, zero_point = self.values()
@@ -54,7 +62,7 @@ class Schedule:
     steps: int
     learning_rate: float
     seconds: float = math.inf
-    proposals: int = 4
+    proposals: int = int(__import__("os").environ.get("NPROP", "4"))
     started: float = field(default_factory=time.monotonic)
 
     def progress(self, step: int) -> float:
@@ -94,8 +102,17 @@ class GradientDescent:
         self._twin, self._loss, self._select, self._rng = twin, loss, select, rng
         self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
         self._adam = torch.optim.Adam(self._parameters(activation_rate), lr=1.0, betas=(0.9, 0.95), fused=True)
+        self._caution = 1.0
         #: steps so far, and the images that went through them
         self.steps, self.images = 0, 0
+
+    def back_to(self, scales: Callable[[str], QParams]) -> None:
+        """Go on from other scales (by site name), at half the learning rate."""
+        with torch.no_grad():
+            for group in self._groups:
+                group.set(scales(group.sites[0].name))
+        self._adam.state.clear()
+        self._caution *= _BACK_OFF
 
     def run(
         self,
@@ -115,7 +132,7 @@ class GradientDescent:
                 order = [int(i) for i in self._rng.permutation(len(batches))]
             index = order.pop()
             for group in self._adam.param_groups:
-                group["lr"] = schedule.rate(progress) * group["factor"]
+                group["lr"] = schedule.rate(progress) * group["factor"] * self._caution
             loss = self._step(batches[index], teacher[index])
             if on_step is not None:
                 on_step(loss)

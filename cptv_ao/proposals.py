@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cptv_ao.backends.lowered import LoweredBackend
@@ -107,7 +108,14 @@ class Proposer:
         schedule = Schedule(config.gradient_steps, config.learning_rate, seconds)
         for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step):
             self.image_forwards = 3 * descent.images
+            before = self._scales()
             yield proposal
+            if torch.equal(self._scales(), before):  # the kernels did not confirm it
+                descent.back_to(self._backend.read)
+
+    def _scales(self) -> Tensor:
+        """All searched scales that are in the model, one after another."""
+        return torch.cat([self._backend.read(lead).scale.reshape(-1) for lead in self._groups])
 
 
 def _steps(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:

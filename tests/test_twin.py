@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.losses import get_loss
 from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin, disagreement, unquantized
+from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.saturation import Recorder, lift
 from cptv_ao.twin.simulation import SimulatedBackend
+from cptv_ao.twin.values import Limits
 from cptv_ao.weights import find_float_weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -212,6 +215,30 @@ def _slope(leaf: Tensor, along: Tensor, loss: Callable[[], Tensor], step: float 
         below = float(loss())
         leaf.copy_(kept)
     return (above - below) / (2 * step)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.6), (-0.4, 0.5), (-0.4, math.inf), (-math.inf, 0.3), (0.2, 0.6)])
+def test_gradients_of_a_clamp_are_those_of_finite_differences(low: float, high: float) -> None:
+    codes = torch.linspace(-99.97, 99.31, 1001, dtype=torch.float64)
+    weights = torch.randn(1001, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    limits = Limits.of(torch.tensor(0.0), -128, 127, "clamp")
+
+    def value(scale: Tensor) -> Tensor:
+        return (Clamp.apply(codes, scale, low, high, limits) * weights).sum()
+
+    scale = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(Clamp.apply(codes, scale, low, high, limits), (codes * scale).clamp(low, high) / scale)
+    (gradient,) = torch.autograd.grad(value(scale), scale)
+    step = 1e-7
+    expected = (value(scale.detach() + step) - value(scale.detach() - step)) / (2 * step)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_clamp_passes_the_gradient_of_codes_that_it_leaves() -> None:
+    codes = torch.tensor([-3.0, 0.0, 1.0, 59.0, 61.0], requires_grad=True)
+    Clamp.apply(codes, torch.tensor(0.1), 0.0, 6.0, Limits.of(torch.tensor(0.0), -128, 127, "round")).sum().backward()
+    assert codes.grad is not None
+    assert codes.grad.tolist() == [0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("rounding", ["round", "clamp"])

@@ -68,7 +68,8 @@ class Clamp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, scale: Tensor, low: float, high: float, limits: Limits) -> Tensor:
-        ctx.bounds, ctx.limits = (low, high), limits.within(low / scale, high / scale)
+        ctx.bounds = (low, high)
+        ctx.limits = replace(limits.within(low / scale, high / scale), relu=low == 0)
         ctx.save_for_backward(codes, scale)
         return codes.clamp(ctx.limits.low, ctx.limits.high)
 
@@ -76,15 +77,14 @@ class Clamp(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         codes, scale = ctx.saved_tensors
-        low, high = ctx.bounds
         passed = ctx.limits.inside(gradient, codes)
         d_scale = None
-        if ctx.needs_input_grad[1]:  # a clipped code is an end over the scale
-            clipped = gradient.sum() - passed.sum()
-            lower = replace(ctx.limits, high=math.inf).inside(gradient, codes) if low else None
-            below = gradient.sum() - lower.sum() if lower is not None else clipped.new_zeros(())
-            finite_low, finite_high = (end if math.isfinite(end) else 0.0 for end in (low, high))
-            d_scale = -(below * finite_low + (clipped - below) * finite_high) / scale.square()
+        if ctx.needs_input_grad[1]:  # a code that is cut off is an end over the scale
+            d_scale = torch.zeros_like(scale)
+            for end, other in zip(ctx.bounds, ({"high": math.inf}, {"low": -math.inf}), strict=True):
+                if end and math.isfinite(end):
+                    cut = gradient.sum() - replace(ctx.limits, **other).inside(gradient, codes).sum()
+                    d_scale -= cut * end / scale.square()
         return passed if ctx.needs_input_grad[0] else None, d_scale, None, None, None
 
 

@@ -1,0 +1,232 @@
+"""Rewriting a module's `forward` into one that torch.fx can trace: its own graph, taken with example inputs at hand.
+
+Where Python asks for a concrete value (`if H % 2`, `len(x)`, `int(n)`), the example answers; all else stays symbolic.
+What depends on parameters alone is computed once and kept as a constant.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.node import map_arg
+from torch.nn import functional
+
+from cptv_ao.scopes import fetch
+
+#: Functions with a weight, which prepare_fx quantizes where it stands in its place among the arguments.
+WEIGHTED_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+# Modes of interpolate that have quantized kernels.
+_QUANTIZED_MODES = {"nearest", "nearest-exact", "bilinear"}
+# Names of the parameters that hold what was computed once.
+_FOLDED = "folded_"
+# Their arguments in order, with defaults.
+_ARGUMENTS = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Replace the `forward` of a module by the graph of what it does with inputs like these, in place.
+
+    Raises:
+        Exception: whatever tracing ran into; the module is then as before.
+    """
+    code = graph_of(module, args, kwargs)
+    module.forward = MethodType(type(code).forward, module)  # type: ignore[method-assign]
+
+
+def undo(module: nn.Module) -> None:
+    """Give a module its own `forward` back."""
+    module.__dict__.pop("forward", None)
+    for name in [name for name in module._parameters if name.startswith(_FOLDED)]:
+        delattr(module, name)
+
+
+def graph_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
+    """The graph of a module for inputs like these; constants that it needs are registered on the module."""
+    tracer = _ExampleTracer(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    graph = tracer.trace(module)
+    _fold(graph, tracer.value, module)
+    for node in graph.nodes:
+        if node.target in WEIGHTED_FUNCTIONS and node.kwargs:
+            _make_positional(node)
+        if is_float_interpolation(node):
+            node.target = interpolate_float
+    code = GraphModule(module, graph)
+    code.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"})
+    code.recompile()
+    return code
+
+
+def is_float_interpolation(node: Node) -> bool:
+    """Whether a node interpolates in a mode that has no quantized kernel."""
+    if node.target is not functional.interpolate:
+        return False
+    mode = node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")
+    return mode not in _QUANTIZED_MODES
+
+
+def interpolate_float(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.nn.functional.interpolate` under a name that convert_fx does not know, so that it stays float."""
+    if torch.overrides.has_torch_function_unary(value):
+        result: Tensor = torch.overrides.handle_torch_function(interpolate_float, (value,), value, *args, **kwargs)
+        return result
+    return functional.interpolate(value, *args, **kwargs)
+
+
+class _ExampleTracer(QuantizationTracer):
+    """Traces as prepare_fx does, and computes the value of each node for the example beside it."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, example: Mapping[str, Any]) -> None:
+        super().__init__([], [])
+        self._example = example
+        self._computing = False
+        self._values: dict[Node, Any] = {}
+
+    def value(self, node: Node) -> Any:
+        """What a node is for the example."""
+        if node not in self._values:
+            if node.op != "get_attr":  # those of buffers and constants are made without a proxy
+                raise KeyError(f"no value for {node.op} {node.name}")
+            self._values[node] = fetch(self.root, str(node.target))
+        return self._values[node]
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Placeholders for what is given; switches (None, bool, str) and defaults keep their value."""
+        self._check_signature(root_fn)
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        given: list[Any] = []
+        for parameter in parameters:
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            proxy = self.create_proxy("placeholder", parameter.name, default, {})
+            value = self._example.get(parameter.name, parameter.default)
+            self._values[proxy.node] = value
+            switch = parameter.name not in self._example or value is None or isinstance(value, (bool, str))
+            given.append(value if switch else proxy)
+        return root_fn, [self.root, *given]
+
+    def _check_signature(self, forward: Callable[..., Any]) -> None:
+        kinds = {p.kind for p in inspect.signature(forward).parameters.values()}
+        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
+            raise TypeError("a forward with *args, **kwargs or keyword-only arguments cannot be rewritten")
+
+    def proxy(self, node: Node) -> Proxy:
+        return _ExampleProxy(node, self)
+
+    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Proxy:
+        proxy = super().create_proxy(kind, *args, **kwargs)
+        if kind not in {"placeholder", "output"}:
+            self._values[proxy.node] = self._compute(proxy.node)
+        return proxy
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self._computing else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        return bool(self.value(obj.node))
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(self.value(obj.node)))])  # type: ignore[index]
+
+    def _compute(self, node: Node) -> Any:
+        args: Any = map_arg(node.args, self.value)
+        kwargs: Any = map_arg(node.kwargs, self.value)
+        self._computing = True
+        try:
+            if node.op == "get_attr":
+                return fetch(self.root, str(node.target))
+            if node.op == "call_module":
+                return self.root.get_submodule(str(node.target)).forward(*args, **kwargs)
+            if node.op == "call_method":
+                value, *rest = args
+                return getattr(value, str(node.target))(*rest, **kwargs)
+            function: Any = node.target
+            return function(*args, **kwargs)
+        finally:
+            self._computing = False
+
+
+class _ExampleProxy(Proxy):
+    """A proxy that turns into its example's value where Python insists on one: numbers, and what is no number."""
+
+    tracer: _ExampleTracer
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._value(), name, None)
+        if isinstance(value, (torch.device, torch.dtype, str)):
+            return value
+        if value is None or callable(value):  # a method
+            return super().__getattr__(name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def _value(self) -> Any:
+        return self.tracer.value(self.node)
+
+    def __len__(self) -> int:
+        return len(self._value())
+
+    def __int__(self) -> int:
+        return int(self._value())
+
+    def __index__(self) -> int:
+        return operator.index(self._value())
+
+    def __float__(self) -> float:
+        return float(self._value())
+
+
+def _fold(graph: Graph, value_of: Callable[[Node], Any], owner: nn.Module) -> None:
+    """Compute what depends on parameters and constants alone, and hold it as a parameter, as all that is used.
+
+    Before: get_attr q --> cat --> linear.bias      After: get_attr folded_0 --> linear.bias
+            get_attr v ----^
+    A buffer would be a plain tensor to the next tracer, whose methods take no proxies.
+    """
+    constant: set[Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        plain = node.op == "get_attr" and isinstance(value_of(node), Tensor)
+        if plain or (node.op in {"call_function", "call_method"} and inputs and constant.issuperset(inputs)):
+            constant.add(node)
+    count = 0
+    for node in list(graph.nodes):
+        users = [user for user in node.users if user not in constant]
+        value = value_of(node) if node in constant else None
+        if node not in constant or not users or isinstance(value, nn.Parameter):
+            continue
+        if isinstance(value, Tensor):
+            while hasattr(owner, name := f"{_FOLDED}{count}"):
+                count += 1
+            owner.register_parameter(name, nn.Parameter(value.detach().clone(), value.is_floating_point()))
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.get_attr(name))
+        else:
+            for user in users:
+                _inline(user, node, value)
+
+
+def _inline(user: Node, node: Node, value: Any) -> None:
+    """Put a value in the place of a node among the arguments of a user of it."""
+
+    def exchange(argument: Node) -> Any:
+        return value if argument is node else argument
+
+    user.args, user.kwargs = map_arg(user.args, exchange), map_arg(user.kwargs, exchange)  # type: ignore[assignment]
+
+
+def _make_positional(node: Node) -> None:
+    given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    last = max(i for i, name in enumerate(_ARGUMENTS) if name in given)
+    node.args = tuple(given.get(name, default) for name, default in list(_ARGUMENTS.items())[: last + 1])
+    node.kwargs = {}
