@@ -111,7 +111,8 @@ class GradientDescent:
         with torch.no_grad():
             for group in self._groups:
                 group.set(scales(group.sites[0].name))
-        self._adam.state.clear()
+        for state in self._adam.state.values():
+            state["exp_avg"].zero_()  # where it was heading; how large gradients are still holds
         self._caution *= _BACK_OFF
 
     def run(

@@ -137,6 +137,8 @@ def _refine(
         images, held_out = (Images.of(part, teacher, config) for part in (split.search, split.holdout))
     kernels = Scoring(backend.model, images, held_out, config)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
+    if notes:
+        warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
     notes += agreement_notes(backend, images.batches[0], config)
     blocks = find_blocks(backend.sites.values(), config.blocks)
     simulated = SimulatedBackend(backend, config.device) if config.score_on == "simulation" else None

@@ -98,12 +98,17 @@ class QParams:
 class SiteTable(Mapping[str, ScaleSite]):
     """The sites of one model by name, in graph order; `str()` is a readable table."""
 
-    def __init__(self, sites: tuple[ScaleSite, ...], unknown: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, sites: tuple[ScaleSite, ...], unknown: tuple[str, ...] = (), weight_only: tuple[str, ...] = ()
+    ) -> None:
         self._sites = {site.name: site for site in sites}
         if len(self._sites) != len(sites):
             raise ValueError("site names are not unique")
         #: quantized ops that were not understood, as `node (op)`; they are left alone.
         self.unknown = unknown
+        #: modules that quantize nothing but a weight they look up or use at run time (embeddings, dynamic LSTMs), as
+        #: `path (kind)`; they are left alone.
+        self.weight_only = weight_only
 
     def __getitem__(self, name: str) -> ScaleSite:
         return self._sites[name]
@@ -144,6 +149,8 @@ class SiteTable(Mapping[str, ScaleSite]):
         lines.insert(1, "-" * len(lines[0]))
         scales = sum(site.numel for site in self._sites.values())
         lines.append(f"{len(self)} sites, {scales} scales, {len(self.groups())} groups that can move")
+        if self.weight_only:
+            lines.append("weights only, left alone: " + ", ".join(self.weight_only))
         if self.unknown:
             lines.append("not understood, left alone: " + ", ".join(self.unknown))
         return "\n".join(lines)

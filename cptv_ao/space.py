@@ -15,6 +15,9 @@ from cptv_ao.sites import QParams, ScaleSite
 #: A scale stays within this factor of the one in the model that was given: beyond it lies nothing but overflow.
 _RANGE = 64.0
 
+# QNNPACK's add takes inputs whose scale is at least 2^-14 and less than 2^8 of that of its output.
+_LEAST_RATIO, _MOST_RATIO = 2.0**-14, 2.0**8 * (1 - 1e-6)
+
 Assignment = dict[str, QParams]
 """Scales and zero_points by site name."""
 
@@ -33,6 +36,9 @@ class ScaleSpace:
         self._current = self._read()
         self._limits = self._current.copy()
         self._states: dict[str, Any] = {}
+        leads = ((backend.sites[out].tied, backend.sites[given].tied) for out, given in backend.sums)
+        self._sums = [pair for pair in leads if not self._groups.keys().isdisjoint(pair)]
+        self._slices = {group.name: group.scales for group in self.layout.groups}
         self.rebase()
 
     @property
@@ -69,7 +75,28 @@ class ScaleSpace:
             repaired[group.scales] = scales.astype(np.float32)
             if group.zero_points is not None:
                 repaired[group.zero_points] = np.clip(np.rint(vector[group.zero_points]), group.qmin, group.qmax)
+        self._bring_near(repaired)
         return repaired
+
+    def _bring_near(self, vector: Vector) -> None:
+        """Move the output scale of each add of the engine into reach of its inputs', or the input's where only that
+        can move."""
+        for out, given in self._sums:
+            if out == given:
+                continue
+            inside = self._scale(vector, given)
+            if out in self._slices:
+                scale = np.clip(self._scale(vector, out), inside / _MOST_RATIO, inside / _LEAST_RATIO)
+                vector[self._slices[out]] = np.float32(scale)
+            else:
+                outside = self._scale(vector, out)
+                vector[self._slices[given]] = np.float32(np.clip(inside, outside * _LEAST_RATIO, outside * _MOST_RATIO))
+
+    def _scale(self, vector: Vector, lead: str) -> float:
+        """Scale of an activation in a vector, or in the model where the vector does not hold it."""
+        if lead in self._slices:
+            return float(vector[self._slices[lead]][0])
+        return float(self._backend.read(lead).scale)
 
     def write(self, vector: Vector) -> None:
         """Write a repaired vector into the model."""

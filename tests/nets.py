@@ -114,22 +114,30 @@ def qconfig(weight_bits: int = 8, per_tensor: bool = False) -> QConfig:
     return QConfig(activation=MinMaxObserver.with_args(reduce_range=True), weight=weight)
 
 
+def mapping(weight_bits: int = 8, per_tensor: bool = False) -> QConfigMapping:
+    """`qconfig` for everything."""
+    return QConfigMapping().set_global(qconfig(weight_bits, per_tensor))
+
+
 def quantize(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     *,
     engine: str = "x86",
     mapping: QConfigMapping | None = None,
     weight_bits: int = 8,
     per_tensor: bool = False,
 ) -> tuple[GraphModule, GraphModule]:
-    """Stock prepare_fx, calibration, convert_fx of a copy: the prepared and the converted model."""
+    """Stock prepare_fx, calibration, convert_fx of a copy: the prepared and the converted model.
+
+    Batches are tensors, or tuples of positional inputs.
+    """
     mapping = mapping or QConfigMapping().set_global(qconfig(weight_bits, per_tensor))
-    inputs = list(batches)
+    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.backends.quantized.engine = engine
-        prepared = prepare_fx(copy.deepcopy(model), mapping, (inputs[0],))
+        prepared = prepare_fx(copy.deepcopy(model), mapping, inputs[0])
         for batch in inputs:
-            prepared(batch)
+            prepared(*batch)
         return prepared, convert_fx(prepared)

@@ -243,9 +243,12 @@ def test_interpolation_without_a_kernel_stays_float(mode: str, stays: bool) -> N
 
 
 def test_a_model_that_needs_nothing_is_left_as_it_is() -> None:
-    model = nets.seeded(nets.ConvNet)
+    model = nets.seeded(nets.ConvNet).train()
     batch = nets.images(4, 3, 16, 16)
     ready = cptv_ao.recipe(model, (batch,))
+    assert model.training
+    assert not ready.model.training
+    model.eval()
     assert str(ready) == "nothing to change: stock prepare_fx takes this model as it is"
     assert ready.model is not model
     before = model.state_dict()

@@ -11,7 +11,7 @@ from conftest import Case
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.backends.scan import infer_range
+from cptv_ao.backends.homes import infer_range
 
 CONV_TABLE = """\
 site                 kind        op                   shape        codes   zero_point  moves
@@ -196,7 +196,9 @@ def test_a_dynamic_module_without_a_readable_weight_is_named() -> None:
 
     mapping = QConfigMapping().set_global(default_dynamic_qconfig)
     _, model = nets.quantize(nets.seeded(Recurrent), [nets.images(8, 6)], mapping=mapping)
-    assert cptv_ao.find_sites(model).unknown == ("lstm (LSTM, holds weights only)",)
+    sites = cptv_ao.find_sites(model)
+    assert (sites.unknown, sites.weight_only) == ((), ("lstm (LSTM)",))
+    assert str(sites).endswith("weights only, left alone: lstm (LSTM)")
 
 
 def test_the_table_is_readable(conv: Case) -> None:

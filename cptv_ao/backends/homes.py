@@ -152,3 +152,17 @@ class PackedWeightHome(WeightHome):
 
 
 Home = ActivationHome | WeightHome
+
+
+def infer_range(weight: Tensor) -> tuple[int, int]:
+    """The nominal code range of a quantized weight, from its codes: the smallest bit width that holds them.
+
+    convert_fx does not clamp to quant_min..quant_max, so a symmetric 3-bit weight holds codes -4..4; +4 then
+    still means -4..3.
+    """
+    codes = weight.int_repr()
+    largest = max(int(codes.max()), -int(codes.min()))
+    if largest == 0:  # a weight that is zero throughout (zero-initialised last layers) says nothing
+        return -128, 127
+    bits = next(b for b in range(2, 9) if 2 ** (b - 1) >= largest)
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

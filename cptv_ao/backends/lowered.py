@@ -38,6 +38,8 @@ class LoweredBackend:
         self.model = model
         found = scan(model, weight_ranges or {})
         self.sites: SiteTable = found.sites
+        #: pairs of sites, of the output and of an input of an add, whose scales the engine wants near each other
+        self.sums = found.sums if torch.backends.quantized.engine == "qnnpack" else ()
         self._homes: dict[str, Home] = found.homes
         self._float_weights: dict[str, Tensor] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from cptv_ao.backends.homes import (
     ModuleWeightHome,
     PackedWeightHome,
     WeightHome,
+    infer_range,
 )
 from cptv_ao.backends.passing import op_name, producer
 from cptv_ao.errors import UnsupportedModelError
@@ -39,6 +40,8 @@ class Found:
 
     sites: SiteTable
     homes: dict[str, Home]
+    sums: tuple[tuple[str, str], ...]
+    """Sites of the output and of an input of each quantized.add."""
 
 
 def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
@@ -98,6 +101,8 @@ class _Scanner:
         self._by_node: dict[Node, str] = {}  # activation site of a node's output
         self._by_attribute: dict[str, str] = {}  # site of a root buffer or packed weight
         self._unknown: list[str] = []
+        self._weight_only: list[str] = []
+        self._sums: list[Node] = []
         self._cats: list[Node] = []
 
     def visit(self, node: Node) -> None:
@@ -109,7 +114,15 @@ class _Scanner:
     def found(self) -> Found:
         for node in self._cats:
             self._tie(node)
-        return Found(SiteTable(tuple(self._sites.values()), tuple(self._unknown)), self._homes)
+        table = SiteTable(tuple(self._sites.values()), tuple(self._unknown), tuple(self._weight_only))
+        return Found(table, self._homes, tuple(self._pairs()))
+
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        for node in self._sums:
+            for given in node.args[:2]:
+                source = producer(given, self._by_node, self._modules) if isinstance(given, Node) else None
+                if source in self._by_node and node in self._by_node:
+                    yield self._by_node[node], self._by_node[source]
 
     @property
     def is_reference(self) -> bool:
@@ -130,7 +143,7 @@ class _Scanner:
             home: WeightHome = ModuleWeightHome(module)
             self._add_weight(node, weight_name(path), name, path, home, dynamic)
         elif dynamic or name in {"Embedding", "EmbeddingBag"}:
-            self._unknown.append(f"{path} ({name}, holds weights only)")
+            self._weight_only.append(f"{path} ({name})")
             return
         scale = getattr(module, "scale", None)
         if dynamic or name in _INHERITING_MODULES:
@@ -152,6 +165,8 @@ class _Scanner:
         op = op_name(node)
         if node.target is torch.cat:
             self._cats.append(node)
+        if op in {"quantized.add", "quantized.add_relu"}:
+            self._sums.append(node)
         if op == "quantize_per_tensor":
             dtype = node.args[3] if len(node.args) > 3 else torch.quint8
             self._visit_buffers(node, op, dtype)
@@ -271,20 +286,6 @@ class _Scanner:
     def _is_packed(self, attribute: str) -> bool:
         value = fetch(self._model, attribute)
         return isinstance(value, torch.ScriptObject) and hasattr(value, "unpack")
-
-
-def infer_range(weight: Tensor) -> tuple[int, int]:
-    """The nominal code range of a quantized weight, from its codes: the smallest bit width that holds them.
-
-    convert_fx does not clamp to quant_min..quant_max, so a symmetric 3-bit weight holds codes -4..4; +4 then
-    still means -4..3.
-    """
-    codes = weight.int_repr()
-    largest = max(int(codes.max()), -int(codes.min()))
-    if largest == 0:  # a weight that is zero throughout (zero-initialised last layers) says nothing
-        return -128, 127
-    bits = next(b for b in range(2, 9) if 2 ** (b - 1) >= largest)
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def _is_scalar(value: Any, *, floating: bool) -> bool:

@@ -99,6 +99,8 @@ class Builder:
             if hasattr(own, "inplace"):
                 cast(Any, own).inplace = False
             return self._call(node, Lift(kind.__name__, own))
+        if ".dynamic" in kind.__module__ or kind.__name__ == "Embedding":
+            return self._call(node, Lift(kind.__name__, _weight_only(module)))
         if node.name in self._weight:
             weight = self._weight_module(node.name)
             bias = cast(Any, module)._weight_bias()[1]
@@ -234,6 +236,21 @@ def _float_op(module: nn.Module) -> Callable[..., Tensor]:
     if name in simple:
         return simple[name]
     raise UnsupportedModelError(f"the float twin does not know the quantized module {name}", name)
+
+
+def _weight_only(module: nn.Module) -> nn.Module:
+    """The float module that computes with the weight of one that quantizes nothing else at rest."""
+    owner, name = cast(Any, module), type(module).__name__
+    if name == "Embedding":
+        return nn.Embedding.from_pretrained(owner.weight().dequantize())
+    if name != "Linear":
+        raise UnsupportedModelError(f"the float twin does not know the dynamic module {name}", name)
+    weight, bias = owner._weight_bias()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).requires_grad_(False)
+    linear.weight.copy_(weight.dequantize())
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return linear
 
 
 def _own(value: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class SimulatedBackend:
     def __init__(self, backend: LoweredBackend, device: torch.device | str = "cpu") -> None:
         self._backend = backend
         self.sites: SiteTable = backend.sites
+        self.sums = backend.sums
         self.twin = Twin(backend).to(device)
         self._given = {name: backend.read(name) for name in self.twin.names}
 

@@ -1,0 +1,256 @@
+"""A copy of a float model that stock torch.ao can trace and convert: what is exchanged, rewritten, given up."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.tracing import WEIGHTED_FUNCTIONS, graph_of, is_float_interpolation, rewrite, undo
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Rewriter:
+    """A copy of a float model that becomes ready for prepare_fx, step by step."""
+
+    def __init__(self, model: nn.Module, example: tuple[Any, ...], mapping: QConfigMapping) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self._example, self._mapping = example, mapping
+        # What must not change, also for another number of images.
+        self._expected = [(inputs, _tensors(self.model(*inputs))) for inputs in (example, _another_batch(example))]
+        self.leaves: dict[type, None] = {}
+        self.notes: list[str] = []
+        self._rewritten: set[str] = set()
+        self._numbered = 0
+
+    def prepare_modules(self) -> None:
+        """Exchange modules for equal ones that FX knows better."""
+        norms = 0
+        for path, module in list(self.model.named_modules()):
+            if type(module) is nn.Identity:
+                self._replace(path, Through())
+            elif isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d and hasattr(module, "act"):
+                self._replace(path, NormAct(module))
+                norms += 1
+            elif isinstance(module, _CONVOLUTIONS) and isinstance(module.padding, str):
+                self._number_padding(path, module)
+        if norms:
+            self.notes.append(f"{norms} batch norms with an activation taken apart, so that FX fuses them")
+        if self._numbered:
+            self.notes.append(f"{self._numbered} convolutions with padding by name got it in numbers")
+
+    def make_traceable(self) -> None:
+        """Rewrite the modules that stand in the way, one class after another, until nothing does."""
+        while True:
+            tracer = QuantizationTracer([], list(self.leaves))
+            try:
+                graph = tracer.trace(self.model)
+            except Exception as error:
+                path = _innermost(error, self.model)
+                self._adapt(path, f"{type(error).__name__}: {error}".splitlines()[0])
+                continue
+            run = _Run(self.model, graph)
+            path, reason = _not_convertible(graph, tracer) or self._misread(run)
+            if not reason or path in self._rewritten:
+                self._leave_integers_out(run, tracer)
+                return
+            self._adapt(path, reason)
+
+    def _misread(self, run: _Run) -> tuple[str, str]:
+        """The model itself and what is wrong with it where its graph computes something else than it."""
+        inputs, outputs = self._expected[0]
+        try:
+            _compare(run.run, inputs, outputs)
+        except Exception as error:
+            return "", f"its graph is not the model ({type(error).__name__}: {error})".splitlines()[0]
+        return "", ""
+
+    def _leave_integers_out(self, run: _Run, tracer: QuantizationTracer) -> None:
+        """Keep prepare_fx from quantizing what is done to integers and masks."""
+        seen: Counter[Any] = Counter()
+        left: dict[str, None] = {}
+        for node in run.graph.nodes:
+            kind = (tracer.node_name_to_scope[node.name][0] if node.op == "call_function" else "", node.target)
+            if run.takes_integers(node):
+                left[getattr(node.target, "__name__", str(node.target))] = None
+                if node.op == "call_method":  # torch.ao knows these by name only
+                    self._mapping.set_object_type(node.target, None)
+                else:
+                    self._mapping.set_module_name_object_type_order(*kind, seen[kind], None)
+            seen[kind] += node.op == "call_function"
+        if left:
+            self.notes.append(f"given integers or masks, so not quantized: {', '.join(left)}")
+
+    def _adapt(self, path: str, reason: str) -> None:
+        """Rewrite all modules of a class; where one of them cannot be, the class stays float."""
+        kind = type(self.model.get_submodule(path))
+        paths = [p for p, module in self.model.named_modules() if type(module) is kind]
+        before = self.model
+        try:
+            if self._rewritten.intersection(paths):
+                raise RuntimeError(reason)
+            self._rewrite(paths)
+        except Exception as error:
+            if not path:
+                raise UnsupportedModelError(
+                    f"recipe: the top level of {kind.__name__} cannot be traced ({reason}) and not be rewritten "
+                    f"({type(error).__name__}: {error}); move the code at fault into a module of its own, which then "
+                    "stays float",
+                    path,
+                ) from error
+            self.model = before
+            for each in paths:
+                undo(before.get_submodule(each))
+            self.leaves[kind] = None
+            self.notes.append(f"{kind.__name__} ({len(paths)} modules) stays float: {reason}")
+            return
+        self._rewritten.update(paths)
+        where = f"{kind.__name__} ({len(paths)} modules)" if path else "the whole model"
+        self.notes.append(f"{where} rewritten for inputs like the example's: {reason}")
+
+    def _rewrite(self, paths: list[str]) -> None:
+        for path, (args, kwargs) in _inputs_of(self.model, paths, self._example).items():
+            if path:
+                rewrite(self.model.get_submodule(path), args, kwargs)
+            else:
+                self.model = graph_of(self.model, args, kwargs)
+        for inputs, outputs in self._expected:
+            _compare(self.model, inputs, outputs)
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        if path:
+            owner, _, name = path.rpartition(".")
+            setattr(self.model.get_submodule(owner), name, module.eval())
+
+    def _number_padding(self, path: str, module: nn.Module) -> None:
+        """Padding by name, as numbers, which the quantized kernels take; asymmetric ones stay float."""
+        convolution = cast(nn.Conv2d, module)
+        totals = [d * (k - 1) for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)]
+        if convolution.padding == "valid":
+            totals = [0] * len(totals)
+        if any(total % 2 for total in totals):
+            self._mapping.set_module_name(path, None)
+            self.notes.append(f"{path} stays float: its padding is not the same on both sides")
+        else:
+            convolution.padding = tuple(total // 2 for total in totals)
+            self._numbered += 1
+
+
+class Through(nn.Module):
+    """An identity that leaves no trace in a graph; torch.nn.Identity would keep FX from fusing across it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class NormAct(nn.Module):
+    """A batch norm and its activation as two modules, which FX fuses with the convolution before them."""
+
+    def __init__(self, module: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+        self.norm.load_state_dict({k: v for k, v in module.state_dict().items() if "." not in k})
+        parts = (getattr(module, "drop", None), getattr(module, "act", None))
+        self.rest = nn.Sequential(*(part for part in parts if part is not None and type(part) is not nn.Identity))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.rest(self.norm(x)))
+
+
+class _Run(Interpreter):
+    """Runs a graph and remembers what its nodes gave."""
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        super().__init__(GraphModule(model, graph), garbage_collect_values=False)
+
+    def takes_integers(self, node: Node) -> bool:
+        """Whether a function or method is given a tensor of integers or a mask."""
+        given = [self.env.get(n) for n in node.all_input_nodes] if node.op in {"call_function", "call_method"} else []
+        return any(isinstance(value, Tensor) and not value.is_floating_point() for value in given)
+
+
+def _compare(model: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Tensor]) -> None:
+    """Refuse a model whose outputs are not the expected ones."""
+    got = _tensors(model(*inputs))
+    if len(expected) != len(got):
+        raise RuntimeError(f"{len(got)} outputs in place of {len(expected)}")
+    for a, b in zip(expected, got, strict=True):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise RuntimeError(f"other outputs for inputs of shapes {_shapes(inputs)}")
+
+
+def _innermost(error: BaseException, model: nn.Module) -> str:
+    """Path of the innermost module that an exception passed through; "" is the model itself."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = paths.get(id(frame.f_locals.get("self")), found)
+    return found
+
+
+def _not_convertible(graph: Graph, tracer: QuantizationTracer) -> tuple[str, str] | None:
+    """Path of a module whose graph convert_fx would break on, and the reason."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for node in graph.nodes:
+        scope = tracer.node_name_to_scope[node.name][0] if node.name in tracer.node_name_to_scope else ""
+        if node.op == "call_function" and node.target in WEIGHTED_FUNCTIONS:
+            weights = node.args[1:3]
+            if node.kwargs or not all(w is None or (hasattr(w, "op") and w.op == "get_attr") for w in weights):
+                return scope, f"{node.target.__name__} with keyword arguments or a computed weight or bias"
+        if is_float_interpolation(node):
+            return scope, "interpolate in a mode that has no quantized kernel stays float"
+        if node.op == "get_attr" and str(node.target).rpartition(".")[0] in called:
+            user = next(iter(node.users), node)
+            scope = tracer.node_name_to_scope.get(user.name, (scope, None))[0]
+            return scope, f"reads {node.target}, which convert_fx replaces"
+    return None
+
+
+def _inputs_of(
+    model: nn.Module, paths: list[str], example: tuple[Any, ...]
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each of some modules is given when the model runs on the example."""
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def remember(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if path in found and _shapes((args, kwargs)) != _shapes(found[path]):
+                raise RuntimeError("it is called with inputs of several shapes")
+            found[path] = (args, kwargs)
+
+        return hook
+
+    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in paths]
+    try:
+        model(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _shapes(value: Any) -> Any:
+    return [tuple(t.shape) for t in _tensors(value)]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list, type({}.values()))) else []
+
+
+def _another_batch(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(torch.cat([part, part[:1]]) if isinstance(part, Tensor) and part.dim() else part for part in example)
