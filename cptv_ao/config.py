@@ -28,7 +28,7 @@ class RefineConfig:
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
             least change each layer's output; `ranges`, the activations' whole container and half of it.
-        gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none.
+        gradient_steps: Adam steps (50 images each) on the float twin that propose scales before the block visits; 0 for none.
             Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
@@ -58,7 +58,7 @@ class RefineConfig:
     temperature: float = 3.0
     search: SearchName = "evolution"
     population: tuple[Individual, ...] = ("output_error", "ranges")
-    gradient_steps: int = 300
+    gradient_steps: int = 600
     learning_rate: float = 0.03
     activation_rate: float = 3.0
     passes: int = 2

@@ -106,14 +106,14 @@ class GradientDescent:
         #: steps so far, and the images that went through them
         self.steps, self.images = 0, 0
 
-    def back_to(self, scales: Callable[[str], QParams]) -> None:
-        """Go on from other scales (by site name), at half the learning rate."""
+    def go_on_from(self, scales: Callable[[str], QParams], slower: bool) -> None:
+        """Go on from other scales (by site name); `slower`: at half the learning rate."""
         with torch.no_grad():
             for group in self._groups:
                 group.set(scales(group.sites[0].name))
         for state in self._adam.state.values():
             state["exp_avg"].zero_()  # where it was heading; how large gradients are still holds
-        self._caution *= _BACK_OFF
+        self._caution *= _BACK_OFF if slower else 1.0
 
     def run(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +18,8 @@ from cptv_ao.evaluator import first_floating
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.losses import get_loss
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
-from cptv_ao.sites import ScaleSite
+from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs
 
@@ -28,7 +30,7 @@ _NARROW_QMAX = 127
 # Images on which saturation is looked for.
 _PROBE_IMAGES = 16
 # Images of one step of the descent: larger batches of the loader are cut.
-_STEP_IMAGES = 100
+_STEP_IMAGES = 50
 
 
 class Proposer:
@@ -63,20 +65,23 @@ class Proposer:
     def __iter__(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
         limited = self._limited()
-        self._twin.limit([site.name for lead in limited for site in self._groups[lead]], _NARROW_QMAX)
+        self._limit(limited)
         yield from individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0])
         if self._config.gradient_steps:
-            yield from self._descent()
+            yield from self._descent(set(limited))
 
     def _limited(self) -> list[str]:
-        """Leaders of the groups that kernels saturate on, found where all activations use their whole container."""
+        """Leaders of the groups that kernels saturate on where all activations use their whole container."""
+        sites = [site for group in self._activations().values() for site in group]
+        return self._saturating({site.name: rescaled(self._backend.read(site.name), HALF, site) for site in sites})
+
+    def _saturating(self, scales: Assignment) -> list[str]:
+        """Leaders of the groups that kernels saturate on when the model has these scales."""
         backend, twin = self._backend, self._twin
-        activations = {lead: group for lead, group in self._groups.items() if group[0].affine}
         before = backend.snapshot()
         try:
-            for group in activations.values():
-                for site in group:
-                    backend.write(site.name, rescaled(backend.read(site.name), HALF, site))
+            for name, qparams in scales.items():
+                backend.write(name, qparams)
             self._follow()
             batch = self._batches[0]
             twin.reround_weights(False)
@@ -85,14 +90,21 @@ class Proposer:
             backend.restore_all(before)
         twin.reround_weights()
         self._follow()
-        return [lead for lead, group in activations.items() if any(site.name in found for site in group)]
+        return [lead for lead, group in self._activations().items() if any(site.name in found for site in group)]
+
+    def _activations(self) -> dict[str, tuple[ScaleSite, ...]]:
+        return {lead: group for lead, group in self._groups.items() if group[0].affine}
+
+    def _limit(self, leads: Iterable[str]) -> None:
+        """Keep the codes of these groups where no kernel saturates."""
+        self._twin.limit([site.name for lead in leads for site in self._groups[lead]], _NARROW_QMAX)
 
     def _follow(self) -> None:
         """Give the twin the scales that are in the model."""
         for name in self._twin.names:
             self._twin.set(name, self._backend.read(name))
 
-    def _descent(self) -> Iterator[Proposal]:
+    def _descent(self, limited: set[str]) -> Iterator[Proposal]:
         config = self._config
         self._follow()
         descent = GradientDescent(
@@ -110,8 +122,17 @@ class Proposer:
             self.image_forwards = 3 * descent.images
             before = self._scales()
             yield proposal
-            if torch.equal(self._scales(), before):  # the kernels did not confirm it
-                descent.back_to(self._backend.read)
+            confirmed = not torch.equal(self._scales(), before)
+            narrowed = [lead for lead in self._saturating(proposal[1]()) if lead not in limited]
+            if narrowed or not confirmed:
+                limited.update(narrowed)
+                self._limit(narrowed)
+                descent.go_on_from(partial(self._narrowed, narrowed), slower=not narrowed)
+
+    def _narrowed(self, leads: Collection[str], name: str) -> QParams:
+        """What is in the model at a site, with half the range where it belongs to one of these groups."""
+        site, now = self._backend.sites[name], self._backend.read(name)
+        return rescaled(now, 1 / HALF, site) if site.tied in leads else now
 
     def _scales(self) -> Tensor:
         """All searched scales that are in the model, one after another."""

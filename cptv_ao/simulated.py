@@ -16,6 +16,7 @@ from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status
 from cptv_ao.scoring import Images, Scoring
 from cptv_ao.sites import ScaleSite
+from cptv_ao.space import Assignment
 from cptv_ao.twin.simulation import SimulatedBackend
 
 
@@ -48,6 +49,10 @@ class SimulatedProposer(Proposer):
         self._twin.to(simulated.twin.device)
         self._backend = as_backend(simulated)
         return limited
+
+    def _saturating(self, scales: Assignment) -> list[str]:
+        """On the kernels: none once the search is on the twin, which never saturates."""
+        return [] if self._backend is as_backend(self._simulated) else super()._saturating(scales)
 
 
 def as_backend(simulated: SimulatedBackend) -> LoweredBackend:

@@ -242,7 +242,8 @@ def _weight_only(module: nn.Module) -> nn.Module:
     """The float module that computes with the weight of one that quantizes nothing else at rest."""
     owner, name = cast(Any, module), type(module).__name__
     if name == "Embedding":
-        return nn.Embedding.from_pretrained(owner.weight().dequantize())
+        weight = owner.weight().dequantize()
+        return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
     if name != "Linear":
         raise UnsupportedModelError(f"the float twin does not know the dynamic module {name}", name)
     weight, bias = owner._weight_bias()

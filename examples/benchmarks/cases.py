@@ -82,7 +82,7 @@ def _saturating(seed: int) -> Case:
 
 
 WORKLOADS: dict[str, Workload] = {
-    "fashion ViT W2A8": Workload(_small("fashion_vit", 2), 25),
+    "fashion ViT W2A8": Workload(_small("fashion_vit", 2), 60),
     "fashion ViT W3A8": Workload(_small("fashion_vit", 3), 25),
     "fashion ViT W4A8": Workload(_small("fashion_vit", 4), 25),
     "fashion ViT W8A8 saturating": Workload(_saturating, 25, isa="AVX2"),
@@ -91,7 +91,7 @@ WORKLOADS: dict[str, Workload] = {
     "digits ViT W3A8": Workload(_small("digits_vit", 3), 25),
     "fashion CNN W8A8": Workload(_small("fashion_cnn", 8), 25),
     "fashion CNN W4A8": Workload(_small("fashion_cnn", 4), 25),
-    "EfficientNet-Lite0 W8A8": Workload(_photographs, 120),
+    "EfficientNet-Lite0 W8A8": Workload(_photographs, 180),
 }
 
 
