@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def examine(name: str) -> dict[str, Any]:
     kinds = Counter(site.kind for site in sites.values())
     result |= {"weights": kinds["weight"], "activations": kinds["activation"], "unknown": list(sites.unknown)}
     result["float"] = sum(type(module) in _FLOAT_KINDS for module in quantized.modules())
-    result["blocks"] = [block.name for block in find_blocks(sites.values())]
+    found = find_blocks(sites.values())
+    result["blocks"] = [block.name for block in found]
+    result["largest"] = max(sum(site.kind == "weight" for site in block.sites) for block in found)
     started = time.monotonic()
     config = cptv_ao.RefineConfig(gradient_steps=4, passes=1, evaluations=1, max_evaluations=12, holdout=0.3)
     refined = cptv_ao.refine(quantized, batches, float_model=ready.model, config=config, progress=False)
@@ -141,22 +144,26 @@ def examine(name: str) -> dict[str, Any]:
     return result
 
 
-def run_all(names: tuple[str, ...]) -> None:
-    """Examine what is missing, one process each."""
+def run_all(names: tuple[str, ...], jobs: int) -> None:
+    """Examine what is missing, in a process of its own each."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (RESULTS / f"{name}.json").exists():
-            continue
-        started = time.monotonic()
-        try:
-            command = [sys.executable, __file__, "--one", name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-            failure = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["died"])[-1]
-        except subprocess.TimeoutExpired:
-            failure = f"took more than {_LIMIT_S} s"
-        if failure:
-            (RESULTS / f"{name}.json").write_text(json.dumps({"model": name, "failure": failure}, indent=1))
-        print(f"{name}: {failure or 'ok'}, {time.monotonic() - started:.0f} s", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run_one, [name for name in names if not (RESULTS / f"{name}.json").exists()]))
+
+
+def run_one(name: str) -> None:
+    """Examine one model in a process; a failure is a result too."""
+    started = time.monotonic()
+    try:
+        command = [sys.executable, __file__, "--one", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        failure = "" if done.returncode == 0 else (errors or ["died"])[-1]
+    except subprocess.TimeoutExpired:
+        failure = f"took more than {_LIMIT_S} s"
+    if failure:
+        (RESULTS / f"{name}.json").write_text(json.dumps({"model": name, "failure": failure}, indent=1))
+    print(f"{name}: {failure or 'ok'}, {time.monotonic() - started:.0f} s", flush=True)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -171,17 +178,18 @@ def table(results: list[dict[str, Any]]) -> str:
         "Written by `python examples/benchmarks/coverage.py` (random weights: code runs, nothing is said of accuracy).",
         "",
         "Columns: image size; what stock torch.ao says; sites of weights and activations, and linear and convolution",
-        "layers left in float; blocks that are searched; KL to float on 8 search images before and after a refine of a",
-        "dozen candidates and 4 gradient steps; seconds to convert and to refine.",
+        "layers left in float; blocks that are searched, and weights in the largest of them; KL to float on 8 search",
+        "images before and after a refine of a dozen candidates and 4 gradient steps; seconds to convert and to refine.",
         "",
-        "| model | size | stock torch.ao | weights | activations | float | blocks | KL before | after | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | size | stock torch.ao | weights | activations | float | blocks | largest | KL before | after | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         if "failure" in r:
-            lines.append(f"| {r['model']} | | **fails**: {_cell(r['failure'])} | | | | | | | |")
+            lines.append(f"| {r['model']} | | **fails**: {_cell(r['failure'])} | | | | | | | | |")
             continue
         cells = [r["model"], r["size"], _cell(r["stock"]), r["weights"], r["activations"], r["float"], len(r["blocks"])]
+        cells += [r["largest"]]
         cells += [f"{r['loss'][0]:.2g}", f"{r['loss'][1]:.2g}", f"{r['convert_s']:.0f} + {r['refine_s']:.0f}"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     lines += ["", "## What the recipe did", ""]
@@ -202,6 +210,7 @@ def _cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, one thread each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # torch.ao warns about its own defaults, thousands of times
@@ -210,7 +219,7 @@ def main() -> None:
     if args.one:
         (RESULTS / f"{args.one}.json").write_text(json.dumps(examine(args.one), indent=1))
         return
-    run_all(tuple(name for name in MODELS if args.only in name))
+    run_all(tuple(name for name in MODELS if args.only in name), args.jobs)
     found = [RESULTS / f"{name}.json" for name in MODELS]
     DOCUMENT.write_text(table([json.loads(path.read_text()) for path in found if path.exists()]))
 
