@@ -100,7 +100,7 @@ class Pieces:
         return [
             part
             for node, held in self._held.items()
-            if (self._index[node] if node.op == "call_module" else self._first_use[node]) < at
+            if (self._first_use[node] if _is_constant(node) else self._index[node]) < at
             for part in _stamp(self._scope.root, held)
         ]
 
@@ -114,12 +114,12 @@ class Pieces:
             node = self._nodes[index]
             if node.op == "call_method" and node.target == "dequantize":
                 found = index
-            elif not (node.op == "get_attr" or node.target in _REORDERING):
+            elif not (_is_constant(node) or node.target in _REORDERING):
                 break
         return found
 
     def _live(self, at: int) -> list[Node]:
-        return [n for n in self._nodes[:at] if n.op != "get_attr" and self._last_use[n] >= at]
+        return [n for n in self._nodes[:at] if not _is_constant(n) and self._last_use[n] >= at]
 
     def _copy(self, model: GraphModule) -> tuple[list[Node], dict[str, int]]:
         """The graph with placeholders first, without the modules that do nothing in eval mode.
@@ -162,10 +162,10 @@ class Pieces:
         for node in self._live(start):
             copied[node] = graph.placeholder(node.name)
         for node in self._nodes[start:end]:
-            if node.op == "get_attr":
+            if _is_constant(node):
                 continue
             for used in node.all_input_nodes:  # constants are fetched where they are used
-                if used.op == "get_attr" and used not in copied:
+                if _is_constant(used) and used not in copied:
                     copied[used] = graph.node_copy(used)
             copied[node] = graph.node_copy(node, copied.__getitem__)
         if stop is not None:
@@ -176,6 +176,11 @@ class Pieces:
         exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)
         function: Callable[..., Any] = scope["forward"]
         return function
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a node depends on no other: an attribute, or a module that is called with nothing."""
+    return node.op == "get_attr" or (node.op == "call_module" and not node.all_input_nodes)
 
 
 def same_stamp(a: list[Any], b: list[Any]) -> bool:

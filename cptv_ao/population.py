@@ -12,6 +12,7 @@ from cptv_ao.data import Batch
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
+from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted
 
 # Multiples of a weight scale that are tried per channel, and images that they are tried on.
@@ -74,13 +75,13 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     with torch.no_grad(), twin.float_mode():
         inputs = twin.layer_inputs(batch.rows(0, min(_IMAGES, batch.images)))
     return {
-        layer.weight.site.name: _least_error(layer, value.dequantize())
+        layer.weight.site.name: _least_error(layer, value if isinstance(value, Tensor) else value.dequantize())
         for layer, value in inputs.items()
         if layer.weight.site.name in names and layer.weight.weight is not None
     }
 
 
-def _least_error(layer: Weighted, value: Tensor) -> QParams:
+def _least_error(layer: Weighted | FloatWeighted, value: Tensor) -> QParams:
     weight, scale = layer.weight, layer.weight.scale
     best, chosen = torch.full_like(scale, torch.inf), scale.clone()
     for factor in _FACTORS:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.agreement import agreement_notes
+from cptv_ao.backends.exported import is_exported
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.blocks import find_blocks
@@ -141,7 +142,8 @@ def _refine(
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
     notes += agreement_notes(backend, images.batches[0], config)
     blocks = find_blocks(backend.sites.values(), config.blocks)
-    simulated = SimulatedBackend(backend, config.device) if config.score_on == "simulation" else None
+    on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
+    simulated = SimulatedBackend(backend, config.device) if on_twin else None
     if simulated is None:
         scoring, searched, before = kernels, backend, None
     else:

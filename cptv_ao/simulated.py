@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from cptv_ao.backends.exported import is_exported
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.config import RefineConfig
 from cptv_ao.errors import CalibrationDataError
@@ -52,7 +53,8 @@ class SimulatedProposer(Proposer):
 
     def _saturating(self, scales: Assignment) -> list[str]:
         """On the kernels: none once the search is on the twin, which never saturates."""
-        return [] if self._backend is as_backend(self._simulated) else super()._saturating(scales)
+        on_twin = self._backend is as_backend(self._simulated) or is_exported(self._backend.model)
+        return [] if on_twin else super()._saturating(scales)
 
 
 def as_backend(simulated: SimulatedBackend) -> LoweredBackend:

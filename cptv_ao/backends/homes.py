@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.sites import QParams, ScaleSite, SiteTable
 
 
 class ActivationHome(Protocol):
@@ -152,6 +153,16 @@ class PackedWeightHome(WeightHome):
 
 
 Home = ActivationHome | WeightHome
+
+
+@dataclass(frozen=True)
+class Found:
+    """The sites of a graph and the home of each."""
+
+    sites: SiteTable
+    homes: dict[str, Home]
+    sums: tuple[tuple[str, str], ...]
+    """Sites of the output and of an input of each quantized.add."""
 
 
 def infer_range(weight: Tensor) -> tuple[int, int]:

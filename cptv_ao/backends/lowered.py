@@ -42,6 +42,10 @@ class LoweredBackend:
         self.sums = found.sums if torch.backends.quantized.engine == "qnnpack" else ()
         self._homes: dict[str, Home] = found.homes
         self._float_weights: dict[str, Tensor] = {}
+        for name, home in self._homes.items():
+            held = getattr(home, "float_weight", None)
+            if held is not None:
+                self.set_float_weight(name, held)
 
     def read(self, name: str) -> QParams:
         """Scale and zero_point as they are in the model now (float64, int64; copies)."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from cptv_ao.backends.exported import is_exported, scan_exported
 from cptv_ao.backends.homes import (
     ActivationHome,
     AttributeHome,
     BufferHome,
+    Found,
     Home,
     ModuleWeightHome,
     PackedWeightHome,
@@ -34,16 +36,6 @@ _FIXED_OPS = {"softmax", "sigmoid", "hardsigmoid", "tanh"}
 _DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
 
 
-@dataclass(frozen=True)
-class Found:
-    """The sites of a graph and the home of each."""
-
-    sites: SiteTable
-    homes: dict[str, Home]
-    sums: tuple[tuple[str, str], ...]
-    """Sites of the output and of an input of each quantized.add."""
-
-
 def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
     """List the sites of a lowered graph, in graph order.
 
@@ -58,6 +50,8 @@ def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Fo
             f"expected the GraphModule that convert_fx returns, got {type(model).__name__}; "
             "run prepare_fx, calibrate, convert_fx first"
         )
+    if is_exported(model):
+        return scan_exported(model)
     scanner = _Scanner(model, weight_ranges)
     for node in model.graph.nodes:
         scanner.visit(node)

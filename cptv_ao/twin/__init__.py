@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptv_ao.backends.exported import is_exported
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
 from cptv_ao.pieces import clone
 from cptv_ao.sites import QParams
 from cptv_ao.twin.build import Builder
+from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
 from cptv_ao.twin.modules import Weighted, WeightQuantizer
 from cptv_ao.twin.values import QTensor, Rounding
 
@@ -38,7 +40,11 @@ class Twin:
     """
 
     def __init__(self, backend: LoweredBackend, engine: str | None = None) -> None:
-        builder = Builder(backend, engine or str(torch.backends.quantized.engine))
+        builder: Builder | ExportedBuilder
+        if is_exported(backend.model):
+            builder = ExportedBuilder(backend)
+        else:
+            builder = Builder(backend, engine or str(torch.backends.quantized.engine))
         self.module = builder.build()
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
@@ -72,14 +78,16 @@ class Twin:
             for buffers, before in kept:
                 buffers.update(before)
 
-    def layer_inputs(self, batch: Batch) -> dict[Weighted, QTensor]:
+    def layer_inputs(self, batch: Batch) -> dict[Weighted | FloatWeighted, QTensor | Tensor]:
         """What each weighted layer is given when the twin runs on a batch, which is left as it is."""
-        seen: dict[Weighted, QTensor] = {}
+        seen: dict[Weighted | FloatWeighted, QTensor | Tensor] = {}
 
-        def see(layer: Any, args: tuple[QTensor, ...]) -> None:
+        def see(layer: Any, args: tuple[Any, ...]) -> None:
             seen[layer] = args[0]
 
-        hooks = [m.register_forward_pre_hook(see) for m in self.module.modules() if isinstance(m, Weighted)]
+        hooks = [
+            m.register_forward_pre_hook(see) for m in self.module.modules() if isinstance(m, (Weighted, FloatWeighted))
+        ]
         try:
             with torch.no_grad():
                 self(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})

@@ -88,8 +88,22 @@ class Clamp(torch.autograd.Function):
         return passed if ctx.needs_input_grad[0] else None, d_scale, None, None, None
 
 
+class _Product:
+    """What linear layers and convolutions have in common."""
+
+    channel_dim: int
+
+    def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def error(self, value: Tensor, weight: Tensor) -> Tensor:
+        """Squared error of the output per channel (C,) that an error of the weight makes for an input."""
+        output = self.forward(value, weight).square_()
+        return output.sum([d for d in range(output.dim()) if d != self.channel_dim % output.dim()])
+
+
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Product):
     """accumulator = codes @ weight.T, channels last."""
 
     channel_dim: int = -1
@@ -104,7 +118,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(_Product):
     """accumulator = convolution of any rank, channels first; padding is zero, which is what zero_point stands for.
 
     Images are laid out channels last in memory, where forward and backward take half the time on a CPU; what follows

@@ -71,6 +71,11 @@ class WeightQuantizer(SiteModule):
         """Centred codes (C, ...)."""
         return self.codes if self.keep_codes or self.weight is None else self._rounded()
 
+    def dequantize(self) -> Tensor:
+        """The weight as a float tensor (C, ...)."""
+        value: Tensor = self() * self.scale.reshape(self._shape)
+        return value
+
     def refresh(self) -> None:
         """Re-round `codes` at the present scale, where the float weight is known."""
         if self.weight is not None:
@@ -126,9 +131,7 @@ class Weighted(nn.Module):
 
     def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
         """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
-        output = self._product.forward(value, self.weight.error(scale)).square_()
-        dims = [d for d in range(output.dim()) if d != self._product.channel_dim % output.dim()]
-        return output.sum(dims)
+        return self._product.error(value, self.weight.error(scale))
 
 
 class Sum(nn.Module):

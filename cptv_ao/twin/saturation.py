@@ -85,4 +85,8 @@ def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:
     """The activation site that the input of each weighted layer is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
     given = twin.layer_inputs(batch)
-    return {layer: names[id(value.scale)] for layer, value in given.items() if id(value.scale) in names}
+    return {
+        layer: names[id(value.scale)]
+        for layer, value in given.items()
+        if isinstance(layer, Weighted) and isinstance(value, QTensor) and id(value.scale) in names
+    }

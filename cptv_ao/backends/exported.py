@@ -1,0 +1,215 @@
+"""The sites of a PT2E graph (`torchao.quantization.pt2e`): aten ops between quantize and dequantize nodes.
+
+Scales of activations are numbers among the arguments of the nodes; those of per-channel weights are buffers, beside
+the int8 weight (`fold_quantize=True`) or the float one that the graph rounds each time (`fold_quantize=False`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from cptv_ao.backends.homes import Found, WeightHome
+from cptv_ao.scopes import fetch
+from cptv_ao.sites import QParams, ScaleSite, SiteTable
+
+_NAMESPACE = "quantized_decomposed."
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether a model is what `convert_pt2e` returns."""
+    return isinstance(model, GraphModule) and any(_is_op(node, "") for node in model.graph.nodes)
+
+
+def scan_exported(model: GraphModule) -> Found:
+    """List the sites of a PT2E graph, in graph order. Code ranges are those of the nodes, which enforce them."""
+    sites: dict[str, ScaleSite] = {}
+    homes: dict[str, Any] = {}
+    unknown: list[str] = []
+    by_qparams: dict[tuple[float, int], str] = {}
+    for node in model.graph.nodes:
+        if _is_op(node, "dequantize_per_") and _constant(node) is not None:
+            weight = ExportedWeightHome(model, node)
+            name = _unique(f"{_scope(node)}.weight", node, sites)
+            site, homes[name] = _weight_site(name, node, weight), weight
+        elif _is_op(node, "quantize_per_tensor.default") and not _is_weight(node):
+            name = _unique(f"{_scope(node)}.input", node, sites)
+            homes[name] = LiteralHome(model, node)
+            qmin, qmax = (int(limit) for limit in node.args[3:5])
+            # An observer that several nodes share gave them the very same qparams.
+            tied = by_qparams.setdefault((float(node.args[1]), int(node.args[2])), name)
+            site = ScaleSite(
+                name, "activation", "quantize_per_tensor", _scope(node), (), None, qmin, qmax, True, (node.name,), tied
+            )
+        else:
+            if _is_op(node, "") and not (_is_op(node, "dequantize_per_tensor.default") or _is_weight(node)):
+                unknown.append(f"{node.name} ({_op_name(node)})")
+            continue
+        sites[name] = site
+    return Found(SiteTable(tuple(sites.values()), tuple(unknown)), homes, ())
+
+
+class LiteralHome:
+    """A scale and zero_point among the arguments of a quantize node and of its dequantize nodes."""
+
+    def __init__(self, model: GraphModule, node: Node) -> None:
+        self._model, self._node = model, node
+        self._nodes = [node, *(user for user in node.users if _is_op(user, "dequantize_per_tensor"))]
+
+    def read(self) -> QParams:
+        scale, zero_point = self._node.args[1:3]
+        return QParams(torch.tensor(scale, dtype=torch.float64), torch.tensor(zero_point))
+
+    def write(self, qparams: QParams) -> None:
+        self.restore((float(qparams.scale), int(qparams.zero_point)))
+
+    def state(self) -> Any:
+        return self._node.args[1:3]
+
+    def restore(self, state: Any) -> None:
+        if state == self._node.args[1:3]:
+            return
+        for node in self._nodes:
+            node.args = (node.args[0], *state, *node.args[3:])
+        self._model.recompile()
+
+
+class _ChannelHome:
+    """A scale and zero_point per channel, as buffers."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
+        self._scale, self._zero_point = scale, zero_point
+
+    def read(self) -> QParams:
+        return QParams(self._scale.detach().double().cpu(), self._zero_point.detach().long().cpu().clone())
+
+    def write(self, qparams: QParams) -> None:
+        self.restore((qparams.scale, qparams.zero_point))
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        return self._scale.detach().clone(), self._zero_point.detach().clone()
+
+    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+        self._scale.copy_(state[0])
+        self._zero_point.copy_(state[1])
+
+
+class ExportedWeightHome(WeightHome):
+    """A weight before a dequantize node: int8 codes that are written, or a float weight that the graph rounds."""
+
+    def __init__(self, model: GraphModule, node: Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        quantize = source if source.op == "call_function" else None
+        held = fetch(model, str(_constant(node)))
+        self._codes: Tensor | None = None if quantize is not None else held
+        #: the float weight, where the graph holds it
+        self.float_weight: Tensor | None = held if quantize is not None else None
+        self.axis: int | None = None
+        if _is_op(node, "dequantize_per_channel"):
+            scale, zero_point = (fetch(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node))
+            self._qparams: Any = _ChannelHome(scale, zero_point)
+            self.axis = int(node.args[3])  # type: ignore[arg-type]
+            limits = node.args[4:6]
+        else:
+            self._qparams = LiteralHome(model, node if quantize is None else quantize)
+            limits = node.args[3:5]
+        self.limits = (int(limits[0]), int(limits[1]))  # type: ignore[arg-type]
+
+    def read(self) -> QParams:
+        qparams: QParams = self._qparams.read()
+        return qparams
+
+    def weight(self) -> Tensor:
+        qparams = self.read()
+        codes = self._rounded(qparams) if self._codes is None else self._codes
+        if codes.dtype != torch.int8:
+            return codes
+        if self.axis is None:
+            return torch._make_per_tensor_quantized_tensor(codes, float(qparams.scale), int(qparams.zero_point))
+        return torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, self.axis)
+
+    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams) -> None:
+        if self._codes is not None:
+            self._codes.copy_(codes)
+        self._qparams.write(qparams)
+
+    def state(self) -> Any:
+        return None if self._codes is None else self._codes.clone(), self._qparams.state()
+
+    def restore(self, state: Any) -> None:
+        if self._codes is not None:
+            self._codes.copy_(state[0])
+        self._qparams.restore(state[1])
+
+    def _rounded(self, qparams: QParams) -> Tensor:
+        assert self.float_weight is not None
+        shape = [1] * self.float_weight.dim()
+        if self.axis is not None:
+            shape[self.axis] = -1
+        inverse = (1 / qparams.scale.float()).reshape(shape)
+        codes = torch.round(self.float_weight.detach() * inverse) + qparams.zero_point.reshape(shape)
+        return codes.clamp(*self.limits).to(torch.int8)
+
+
+def _weight_site(name: str, node: Node, home: ExportedWeightHome) -> ScaleSite:
+    fixed = "" if home.weight().dtype == torch.qint8 else "weights of this dtype are not searched"
+    shape, (qmin, qmax) = tuple(home.read().scale.shape), home.limits
+    users = tuple(user.name for user in node.users)
+    return ScaleSite(name, "weight", _op(node), _scope(node), shape, home.axis, qmin, qmax, False, users, name, fixed)
+
+
+def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str, str]:
+    """The weight site of each dequantize node of a weight, by name."""
+    nodes = [n for n in model.graph.nodes if _is_op(n, "dequantize_per_") and _constant(n) is not None]
+    weights = [site.name for site in sites.values() if site.kind == "weight"]
+    return {node.name: name for node, name in zip(nodes, weights, strict=True)}
+
+
+def _is_op(node: Node, name: str) -> bool:
+    return node.op == "call_function" and str(node.target).startswith(_NAMESPACE + name)
+
+
+def _op_name(node: Node) -> str:
+    return str(node.target)
+
+
+def _constant(node: Node) -> str | None:
+    """Target of the weight that a quantize or dequantize node is about; None for an activation."""
+    source = node.args[0]
+    while isinstance(source, Node) and _is_op(source, "quantize_per_"):
+        source = source.args[0]
+    return str(source.target) if isinstance(source, Node) and source.op == "get_attr" else None
+
+
+def _is_weight(node: Node) -> bool:
+    return _is_op(node, "quantize_per_") and _constant(node) is not None
+
+
+def _scope(node: Node) -> str:
+    """Path of the module of the first op behind a quantize or dequantize node that has one."""
+    for user in node.users:
+        stack: Mapping[str, Any] = user.meta.get("nn_module_stack") or {}
+        paths = [str(path) for path, _ in stack.values()]
+        if paths and not _is_op(user, ""):
+            return paths[-1]
+        found = _scope(user) if _is_op(user, "") else ""
+        if found:
+            return found
+    return ""
+
+
+def _op(node: Node) -> str:
+    """Short name of the op that a weight belongs to: `linear`, `conv2d`."""
+    for user in node.users:
+        return str(user.target).removeprefix("aten.").split(".")[0]
+    return "unused"
+
+
+def _unique(name: str, node: Node, taken: Mapping[str, Any]) -> str:
+    name = name.lstrip(".")
+    return name if name not in taken else f"{name}_{node.name}"

@@ -1,0 +1,168 @@
+"""From a PT2E graph to the graph of the twin. Nodes keep their names; aten ops stay what they are.
+
+Before: quantize_per_tensor(x, s, z) -> dequantize_per_tensor -> aten.linear(x, dequantize_per_channel(w, ...), b)
+After:  Quantizer(x)                 -> Dequantize            -> FloatWeighted(x, b), which rounds its weight
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_unflatten
+
+from cptv_ao.backends.exported import weight_sites
+from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.scopes import fetch
+from cptv_ao.twin.functions import Convolution, Linear, Product
+from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
+from cptv_ao.twin.values import QTensor
+
+_aten = torch.ops.aten
+_CONVOLUTIONS = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
+
+
+class Dequantize(nn.Module):
+    """The values of quantized ones."""
+
+    def forward(self, value: QTensor) -> Tensor:
+        return value.dequantize()
+
+
+class DequantizedWeight(nn.Module):
+    """A weight on its scale, as a float tensor."""
+
+    def __init__(self, weight: WeightQuantizer) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> Tensor:
+        return self.weight.dequantize()
+
+
+class FloatWeighted(nn.Module):
+    """A float linear or convolution whose weight is on a scale."""
+
+    def __init__(self, weight: WeightQuantizer, product: Product) -> None:
+        super().__init__()
+        self.weight, self._product = weight, product
+
+    def forward(self, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        if isinstance(self._product, Linear):
+            return nn.functional.linear(value, self.weight.dequantize(), bias)
+        given = self._product
+        none = [0] * len(given.stride)
+        settings = (given.stride, given.padding, given.dilation, False, none, given.groups)
+        return torch.convolution(value, self.weight.dequantize(), bias, *settings)
+
+    def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
+        """As of `Weighted`."""
+        return self._product.error(value, self.weight.error(scale))
+
+
+class ExportedBuilder:
+    """Builds the graph node by node, from the backend of a PT2E graph."""
+
+    def __init__(self, backend: LoweredBackend) -> None:
+        self._backend, self._model = backend, backend.model
+        self._graph, self._owned = Graph(), dict[str, nn.Module]()
+        self.sites: dict[str, SiteModule] = {}
+        #: the twin's node by the name of the given one
+        self.nodes: dict[str, Node] = {}
+        activations = (site for site in backend.sites.values() if site.kind == "activation")
+        self._activation = {node: site.name for site in activations for node in site.nodes}
+        self._weight_of = weight_sites(backend.model, backend.sites)
+
+    def build(self) -> GraphModule:
+        """The float graph; parameters and constants are copies."""
+        root = nn.Module()
+        for node in self._model.graph.nodes:
+            self._add(node)
+        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
+        for node in self._graph.nodes:
+            if node.op == "get_attr":  # a flat name: nothing else is asked of the root
+                held = copy.deepcopy(fetch(self._model, str(node.target)))
+                node.target = f"held_{node.name}"
+                _hold(root, str(node.target), held)
+        for name, module in self._owned.items():
+            root.add_module(name, module)
+        twin = GraphModule(root, self._graph, "Twin")
+        twin.graph.lint()
+        twin.train(False)
+        return twin
+
+    def _add(self, node: Node) -> None:
+        if node.op == "output":
+            info = getattr(self._model.graph._codegen, "pytree_info", None)
+            flat: Any = torch.fx.node.map_arg(node.args[0], lambda n: self.nodes[n.name])
+            spec = None if info is None else info.out_spec
+            self._graph.output(flat if spec is None else tree_unflatten(flat, spec))
+        elif node.op == "call_module":  # guards of the export: nothing depends on them
+            return
+        elif node.name in self._activation:
+            self._call(node, self._quantizer(self._activation[node.name]), node.args[:1])
+        elif node.name in self._weight_of:
+            self._call(node, DequantizedWeight(self._weight(self._weight_of[node.name])), ())
+        elif str(node.target).startswith("quantized_decomposed.dequantize"):
+            self._call(node, Dequantize(), node.args[:1])
+        elif str(node.target).startswith("quantized_decomposed.quantize"):
+            return  # of a weight, which its dequantize node stands for
+        elif (product := self._product(node)) is not None:
+            value, weight, *rest = node.args
+            weighed = self._weight_of[cast(Node, weight).name]
+            self._call(node, FloatWeighted(self._weight(weighed), product), (value, *rest[:1]))
+        else:
+            self.nodes[node.name] = self._graph.node_copy(node, lambda n: self.nodes[n.name])
+            if node.op == "call_function":
+                self.nodes[node.name].target = _out_of_place(node.target)
+
+    def _product(self, node: Node) -> Product | None:
+        """The linear or convolution that a node is, where its weight is a site."""
+        weight = node.args[1] if len(node.args) > 1 else None
+        if not isinstance(weight, Node) or weight.name not in self._weight_of or node.kwargs:
+            return None
+        if node.target is _aten.linear.default:
+            return Linear()
+        if node.target not in _CONVOLUTIONS:
+            return None
+        rank = _CONVOLUTIONS[node.target]  # type: ignore[index]
+        given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :]]
+        stride, padding, dilation = (tuple(v) * (rank // len(v)) for v in given[:3])
+        return Convolution(stride, padding, dilation, given[3])
+
+    def _quantizer(self, name: str) -> Quantizer:
+        if name not in self.sites:
+            self.sites[name] = Quantizer(self._backend.sites[name], self._backend.read(name))
+        return cast(Quantizer, self.sites[name])
+
+    def _weight(self, name: str) -> WeightQuantizer:
+        if name not in self.sites:
+            codes, weight = self._backend.weight(name).int_repr(), self._backend.float_weights.get(name)
+            self.sites[name] = WeightQuantizer(self._backend.sites[name], self._backend.read(name), codes, weight)
+        return cast(WeightQuantizer, self.sites[name])
+
+    def _call(self, node: Node, module: nn.Module, args: Any) -> None:
+        name = f"op_{node.name}"
+        self._owned[name] = module
+        mapped = torch.fx.node.map_arg(args, lambda n: self.nodes[n.name])
+        self.nodes[node.name] = self._graph.create_node("call_module", name, mapped, {}, name=node.name)
+
+
+def _hold(root: nn.Module, name: str, held: Any) -> None:
+    if isinstance(held, nn.Parameter):
+        root.register_parameter(name, nn.Parameter(held.detach(), False))
+    elif isinstance(held, Tensor):
+        root.register_buffer(name, held.detach())
+    else:
+        setattr(root, name, held)
+
+
+def _out_of_place(target: Any) -> Any:
+    """The op that returns what an in-place one writes: others may hold its input."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.name.endswith("_"):
+        return target
+    packet = getattr(_aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, target._overloadname, target)
