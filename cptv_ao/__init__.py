@@ -4,6 +4,8 @@
 >>> print(cptv_ao.report(quantized))                                          # doctest: +SKIP
 """
 
+from typing import TYPE_CHECKING, Any
+
 from cptv_ao.blocks import Block, blocks_by_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.errors import (
@@ -16,10 +18,12 @@ from cptv_ao.errors import (
     UnsupportedModelError,
 )
 from cptv_ao.loop import Event
-from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
 from cptv_ao.refine import find_sites, refine
 from cptv_ao.report import Report, Status, report
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
+
+if TYPE_CHECKING:
+    from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
 
 __all__ = [
     "Block",
@@ -45,3 +49,13 @@ __all__ = [
     "refine",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What prepares models for torch.ao FX is loaded when it is asked for: PT2E needs none of it."""
+    if name not in {"Recipe", "qconfig_mapping", "recipe"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import cptv_ao.recipe as room
+
+    globals().update(Recipe=room.Recipe, qconfig_mapping=room.qconfig_mapping, recipe=room.recipe)
+    return globals()[name]

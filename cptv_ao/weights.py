@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from cptv_ao.backends.exported import fused_weights
 from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.backends.scan import weight_name
 from cptv_ao.errors import FloatModelMismatchError
@@ -46,15 +48,16 @@ def find_float_weights(backend: LoweredBackend, float_model: nn.Module) -> None:
         FloatModelMismatchError: naming the first module that differs.
     """
     modules = dict(float_model.named_modules(remove_duplicate=False))
+    fused = fused_weights(float_model)
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
             continue
         path = site.name.removesuffix(".weight")
         weight = backend.weight(site.name)
         if site.op.startswith("quantized."):
-            candidates: Iterator[Tensor] = (p for p in float_model.parameters() if p.numel() == weight.numel())
+            candidates: Iterable[Tensor] = (p for p in float_model.parameters() if p.numel() == weight.numel())
         elif path in modules:
-            candidates = _module_weights(modules, path)
+            candidates = chain(_module_weights(modules, path), [fused[path]] if path in fused else [])
         else:
             raise FloatModelMismatchError(
                 f"float_model: expected a module {path} as in the quantized model, found none; pass the model that "

@@ -183,6 +183,52 @@ def quantize(
     return prepared, converted
 
 
+def quantize_exported(
+    model: nn.Module,
+    calibration: Iterable[Tensor],
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    fold_quantize: bool = True,
+) -> GraphModule:
+    """Post-training quantization on the PT2E flow, where the graph holds activations to their bits too.
+
+    Per-channel symmetric weights and per-tensor activations with histogram observers, at the inputs of linear layers
+    and convolutions, as torchao's X86InductorQuantizer places them. Needs `pip install torchao`.
+    """
+    from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationSpec
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
+
+    half = 2 ** (weight_bits - 1)
+    activation = QuantizationSpec(
+        dtype=torch.uint8,
+        quant_min=0,
+        quant_max=2**activation_bits - 1,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=HistogramObserver,
+    )
+    weight = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-half,
+        quant_max=half - 1,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
+    )
+    batches = list(calibration)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        dynamic = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},)
+        exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic).module()
+        quantizer = X86InductorQuantizer().set_global(QuantizationConfig(activation, None, weight, None))
+        prepared = prepare_pt2e(exported, quantizer)
+        for batch in batches:
+            prepared(batch)
+        return convert_pt2e(prepared, fold_quantize=fold_quantize)
+
+
 def logits(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
     """Outputs of a model on all images (N, C)."""
     with torch.inference_mode():

@@ -163,6 +163,22 @@ def _weight_site(name: str, node: Node, home: ExportedWeightHome) -> ScaleSite:
     return ScaleSite(name, "weight", _op(node), _scope(node), shape, home.axis, qmin, qmax, False, users, name, fixed)
 
 
+def fused_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the convolutions of an exported float model, fused with the batch norm behind them, by path."""
+    fused: dict[str, Tensor] = {}
+    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
+        source = node.args[0] if node.target is torch.ops.aten.batch_norm.default else None
+        held = source.args[1] if isinstance(source, Node) and len(source.args) > 1 else None
+        if not isinstance(held, Node) or held.op != "get_attr":
+            continue
+        gamma, _, _, var = (fetch(model, str(part.target)) if part is not None else None for part in node.args[1:5])
+        factor = torch.rsqrt(var + node.args[7]) * (1 if gamma is None else gamma)
+        weight = fetch(model, str(held.target))
+        path = str(held.target).removesuffix(".weight")
+        fused[path] = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
+    return fused
+
+
 def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str, str]:
     """The weight site of each dequantize node of a weight, by name."""
     nodes = [n for n in model.graph.nodes if _is_op(n, "dequantize_per_") and _constant(n) is not None]

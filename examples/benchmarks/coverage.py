@@ -179,7 +179,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
         "Columns: image size; what stock torch.ao says; sites of weights and activations, and linear and convolution",
         "layers left in float; blocks that are searched, and weights in the largest of them; KL to float on 8 search",
-        "images before and after a refine of a dozen candidates and 4 gradient steps; seconds to convert and to refine.",
+        "images before and after a dozen candidates and 4 gradient steps; seconds to convert and to refine.",
         "",
         "| model | size | stock torch.ao | weights | activations | float | blocks | largest | KL before | after | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
