@@ -28,7 +28,7 @@ class RefineConfig:
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
             least change each layer's output; `ranges`, the activations' whole container and half of it.
-        gradient_steps: Adam steps on the float twin, of about 50 images, that propose scales before the block visits;
+        gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
             0 for none. Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.

@@ -30,7 +30,7 @@ _NARROW_QMAX = 127
 # Images on which saturation is looked for.
 _PROBE_IMAGES = 16
 # Images of one step of the descent: larger batches of the loader are cut.
-_STEP_IMAGES = 50
+_STEP_IMAGES = 100
 
 
 class Proposer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import nets
 import pytest
 import torch
+import torch._inductor.config
 import workloads
 from small import small_config
 from torch import Tensor, nn
@@ -216,6 +218,14 @@ def test_export_keeps_what_was_found(folded: GraphModule, float_model: nn.Module
     buffer.seek(0)
     assert torch.equal(output(torch.export.load(buffer).module()), output(folded))
     assert torch.equal(output(copy.deepcopy(folded)), output(folded))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_the_refined_model_compiles(folded: GraphModule, float_model: nn.Module) -> None:
+    refine(folded, float_model)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # as torchao's documentation asks for
+        compiled = torch.compile(folded)(BATCHES[0])["logits"]
+    torch.testing.assert_close(compiled, output(folded), rtol=1e-3, atol=1e-4)
 
 
 def test_activations_below_8_bits_are_real(vit: nn.Module, digits: workloads.Images) -> None:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import photos
-from workloads import NETWORKS, quantize, trained, with_outliers
+from workloads import NETWORKS, quantize, quantize_exported, trained, with_outliers
 
 # Calibration draws of the tuning and of the table never meet: their seeds differ.
 SEEDS = (0, 1, 2)
@@ -68,6 +68,19 @@ def _small(
     return make
 
 
+def _exported(bits: int) -> Callable[[int], Case]:
+    """Weights and activations of so many bits, on the PT2E flow."""
+
+    def make(seed: int) -> Case:
+        data, model = NETWORKS["fashion_vit"][1](), trained("fashion_vit")
+        drawn = data.calibration(2000, seed)
+        calibration = drawn[:1000].split(100)
+        quantized = quantize_exported(model, calibration, weight_bits=bits, activation_bits=bits)
+        return Case(model, quantized, calibration, drawn[1000:], data.test, data.test_labels, bits)
+
+    return make
+
+
 def _photographs(seed: int) -> Case:
     model = photos.efficientnet()
     calibration = photos.crops(photos.CALIBRATION, 250, seed).split(25)
@@ -87,10 +100,12 @@ WORKLOADS: dict[str, Workload] = {
     "fashion ViT W4A8": Workload(_small("fashion_vit", 4), 25),
     "fashion ViT W8A8 saturating": Workload(_saturating, 25, isa="AVX2"),
     "outlier ViT W8A8": Workload(_small("fashion_vit", 8, change=with_outliers), 25),
-    "digits ViT W2A8": Workload(_small("digits_vit", 2), 25),
+    "digits ViT W2A8": Workload(_small("digits_vit", 2), 60),
     "digits ViT W3A8": Workload(_small("digits_vit", 3), 25),
     "fashion CNN W8A8": Workload(_small("fashion_cnn", 8), 25),
     "fashion CNN W4A8": Workload(_small("fashion_cnn", 4), 25),
+    "fashion ViT PT2E W4A4": Workload(_exported(4), 60),
+    "fashion ViT PT2E W3A3": Workload(_exported(3), 60),
     "EfficientNet-Lite0 W8A8": Workload(_photographs, 180),
 }
 
