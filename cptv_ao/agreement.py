@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import UnsupportedModelError
@@ -20,7 +20,7 @@ _IMAGES = 16
 _NAMES = 3
 
 
-def agreement_notes(backend: LoweredBackend, batch: Batch, config: RefineConfig) -> list[str]:
+def agreement_notes(backend: Backend, batch: Batch, config: RefineConfig) -> list[str]:
     """What a report says of saturation: nothing where kernels and exact arithmetic agree, or no twin is known.
 
     Args:

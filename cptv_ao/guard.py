@@ -10,11 +10,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends import reference
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 
 
 @contextmanager
-def restored_on_error(model: GraphModule, backend: LoweredBackend) -> Iterator[None]:
+def restored_on_error(model: GraphModule, backend: Backend) -> Iterator[None]:
     """Whatever is raised inside, the model leaves as it came.
 
     Args:

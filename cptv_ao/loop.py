@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import Block
 from cptv_ao.config import RefineConfig
 from cptv_ao.errors import CalibrationDataError
@@ -74,7 +74,7 @@ class Loop:
 
     def __init__(
         self,
-        backend: LoweredBackend,
+        backend: Backend,
         blocks: Sequence[Block],
         search: Evaluator,
         holdout: Evaluator | None,
@@ -231,7 +231,7 @@ class Loop:
             listener(event)
 
 
-def _searched(backend: LoweredBackend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
+def _searched(backend: Backend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
     for pattern in config.include:
         if not any(fnmatchcase(name, pattern) for name in backend.sites):
             raise ValueError(
@@ -246,7 +246,7 @@ def _searched(backend: LoweredBackend, config: RefineConfig) -> dict[str, tuple[
 
 
 def _spaces(
-    backend: LoweredBackend, blocks: Sequence[Block], searched: Mapping[str, tuple[ScaleSite, ...]]
+    backend: Backend, blocks: Sequence[Block], searched: Mapping[str, tuple[ScaleSite, ...]]
 ) -> dict[str, ScaleSpace]:
     by_block = {b.name: {s.name: searched[s.name] for s in b.sites if s.name in searched} for b in blocks}
     return {name: ScaleSpace(backend, groups) for name, groups in by_block.items() if groups}

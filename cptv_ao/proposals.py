@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
@@ -47,7 +47,7 @@ class Proposer:
 
     def __init__(
         self,
-        backend: LoweredBackend,
+        backend: Backend,
         groups: Mapping[str, tuple[ScaleSite, ...]],
         batches: Sequence[Batch],
         teacher: Sequence[Tensor],

@@ -16,8 +16,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.agreement import agreement_notes
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.blocks import find_blocks
 from cptv_ao.config import RefineConfig
@@ -47,7 +47,8 @@ def find_sites(model: GraphModule) -> SiteTable:
     """List every scale of a converted model; `print()` it for a readable table.
 
     Args:
-        model: what `convert_fx` returned, or `convert_to_reference_fx`: the sites of what that lowers to.
+        model: what `convert_fx` or `convert_pt2e` returned, or `convert_to_reference_fx`: the sites of what that
+            lowers to.
 
     Returns:
         The sites by name, in graph order; `.unknown` names quantized ops that were not understood.
@@ -55,7 +56,7 @@ def find_sites(model: GraphModule) -> SiteTable:
     Raises:
         UnsupportedModelError: the model is not converted, or holds no quantized op.
     """
-    return LoweredBackend(lower(model) if is_reference(model) else model).sites
+    return Backend(lower(model) if is_reference(model) else model).sites
 
 
 def refine(
@@ -74,8 +75,8 @@ def refine(
     held-out calibration images. On any exception the model is exactly as it was given.
 
     Args:
-        model: what `convert_fx` or `convert_to_reference_fx` returned. It is written in place and returned. A
-            reference model gets the scales that make it lower to the very model that was searched, and where these
+        model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned. It is written in place and
+            returned. A PT2E graph is searched on its own simulation and accepted on the graph. A reference model gets the scales that make it lower to the very model that was searched, and where these
             do not round a weight to the code that was searched, the value of that code in its place.
         calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
             read), or of dicts of keyword inputs. Iterated once. About 1,000 images are a good number.
@@ -92,7 +93,7 @@ def refine(
         The refined model; `cptv_ao.report(model)` says what was done.
 
     Raises:
-        UnsupportedModelError: the model is not a converted FX model.
+        UnsupportedModelError: the model is not a converted model.
         FloatModelMismatchError: `float_model` is not its float original.
         CalibrationDataError: the loader is empty or gives something that the model cannot run on.
         NonFiniteError: scales or outputs of the model are NaN or infinite.
@@ -122,7 +123,7 @@ def refine(
 
 
 def _refine(
-    backend: LoweredBackend,
+    backend: Backend,
     batches: list[Batch],
     sources: _Sources,
     config: RefineConfig,
@@ -189,7 +190,7 @@ def _report(
     )
 
 
-def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> LoweredBackend:
+def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> Backend:
     """Of the model, or of a lowered copy of a reference model."""
     if float_model is not None and not isinstance(float_model, nn.Module):
         raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
@@ -198,12 +199,12 @@ def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineCo
         ranges = weight_ranges(model) | ranges
         model = lower(model)
     if config.weight_range is None:
-        return LoweredBackend(model, ranges)
+        return Backend(model, ranges)
     names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
-    return LoweredBackend(model, dict.fromkeys(names, config.weight_range))
+    return Backend(model, dict.fromkeys(names, config.weight_range))
 
 
-def _teacher(backend: LoweredBackend, sources: _Sources) -> nn.Module:
+def _teacher(backend: Backend, sources: _Sources) -> nn.Module:
     if sources.teacher is not None:
         return sources.teacher
     if sources.weights is None:
@@ -217,7 +218,7 @@ def _teacher(backend: LoweredBackend, sources: _Sources) -> nn.Module:
 
 
 def _proposer(
-    backend: LoweredBackend,
+    backend: Backend,
     simulated: SimulatedBackend | None,
     loop: Loop,
     images: Images,

@@ -9,8 +9,8 @@ from typing import cast
 
 import torch
 
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.config import RefineConfig
 from cptv_ao.errors import CalibrationDataError
 from cptv_ao.proposals import Proposer
@@ -34,7 +34,7 @@ class SimulatedProposer(Proposer):
     def __init__(
         self,
         simulated: SimulatedBackend,
-        backend: LoweredBackend,
+        backend: Backend,
         groups: Mapping[str, tuple[ScaleSite, ...]],
         images: Images,
         config: RefineConfig,
@@ -57,9 +57,9 @@ class SimulatedProposer(Proposer):
         return [] if on_twin else super()._saturating(scales)
 
 
-def as_backend(simulated: SimulatedBackend) -> LoweredBackend:
+def as_backend(simulated: SimulatedBackend) -> Backend:
     """A simulated backend has the methods of a lowered one that a search calls."""
-    return cast(LoweredBackend, simulated)
+    return cast(Backend, simulated)
 
 
 def on_device(simulated: SimulatedBackend, images: Images) -> Images:
@@ -70,9 +70,7 @@ def on_device(simulated: SimulatedBackend, images: Images) -> Images:
     )
 
 
-def confirmed(
-    found: Report, simulated: SimulatedBackend, backend: LoweredBackend, kernels: Scoring, before: Losses
-) -> Report:
+def confirmed(found: Report, simulated: SimulatedBackend, backend: Backend, kernels: Scoring, before: Losses) -> Report:
     """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.search.protocol import Group, Layout, Vector
 from cptv_ao.sites import QParams, ScaleSite
 
@@ -29,7 +29,7 @@ class ScaleSpace:
     instead of packing them again.
     """
 
-    def __init__(self, backend: LoweredBackend, groups: Mapping[str, tuple[ScaleSite, ...]]) -> None:
+    def __init__(self, backend: Backend, groups: Mapping[str, tuple[ScaleSite, ...]]) -> None:
         self._backend = backend
         self._groups = dict(groups)
         self.layout = _layout(self._groups)

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import fused_weights
-from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.backends.scan import weight_name
 from cptv_ao.errors import FloatModelMismatchError
 from cptv_ao.sites import ScaleSite
@@ -38,7 +38,7 @@ def weight_ranges(float_model: nn.Module | None) -> dict[str, tuple[int, int]]:
     return ranges
 
 
-def find_float_weights(backend: LoweredBackend, float_model: nn.Module) -> None:
+def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
     """Give the backend the float weight of each of its weight sites.
 
     A weight is found by module path, fused with a batch norm where that is what was quantized; the weight of a

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 
 import cptv_ao
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.homes import ModuleWeightHome
-from cptv_ao.backends.lowered import LoweredBackend
 
 
 def check(error: type[Exception], match: str, model: Any, loader: Any, **arguments: Any) -> Any:
@@ -63,7 +63,7 @@ def test_a_reference_model_is_no_lowered_one(conv: Case) -> None:
     prepared = prepare_fx(copy.deepcopy(conv.float_model), mapping, (conv.batches[0],))
     prepared(conv.batches[0])
     with pytest.raises(cptv_ao.UnsupportedModelError, match="got a reference model"):
-        LoweredBackend(convert_to_reference_fx(prepared))
+        Backend(convert_to_reference_fx(prepared))
 
 
 def test_a_model_without_quantized_ops(conv: Case) -> None:

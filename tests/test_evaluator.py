@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao import losses
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import Block, find_blocks
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Evaluator
@@ -27,7 +27,7 @@ class Reference:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.backend = LoweredBackend(case.converted)
+        self.backend = Backend(case.converted)
         find_float_weights(self.backend, case.float_model)
         with torch.no_grad():
             self.teacher = [case.float_model(batch) for batch in case.batches]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import find_blocks
 from cptv_ao.data import Batch, read_batches
 from cptv_ao.evaluator import Evaluator, teacher_outputs
@@ -68,18 +68,18 @@ def start() -> tuple[GraphModule, list[Batch], list[Tensor]]:
 
 
 def _blocks(model: GraphModule) -> dict[str, tuple[str, ...]]:
-    blocks = find_blocks(LoweredBackend(model).sites.values())
+    blocks = find_blocks(Backend(model).sites.values())
     return {b.name: tuple(node for site in b.sites for node in site.nodes) for b in blocks}
 
 
 def _write(model: GraphModule, name: str, factor: float) -> None:
-    backend = LoweredBackend(model)
+    backend = Backend(model)
     qparams = backend.read(name)
     backend.write(name, QParams((qparams.scale * factor).float().double(), qparams.zero_point))
 
 
 def _activation(model: GraphModule, block: str) -> str:
-    sites = next(b for b in find_blocks(LoweredBackend(model).sites.values()) if b.name == block).sites
+    sites = next(b for b in find_blocks(Backend(model).sites.values()) if b.name == block).sites
     return next(s.name for s in sites if s.kind == "activation" and not s.fixed)
 
 
@@ -141,7 +141,7 @@ def test_a_write_before_the_cut_is_noticed(start, change: str) -> None:
     if change == "scale":
         _write(model, _activation(model, "stem"), 2.0)
     elif change == "weight":
-        backend = LoweredBackend(model)
+        backend = Backend(model)
         site = next(s.name for s in backend.sites.values() if s.kind == "weight")
         backend.set_float_weight(site, backend.weight(site).dequantize() * 0.5)
         backend.write(site, backend.read(site))

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.space import ScaleSpace
 
 
@@ -175,7 +175,7 @@ def test_qnnpack_gets_no_scales_that_its_add_refuses() -> None:
     float_model = nets.seeded(nets.ConvNet)
     batches = list(nets.images(8, 3, 16, 16).split(4))
     _, model = nets.quantize(float_model, batches, engine="qnnpack")
-    backend = LoweredBackend(model)
+    backend = Backend(model)
     outputs = {out for out, _ in backend.sums}
     assert len(backend.sums) == 4
     assert len(outputs) == 2

@@ -11,7 +11,7 @@ import workloads
 from conftest import Case
 from torch import nn
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
 from cptv_ao.gradient import GradientDescent, Schedule
@@ -23,8 +23,8 @@ from cptv_ao.twin.saturation import saturating_inputs
 from cptv_ao.weights import find_float_weights, weight_ranges
 
 
-def backend_of(case: Case) -> LoweredBackend:
-    backend = LoweredBackend(case.converted, weight_ranges(case.float_model))
+def backend_of(case: Case) -> Backend:
+    backend = Backend(case.converted, weight_ranges(case.float_model))
     find_float_weights(backend, case.float_model)
     return backend
 
@@ -37,7 +37,7 @@ def test_fbgemm_saturates_in_depthwise_convolutions_only() -> None:
         model[1].weight.fill_(0.5)  # every code 127, so that products add up
     images = torch.rand(16, 3, 8, 8)
     _, converted = workloads.quantize(model, [images], reduce_range=False, engine="fbgemm")
-    backend = LoweredBackend(converted)
+    backend = Backend(converted)
     found = saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16))
     assert found == {"0.output"}
     for site in backend.sites.values():  # below code 128 no kernel saturates

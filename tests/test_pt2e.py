@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import cptv_ao
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.losses import kl
@@ -125,7 +125,7 @@ def test_every_scale_is_found(model: GraphModule) -> None:
 
 
 def test_the_twin_is_the_graph(model: GraphModule) -> None:
-    twin = Twin(LoweredBackend(model))
+    twin = Twin(Backend(model))
     with torch.no_grad():
         assert torch.equal(twin(BATCHES[0])["logits"], output(model))
         assert set(twin(BATCHES[0])) == {"logits", "hidden"}
@@ -134,7 +134,7 @@ def test_the_twin_is_the_graph(model: GraphModule) -> None:
 def test_what_was_written_is_read_and_undone(model: GraphModule, float_model: nn.Module) -> None:
     from cptv_ao.weights import find_float_weights
 
-    backend = LoweredBackend(model)
+    backend = Backend(model)
     find_float_weights(backend, float_model)
     before, given = backend.snapshot(), output(model)
     for name, site in backend.sites.items():
@@ -164,12 +164,12 @@ def test_refine_is_never_worse_and_keeps_its_word(model: GraphModule, float_mode
 
 
 def test_the_tail_is_the_full_forward(model: GraphModule, float_model: nn.Module) -> None:
-    twin = Twin(LoweredBackend(model))
+    twin = Twin(Backend(model))
     batches = [Batch((b,), {}, len(b)) for b in BATCHES]
     targets = teacher_outputs(float_model, batches)
     evaluator = Evaluator(twin.module, batches, targets, kl)
     full = evaluator.score()
-    for site in LoweredBackend(model).sites.values():
+    for site in Backend(model).sites.values():
         evaluator.enter(site.nodes)
         assert evaluator.score() == pytest.approx(full, rel=1e-6)
         evaluator.leave()

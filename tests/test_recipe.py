@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 
 
 class Window(nn.Module):
@@ -286,7 +286,7 @@ def test_weight_codes_stay_in_their_range(bits: int, engine: str) -> None:
         model, [nets.images(4, 3, 16, 16)], engine=engine, mapping=cptv_ao.qconfig_mapping(bits, engine)
     )
     half = 2 ** (bits - 1)
-    backend = LoweredBackend(quantized)
+    backend = Backend(quantized)
     weights = [backend.weight(site.name) for site in backend.sites.values() if site.kind == "weight"]
     assert len(weights) == 7
     codes = torch.cat([w.int_repr().flatten() for w in weights]).int()

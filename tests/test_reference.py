@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.backends import reference as reference_backend
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.sites import QParams
@@ -52,7 +52,7 @@ def _reference(name: str, per_tensor: bool, engine: str = "x86") -> tuple[GraphM
     return both[0], both[1], batches
 
 
-def _shaken(backend: LoweredBackend) -> None:
+def _shaken(backend: Backend) -> None:
     """Write other scales and zero_points, weights included."""
     generator = torch.Generator().manual_seed(0)
     for group in backend.movable().values():
@@ -70,7 +70,7 @@ def test_lowered_copy_is_what_convert_fx_returns(name: str, per_tensor: bool) ->
     lowered = lower(reference)
     with torch.no_grad():
         assert all(torch.equal(lowered(b), converted(b)) for b in batches)
-    assert list(LoweredBackend(lowered).sites) == list(LoweredBackend(converted).sites)
+    assert list(Backend(lowered).sites) == list(Backend(converted).sites)
     assert is_reference(reference)
     assert not is_reference(lowered)
 
@@ -81,7 +81,7 @@ def test_lowered_copy_is_what_convert_fx_returns(name: str, per_tensor: bool) ->
 def test_written_back_scales_lower_to_the_same_model(name: str, per_tensor: bool, engine: str) -> None:
     reference, _, batches = _reference(name, per_tensor, engine)
     lowered = lower(reference)
-    backend = LoweredBackend(lowered, weight_ranges(reference))
+    backend = Backend(lowered, weight_ranges(reference))
     find_float_weights(backend, reference)
     assert all(site.qmin == -4 for site in backend.sites.values() if site.kind == "weight" and "functional" not in name)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_written_back_scales_lower_to_the_same_model(name: str, per_tensor: bool
         outputs = [again(b) for b in batches]
     assert not any(torch.equal(a, b) for a, b in zip(before, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    repeated = LoweredBackend(again)
+    repeated = Backend(again)
     for site in backend.sites.values():
         assert torch.equal(repeated.read(site.name).scale, backend.read(site.name).scale), site.name
         if site.kind == "weight":
@@ -115,7 +115,7 @@ def test_writing_back_unchanged_scales_changes_nothing() -> None:
 def test_reference_model_still_runs_and_follows_its_lowered_copy() -> None:
     reference, _, batches = _reference("vit", False)
     lowered = lower(reference)
-    backend = LoweredBackend(lowered, weight_ranges(reference))
+    backend = Backend(lowered, weight_ranges(reference))
     find_float_weights(backend, reference)
     with torch.no_grad():
         before = reference(batches[0])
@@ -170,7 +170,7 @@ def test_a_refined_reference_model_lowers_to_what_was_scored(name: str, teacher:
     again = lower(reference)
     target = float_model
     if target is None:
-        backend = LoweredBackend(converted)
+        backend = Backend(converted)
         find_float_weights(backend, NETS[name]()[0])
         target = unquantized(backend).module
     half = len(batches) // 2

@@ -257,9 +257,9 @@ def test_weight_codes_stay_in_the_nominal_range(case: Case) -> None:
     cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
     moved = [m.name for m in cptv_ao.report(case.converted).moves]
     assert moved
-    from cptv_ao.backends.lowered import LoweredBackend
+    from cptv_ao.backends.backend import Backend
 
-    backend = LoweredBackend(case.converted)
+    backend = Backend(case.converted)
     for name in moved:
         codes = backend.weight(name).int_repr()
         assert (before[name].qmin, before[name].qmax) == (-4, 3)

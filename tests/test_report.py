@@ -80,9 +80,9 @@ def refined(case: Case, **changes: object) -> Report:
 def test_what_moved_is_what_differs(case: Case) -> None:
     before = copy.deepcopy(case.converted)
     report = refined(case, evaluations=5, holdout=0)
-    from cptv_ao.backends.lowered import LoweredBackend
+    from cptv_ao.backends.backend import Backend
 
-    old, new = LoweredBackend(before), LoweredBackend(case.converted)
+    old, new = Backend(before), Backend(case.converted)
     differ = {
         name
         for name in old.sites

@@ -17,7 +17,7 @@ from test_refine import loss_of
 
 import cptv_ao
 from cptv_ao import agreement
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.pieces import Pieces, storages
 from cptv_ao.simulated import SimulatedProposer
 from cptv_ao.twin import Twin
@@ -183,7 +183,7 @@ def test_a_device_is_for_the_simulation() -> None:
 
 
 def test_entries_of_the_twin_are_counted_and_not_copied(conv: Case) -> None:
-    backend = LoweredBackend(conv.converted)
+    backend = Backend(conv.converted)
     pieces = Pieces(Twin(backend).module)
     at = pieces.cut(["conv1"])
     values = pieces.start((conv.batches[0],), {}, at)
@@ -220,7 +220,7 @@ import nets, torch
 from torch import nn
 from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping
 from cptv_ao.agreement import agreement_notes
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
@@ -231,7 +231,7 @@ weight = PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per
 full = QConfig(activation=MinMaxObserver.with_args(reduce_range=False), weight=weight)
 batch = torch.rand(32, 64, generator=torch.Generator().manual_seed(0))
 _, converted = nets.quantize(model, [batch], engine="onednn", mapping=QConfigMapping().set_global(full))
-(note,) = agreement_notes(LoweredBackend(converted), Batch((batch,), {}, 32), RefineConfig())
+(note,) = agreement_notes(Backend(converted), Batch((batch,), {}, 32), RefineConfig())
 print(note)
 """
 

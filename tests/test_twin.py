@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.losses import get_loss
@@ -65,7 +65,7 @@ def _check_parity(
     recorder = Recorder(model)
     with torch.no_grad():
         recorder.run(images)
-    twin = Twin(LoweredBackend(model)).to(device).module
+    twin = Twin(Backend(model)).to(device).module
     nodes = {node.name: node for node in model.graph.nodes}
     compared = 0
 
@@ -128,7 +128,7 @@ def test_each_op_of_the_small_networks_computes_the_kernels_codes(engine: str) -
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "qnnpack"])
 def test_trained_vit_end_to_end(vit: nn.Module, digits: workloads.Images, engine: str, device: str) -> None:
     _, converted = workloads.quantize(copy.deepcopy(vit), [digits.calibration(256, 0)], engine=engine)
-    twin = Twin(LoweredBackend(converted)).to(device)
+    twin = Twin(Backend(converted)).to(device)
     images = digits.test[:500]
     kernels, simulated = workloads.logits(converted, images), workloads.logits(twin.module, images.to(device)).cpu()
     assert workloads.agreement(simulated, kernels) == 1.0
@@ -138,7 +138,7 @@ def test_trained_vit_end_to_end(vit: nn.Module, digits: workloads.Images, engine
 
 SATURATING = """
 import torch, workloads
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.twin import Twin, disagreement
 torch.set_num_threads(1)
@@ -146,7 +146,7 @@ digits = workloads.digits()
 _, model = workloads.quantize(
     workloads.trained("digits_vit"), [digits.calibration(64, 0)], reduce_range=False, engine="onednn"
 )
-print(disagreement(model, Twin(LoweredBackend(model)), [Batch((digits.test[:100],), {}, 100)]))
+print(disagreement(model, Twin(Backend(model)), [Batch((digits.test[:100],), {}, 100)]))
 """
 
 
@@ -162,8 +162,8 @@ def test_disagreement_shows_saturation() -> None:
     assert float(done.stdout) > 0.03
 
 
-def _backend(case: Case) -> LoweredBackend:
-    backend = LoweredBackend(case.converted)
+def _backend(case: Case) -> Backend:
+    backend = Backend(case.converted)
     find_float_weights(backend, case.float_model)
     return backend
 
@@ -245,7 +245,7 @@ def test_a_clamp_passes_the_gradient_of_codes_that_it_leaves() -> None:
 def test_clipped_codes_give_their_gradient_to_the_zero_point(rounding: Any) -> None:
     """By hand: value 3 at scale 0.5 is code 6, which is clipped to 255 - zero_point = 5 at zero_point 250."""
     _, converted = nets.quantize(nets.seeded(nets.ConvNet), [nets.images(4, 3, 16, 16)])
-    backend = LoweredBackend(converted)
+    backend = Backend(converted)
     name = next(iter(backend.sites))
     twin = Twin(backend)
     twin.set_rounding(rounding)
@@ -338,7 +338,7 @@ def test_search_on_the_twin_then_commit(vit_w3: Case, device: str) -> None:
 def test_unquantized_twin_is_near_the_float_model(vit: nn.Module, digits: workloads.Images, weights: str) -> None:
     images = digits.test[:100]
     _, converted = workloads.quantize(copy.deepcopy(vit), [digits.calibration(128, 0)])
-    backend = LoweredBackend(converted)
+    backend = Backend(converted)
     if weights == "known":
         find_float_weights(backend, vit)
     before = {n: backend.weight(n).int_repr() for n, s in backend.sites.items() if s.kind == "weight"}

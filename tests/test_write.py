@@ -11,12 +11,12 @@ from state import same_bits, weights
 from torch import Tensor
 
 from cptv_ao import InvalidScaleError, QParams, ScaleSite
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.weights import find_float_weights, weight_ranges
 
 
-def backend_of(case: Case) -> LoweredBackend:
-    backend = LoweredBackend(case.converted, weight_ranges(case.float_model))
+def backend_of(case: Case) -> Backend:
+    backend = Backend(case.converted, weight_ranges(case.float_model))
     find_float_weights(backend, case.float_model)
     return backend
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import fetch
 
@@ -95,7 +95,7 @@ def write_back(lowered: GraphModule, reference: GraphModule, qconfig_map: Mappin
     Raises:
         UnsupportedModelError: a scale of the copy has no place in the reference model; nothing was written.
     """
-    backend = LoweredBackend(lowered)
+    backend = Backend(lowered)
     places = _places(backend, reference, qconfig_map)
     values = {name: backend.read(name) for name in places}
     codes = {name: backend.weight(name).int_repr() for name, home in places.items() if home.weight is not None}
@@ -136,7 +136,7 @@ def _settle(home: _Home, codes: Tensor) -> None:
     weight.copy_(torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
 
 
-def _places(backend: LoweredBackend, reference: GraphModule, qconfig_map: Mapping[str, Any] | None) -> dict[str, _Home]:
+def _places(backend: Backend, reference: GraphModule, qconfig_map: Mapping[str, Any] | None) -> dict[str, _Home]:
     """The home in the reference model of each site of its lowered copy.
 
     Found by marking: each home of a copy of the reference model gets a scale of its own; where that scale turns up
@@ -146,7 +146,7 @@ def _places(backend: LoweredBackend, reference: GraphModule, qconfig_map: Mappin
     with torch.no_grad():
         for k, home in enumerate(_homes(marked)):
             home.scale.fill_(1 + k / _MARKS)
-    marks = LoweredBackend(lower(marked, qconfig_map))
+    marks = Backend(lower(marked, qconfig_map))
     homes = _homes(reference)
     places: dict[str, _Home] = {}
     for name, site in backend.sites.items():

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
 from cptv_ao.pieces import clone
@@ -39,7 +39,7 @@ class Twin:
         UnsupportedModelError: an op is not known; the message names its node.
     """
 
-    def __init__(self, backend: LoweredBackend, engine: str | None = None) -> None:
+    def __init__(self, backend: Backend, engine: str | None = None) -> None:
         builder: Builder | ExportedBuilder
         if is_exported(backend.model):
             builder = ExportedBuilder(backend)
@@ -166,7 +166,7 @@ class Twin:
         return self
 
 
-def unquantized(backend: LoweredBackend) -> Twin:
+def unquantized(backend: Backend) -> Twin:
     """The model in float: float activations, and float weights where these are known, dequantized ones else.
 
     A teacher where the float model is gone.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.functions import Convolution, Linear, Product
@@ -51,7 +51,7 @@ class Builder:
         engine: the quantized engine whose arithmetic is followed; QNNPACK's differs from the others'.
     """
 
-    def __init__(self, backend: LoweredBackend, engine: str) -> None:
+    def __init__(self, backend: Backend, engine: str) -> None:
         self._qnnpack = engine == "qnnpack"
         self._backend = backend
         self._model = backend.model

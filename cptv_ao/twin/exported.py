@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_unflatten
 
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import weight_sites
-from cptv_ao.backends.lowered import LoweredBackend
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
@@ -66,7 +66,7 @@ class FloatWeighted(nn.Module):
 class ExportedBuilder:
     """Builds the graph node by node, from the backend of a PT2E graph."""
 
-    def __init__(self, backend: LoweredBackend) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend, self._model = backend, backend.model
         self._graph, self._owned = Graph(), dict[str, nn.Module]()
         self.sites: dict[str, SiteModule] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 from cptv_ao.twin import Twin, moved
@@ -18,7 +18,7 @@ from cptv_ao.twin import Twin, moved
 class SimulatedBackend:
     """The sites of a lowered model, read from and written to its twin, on any device.
 
-    It has the methods of `LoweredBackend`, so a search runs on either. Nodes of `model` have the names of those of the
+    It has the methods of `Backend`, so a search runs on either. Nodes of `model` have the names of those of the
     lowered model, so blocks and cuts are the same. The lowered model is only written by `commit`.
 
     Args:
@@ -29,7 +29,7 @@ class SimulatedBackend:
         UnsupportedModelError: the twin does not know an op.
     """
 
-    def __init__(self, backend: LoweredBackend, device: torch.device | str = "cpu") -> None:
+    def __init__(self, backend: Backend, device: torch.device | str = "cpu") -> None:
         self._backend = backend
         self.sites: SiteTable = backend.sites
         self.sums = backend.sums
@@ -91,7 +91,7 @@ class SimulatedBackend:
     def commit(self) -> list[str]:
         """Write what moved since the twin was built into the lowered model; returns the names.
 
-        Whether the kernels agree that it is better is for the caller to find out, and `LoweredBackend.restore_all` to
+        Whether the kernels agree that it is better is for the caller to find out, and `Backend.restore_all` to
         undo.
         """
         moved_sites = []

@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import workloads
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import find_blocks
 from cptv_ao.data import Batch, read_batches
 from cptv_ao.evaluator import Evaluator, teacher_outputs
@@ -54,7 +54,7 @@ class Setting:
     spaces: dict[str, ScaleSpace] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.backend = LoweredBackend(self.model)
+        self.backend = Backend(self.model)
         find_float_weights(self.backend, self.float_model)
         movable = self.backend.movable()
         for block in find_blocks(self.backend.sites.values()):

@@ -95,11 +95,11 @@ def refined(case: Case, config: RefineConfig) -> tuple[GraphModule, dict[str, fl
 
 def clamped(case: Case) -> GraphModule:
     """The converted model with its weight codes clamped to the nominal range, at the observers' scales."""
-    from cptv_ao.backends.lowered import LoweredBackend
+    from cptv_ao.backends.backend import Backend
     from cptv_ao.weights import find_float_weights, weight_ranges
 
     model = copy.deepcopy(case.quantized)
-    backend = LoweredBackend(model, weight_ranges(case.float_model))
+    backend = Backend(model, weight_ranges(case.float_model))
     find_float_weights(backend, case.float_model)
     for name in backend.float_weights:
         backend.write(name, backend.read(name))

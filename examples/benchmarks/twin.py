@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import workloads
 
-from cptv_ao.backends.lowered import LoweredBackend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin
 
@@ -76,7 +76,7 @@ def compare(name: str, batch: int, seconds: float, compiled: bool) -> None:
     model, shape = network(name)
     images = torch.randn(batch, *shape)
     _, quantized = workloads.quantize(model, [images[:8]])
-    backend = LoweredBackend(quantized)
+    backend = Backend(quantized)
     site = next(s.name for s in reversed(list(backend.sites.values())) if s.kind == "activation" and not s.fixed)
     now = backend.read(site)
     contenders = {"int8 kernels": candidates(backend.write, quantized, site, now, images)}

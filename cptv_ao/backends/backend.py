@@ -1,11 +1,14 @@
-"""Reading and writing the scales of a lowered model: what `convert_fx` returned.
+"""Reading and writing the scales of a quantized model: what `convert_fx` or `convert_pt2e` returned.
 
-The homes of the scales (all seen on torch 2.13 to 2.15):
+The homes of the scales of a lowered FX model (all seen on torch 2.13 to 2.15):
 
     buffers of the root      quantize_per_tensor, quantized.add / mul / layer_norm / linear ...
     python floats            nnq.Linear, nnq.Conv*, and their fused forms
     buffers of the module    nnq.LayerNorm, nnq.Hardswish, nnq.BatchNorm*
     packed weights           inside a ScriptObject, of a module or of the root; re-packed when the scale moves
+
+and of a PT2E graph: arguments of its quantize and dequantize nodes, and buffers. Nothing above this room knows which
+of the two it works on.
 """
 
 from __future__ import annotations
@@ -23,15 +26,15 @@ from cptv_ao.errors import NonFiniteError
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 
 
-class LoweredBackend:
-    """The sites of one lowered model, and the only place that writes into it.
+class Backend:
+    """The sites of one quantized model, and the only place that writes into it.
 
     Args:
-        model: what `convert_fx` returned.
+        model: what `convert_fx` or `convert_pt2e` returned.
         weight_ranges: `(qmin, qmax)` of weight codes by site name, where it is known; inferred from the codes else.
 
     Raises:
-        UnsupportedModelError: the model is not a lowered FX model, or has no quantized op.
+        UnsupportedModelError: the model is neither a lowered FX model nor a PT2E graph, or has no quantized op.
     """
 
     def __init__(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]] | None = None) -> None:
