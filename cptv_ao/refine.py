@@ -76,14 +76,15 @@ def refine(
 
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned. It is written in place and
-            returned. A PT2E graph is searched on its own simulation and accepted on the graph. A reference model gets the scales that make it lower to the very model that was searched, and where these
-            do not round a weight to the code that was searched, the value of that code in its place.
+            returned. A PT2E graph is searched on its own simulation and accepted on the graph. A reference model gets
+            the scales that make it lower to the very model that was searched, and where these do not round a weight
+            to the code that was searched, the value of that code in its place.
         calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
             read), or of dicts of keyword inputs. Iterated once. About 1,000 images are a good number.
-        float_model: the float model that was given to `prepare_fx`, or the prepared model. Gives the teacher's
-            outputs and the float weights that are re-rounded at a new scale. Without it the teacher is the model
-            itself with float activations, and weights stay as they are (but for those of a reference model, which
-            are float).
+        float_model: the float model that was given to `prepare_fx` or exported, the prepared FX model, or the exported
+            float one. Gives the teacher's outputs and the float weights that are re-rounded at a new scale. Without it
+            the teacher is the model itself with float activations, and weights stay as they are (but for those that
+            the model holds in float: a reference model, a PT2E graph that is not folded).
         config: settings; the default is the recommended one.
         callback: called with an `Event` after each step. It can watch, not select.
         progress: show a progress bar on stderr.
