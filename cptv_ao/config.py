@@ -44,6 +44,8 @@ class RefineConfig:
         output: picks the tensor that the loss compares from the model's output; by default its first floating one.
         score_on: `kernels`: the model's own quantized kernels (CPU). `simulation`: the float twin, on `device`; what
             the search finds is then accepted or rejected as a whole on the kernels.
+        accept_on: makes of a copy of the model what will ship, e.g. `torch.compile`; a search on the simulation (that
+            of a PT2E graph always is one) is accepted or rejected on what it returns.
         device: where the simulation runs, e.g. `cuda`.
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
             have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
@@ -71,6 +73,7 @@ class RefineConfig:
     holdout: float = 0.2
     output: Callable[[Any], Tensor] | None = None
     score_on: Literal["kernels", "simulation"] = "kernels"
+    accept_on: Callable[[Any], Any] | None = None
     device: str = "cpu"
     racing: bool = True
     cache_bytes: int = 2**31
@@ -87,7 +90,7 @@ class RefineConfig:
         on_cpu = self.device == "cpu" or self.score_on == "simulation"
         _expect(on_cpu, "device", "'cpu' (quantized kernels run there only) or score_on='simulation'", self.device)
         _expect(self.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", self.block_order)
-        for name in ("blocks", "output"):
+        for name in ("blocks", "output", "accept_on"):
             value = getattr(self, name)
             _expect(value is None or callable(value), name, "a function or None", value)
         _expect(isinstance(self.racing, bool), "racing", "True or False", self.racing)

@@ -27,7 +27,7 @@ from cptv_ao.guard import eval_mode, restored_on_error
 from cptv_ao.loop import Callback, Event, Loop
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
-from cptv_ao.scoring import Images, Scoring
+from cptv_ao.scoring import Images, Scoring, Shipped
 from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
 from cptv_ao.sites import QParams, SiteTable
 from cptv_ao.twin import unquantized
@@ -146,11 +146,16 @@ def _refine(
     blocks = find_blocks(backend.sites.values(), config.blocks)
     on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
     simulated = SimulatedBackend(backend, config.device) if on_twin else None
+    shipped: Scoring | Shipped = kernels
+    if config.accept_on is not None:
+        if simulated is None:
+            raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
+        shipped = Shipped(backend.model, config.accept_on, images, held_out, config)
     if simulated is None:
         scoring, searched, before = kernels, backend, None
     else:
         scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config)
-        searched, before = as_backend(simulated), kernels.losses()
+        searched, before = as_backend(simulated), shipped.losses()
     given = {name: backend.read(name) for name in backend.sites}
     loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, [callback] if callback else [])
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
@@ -163,7 +168,7 @@ def _refine(
         loop.run()
     report = _report(loop, given, kernels, config, notes)
     if simulated is not None and before is not None:
-        report = confirmed(report, simulated, backend, kernels, before)
+        report = confirmed(report, simulated, backend, shipped, before)
     parts = {id(part): part.image_forwards for part in (kernels, scoring, proposer) if part is not None}
     return replace(report, image_forwards=sum(parts.values()))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.fx import GraphModule
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import FloatModelMismatchError, NonFiniteError
-from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
+from cptv_ao.evaluator import Evaluator, first_floating, run, teacher_outputs
 from cptv_ao.losses import get_loss
 from cptv_ao.report import Losses
 
@@ -64,3 +66,34 @@ def _evaluator(model: GraphModule, images: Images, config: RefineConfig) -> Eval
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteError(f"the quantized model's output on calibration batch {index} holds NaN or inf")
     return evaluator
+
+
+class Shipped:
+    """Losses of what a function makes of a model (`torch.compile`), each time of a fresh copy of it.
+
+    Args:
+        model: whose scales change between calls.
+        make: gives what is run.
+        search, holdout: as for `Scoring`.
+    """
+
+    def __init__(
+        self, model: GraphModule, make: Callable[[Any], Any], search: Images, holdout: Images, config: RefineConfig
+    ) -> None:
+        self._model, self._make = model, make
+        self._search, self._holdout = search, holdout
+        self._select, self._loss = config.output or first_floating, get_loss(config.loss, config.temperature)
+
+    def losses(self) -> Losses:
+        """Of the scales that are in the model now."""
+        made = self._make(copy.deepcopy(self._model))
+        with torch.no_grad():
+            held_out = self._mean(made, self._holdout) if self._holdout.batches else None
+            return Losses(self._mean(made, self._search), held_out)
+
+    def _mean(self, made: Callable[..., Any], images: Images) -> float:
+        total = 0.0
+        for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
+            output = self._select(run(made, batch, index)).flatten(1)
+            total += float(self._loss(output, target)) * batch.images
+        return total / sum(batch.images for batch in images.batches)

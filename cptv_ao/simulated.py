@@ -15,7 +15,7 @@ from cptv_ao.config import RefineConfig
 from cptv_ao.errors import CalibrationDataError
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status
-from cptv_ao.scoring import Images, Scoring
+from cptv_ao.scoring import Images, Scoring, Shipped
 from cptv_ao.sites import ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin.simulation import SimulatedBackend
@@ -70,7 +70,9 @@ def on_device(simulated: SimulatedBackend, images: Images) -> Images:
     )
 
 
-def confirmed(found: Report, simulated: SimulatedBackend, backend: Backend, kernels: Scoring, before: Losses) -> Report:
+def confirmed(
+    found: Report, simulated: SimulatedBackend, backend: Backend, kernels: Scoring | Shipped, before: Losses
+) -> Report:
     """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
 
     Args:
@@ -99,7 +101,7 @@ def confirmed(found: Report, simulated: SimulatedBackend, backend: Backend, kern
     return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)
 
 
-def _losses(kernels: Scoring) -> Losses:
+def _losses(kernels: Scoring | Shipped) -> Losses:
     try:
         return kernels.losses()
     except (RuntimeError, CalibrationDataError):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._inductor.config
 import workloads
+from conftest import Case
 from small import small_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -222,10 +223,36 @@ def test_export_keeps_what_was_found(folded: GraphModule, float_model: nn.Module
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_refined_model_compiles(folded: GraphModule, float_model: nn.Module) -> None:
-    refine(folded, float_model)
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # as torchao's documentation asks for
+        report = refine(folded, float_model, accept_on=torch.compile, loss="mse")
         compiled = torch.compile(folded)(BATCHES[0])["logits"]
     torch.testing.assert_close(compiled, output(folded), rtol=1e-3, atol=1e-4)
+    assert report.after.search < report.before.search
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_what_ships_accepts(folded: GraphModule, float_model: nn.Module, spoiled: bool) -> None:
+    given, made = output(folded), []
+
+    def ship(model: Any) -> Any:
+        made.append(model)
+        factor = 3.0 if spoiled and len(made) > 1 else 1.0
+        return lambda x: {"logits": model(x)["logits"] * factor}
+
+    report = refine(folded, float_model, accept_on=ship)
+    assert len(made) == 2
+    assert folded not in made
+    if spoiled:
+        assert report.status is cptv_ao.Status.REJECTED
+        assert torch.equal(output(folded), given)
+    else:
+        assert report.after.search < report.before.search
+
+
+def test_a_search_on_the_kernels_is_accepted_there(conv: Case) -> None:
+    config = small_config(accept_on=torch.compile)
+    with pytest.raises(ValueError, match=r"accept_on: .* score_on='simulation'"):
+        cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
 
 
 def test_activations_below_8_bits_are_real(vit: nn.Module, digits: workloads.Images) -> None:
