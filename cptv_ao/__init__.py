@@ -15,11 +15,13 @@ from cptv_ao.errors import (
     FloatModelMismatchError,
     InvalidScaleError,
     NonFiniteError,
+    ScalesFileError,
     UnsupportedModelError,
 )
 from cptv_ao.loop import Event
 from cptv_ao.refine import find_sites, refine
 from cptv_ao.report import Report, Status, report
+from cptv_ao.saved import load_scales, save_scales
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 
 if TYPE_CHECKING:
@@ -39,15 +41,18 @@ __all__ = [
     "RefineConfig",
     "Report",
     "ScaleSite",
+    "ScalesFileError",
     "SiteTable",
     "Status",
     "UnsupportedModelError",
     "blocks_by_path",
     "find_sites",
+    "load_scales",
     "qconfig_mapping",
     "recipe",
     "refine",
     "report",
+    "save_scales",
 ]
 
 

@@ -49,5 +49,9 @@ class InvalidScaleError(CptvError, ValueError):
         self.site = site
 
 
+class ScalesFileError(CptvError, ValueError):
+    """A file of scales or a checkpoint that is damaged, or of something else."""
+
+
 class CptvWarning(UserWarning):
     """Every warning of cptv_ao: filter by this category."""

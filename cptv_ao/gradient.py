@@ -121,14 +121,15 @@ class GradientDescent:
         teacher: Sequence[Tensor],
         schedule: Schedule,
         on_step: Callable[[float], None] | None = None,
+        going: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[str, Callable[[], Assignment]]]:
         """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times.
 
-        `on_step` is given the loss of each step's batch.
+        `on_step` is given the loss of each step's batch; `going` is asked before each step whether to go on.
         """
         order: list[int] = []
         due = 1
-        while (progress := schedule.progress(self.steps)) < 1.0:
+        while (progress := schedule.progress(self.steps)) < 1.0 and going():
             if not order:
                 order = [int(i) for i in self._rng.permutation(len(batches))]
             index = order.pop()

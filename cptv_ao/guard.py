@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,6 +36,29 @@ def restored_on_error(model: GraphModule, backend: Backend) -> Iterator[None]:
         model.meta.clear()
         model.meta.update(meta)
         raise
+
+
+@contextmanager
+def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C asks to stop, the second raises KeyboardInterrupt as ever.
+
+    Outside the main thread, and where somebody handles SIGINT already, nothing is changed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+
+    def handle(_: int, __: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        print("cptv_ao: stopping with the best scales so far; Ctrl-C again gives up", file=sys.stderr)
+        stop()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

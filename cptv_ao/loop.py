@@ -54,6 +54,11 @@ class Budget:
     max_seconds: float | None
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """End the search after what is running now."""
+        self.stopped = True
 
     @property
     def seconds(self) -> float:
@@ -62,6 +67,7 @@ class Budget:
     @property
     def left(self) -> bool:
         in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
+        in_count = in_count and not self.stopped
         return in_count and (self.max_seconds is None or self.seconds < self.max_seconds)
 
 

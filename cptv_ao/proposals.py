@@ -61,6 +61,8 @@ class Proposer:
         self.image_forwards = 0
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
+        #: asked before each step whether to go on
+        self.going: Callable[[], bool] = lambda: True
 
     def __iter__(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
@@ -118,7 +120,7 @@ class Proposer:
         share = _DESCENT_SHARE if config.passes else 1.0
         seconds = math.inf if config.max_seconds is None else share * config.max_seconds
         schedule = Schedule(config.gradient_steps, config.learning_rate, seconds)
-        for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step):
+        for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step, self.going):
             self.image_forwards = 3 * descent.images
             before = self._scales()
             yield proposal

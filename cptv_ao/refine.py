@@ -23,7 +23,7 @@ from cptv_ao.blocks import find_blocks
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
-from cptv_ao.guard import eval_mode, restored_on_error
+from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt
 from cptv_ao.loop import Callback, Event, Loop
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
@@ -72,7 +72,8 @@ def refine(
     """Search better scales for a converted model and write them into it (CPT-V, arXiv 2211.09643).
 
     The input model is candidate 0: what is returned has a loss that is not higher, on the search images and on
-    held-out calibration images. On any exception the model is exactly as it was given.
+    held-out calibration images. On any exception the model is exactly as it was given. The first Ctrl-C ends the search
+    with the best scales so far, the second one raises.
 
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned. It is written in place and
@@ -162,8 +163,8 @@ def _refine(
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
     proposer = _proposer(backend, simulated, loop, images, config, notes)
     if proposer is not None:
-        proposer.on_step = loop.step
-    with _progress_bar(loop, progress):
+        proposer.on_step, proposer.going = loop.step, lambda: loop.budget.left
+    with stop_on_interrupt(loop.budget.stop), _progress_bar(loop, progress):
         loop.propose(proposer or ())
         loop.run()
     report = _report(loop, given, kernels, config, notes)
@@ -257,6 +258,8 @@ def _check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
 
 
 def _status(loop: Loop, moved: bool) -> Status:
+    if loop.budget.stopped:
+        return Status.STOPPED
     if not loop.budget.left:
         return Status.BUDGET
     if moved:

@@ -20,6 +20,7 @@ class Status(Enum):
     REJECTED = (
         "rejected: better in the search, worse on the held-out images or on the kernels; the model is as it was given"
     )
+    STOPPED = "stopped by Ctrl-C: the best scales found until then are in the model"
     BUDGET = "budget ended: the best scales found until then are in the model"
 
 

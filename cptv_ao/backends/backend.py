@@ -69,6 +69,23 @@ class Backend:
         else:
             home.write(checked)
 
+    def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None) -> None:
+        """Write qparams as they are, and the codes of a weight (int8), which are not rounded again.
+
+        What is there already, and what is fixed, is left alone.
+        """
+        now = self.read(name)
+        same = torch.equal(now.scale, qparams.scale) and torch.equal(now.zero_point, qparams.zero_point)
+        site, home = self.sites[name], self._homes[name]
+        if site.fixed:
+            return
+        if isinstance(home, WeightHome):
+            assert codes is not None
+            if not (same and torch.equal(home.weight().int_repr(), codes)):
+                home.write_weight(codes, site, qparams)
+        elif not same:
+            home.write(qparams)
+
     def state(self, name: str) -> Any:
         """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
         return self._homes[name].state()

@@ -1,0 +1,152 @@
+"""Scales in a file: what a refine found, for another conversion of the same model. Safetensors, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.errors import ScalesFileError
+from cptv_ao.sites import QParams, ScaleSite
+
+_KEY, _VERSION = "cptv_ao", 1
+
+
+def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
+    """Write all scales, zero_points and weight codes of a quantized model into a file.
+
+    The file is written beside its name and then renamed: it is there whole, or not at all.
+
+    Args:
+        model: what `convert_fx` or `convert_pt2e` returned, refined or not.
+        path: of a `.safetensors` file. Per site: scale (float64) and zero_point (int64) of its shape, and of a weight
+            its codes (int8); the site table as JSON among the metadata.
+
+    Raises:
+        UnsupportedModelError: the model is not quantized.
+        OSError: the file cannot be written.
+    """
+    backend = Backend(model)
+    tensors: dict[str, Tensor] = {}
+    for name, site in backend.sites.items():
+        qparams = backend.read(name)
+        tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = qparams.scale, qparams.zero_point
+        if site.kind == "weight" and not site.fixed:
+            tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
+    write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
+
+
+def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule:
+    """Put the scales of a file into a quantized model, in place; returns the model.
+
+    Its outputs are then those of the model that was saved, bit for bit, if the rest of the two is equal. No float
+    model is needed: the weight codes are in the file.
+
+    Args:
+        model: another conversion of the model that was saved.
+        path: what `save_scales` wrote.
+
+    Raises:
+        ScalesFileError: the file is damaged, of another kind, or of a model with other sites (the first difference is
+            named); the model is untouched.
+        InvalidScaleError: a scale of the file is not finite or not > 0; the model is untouched.
+    """
+    tensors, data = read_file(path)
+    backend = Backend(model)
+    _same_sites(path, backend, data.get("sites"))
+    values: dict[str, tuple[QParams, Tensor | None]] = {}
+    for name, site in backend.sites.items():
+        values[name] = _value(path, backend, site, tensors)
+    before = backend.snapshot()
+    try:
+        for name, (qparams, codes) in values.items():
+            backend.write_exactly(name, qparams, codes)
+    except BaseException:
+        backend.restore_all(before)
+        raise
+    return model
+
+
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+    """Write tensors and JSON data under a name, at once: write, fsync, rename."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        text = json.dumps({"version": _VERSION, **data})
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {_KEY: text})
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON data of a file that `write_file` wrote.
+
+    Raises:
+        ScalesFileError: it is damaged, or of another kind or version.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        data = json.loads(metadata.get(_KEY, "null"))
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ScalesFileError(f"{path}: not a whole safetensors file ({error}); save it again") from error
+    if not isinstance(data, dict):
+        raise ScalesFileError(f"{path}: a safetensors file, but not one that cptv_ao wrote (it lacks its metadata)")
+    if data.get("version") != _VERSION:
+        raise ScalesFileError(f"{path}: expected version {_VERSION}, got {data.get('version')!r}")
+    return tensors, data
+
+
+def _described(site: ScaleSite) -> dict[str, Any]:
+    return {"name": site.name, "kind": site.kind, "op": site.op, "shape": list(site.shape)}
+
+
+def _same_sites(path: Any, backend: Backend, saved: Any) -> None:
+    own = [_described(site) for site in backend.sites.values()]
+    if not isinstance(saved, list):
+        raise ScalesFileError(f"{path}: expected the site table of a model, found none; was it written by save_scales?")
+    for index, (mine, theirs) in enumerate(zip(own, saved, strict=False)):
+        if mine != theirs:
+            raise ScalesFileError(f"{path} is of another model: site {index} is {theirs} there and {mine} here")
+    if len(own) != len(saved):
+        raise ScalesFileError(f"{path} is of another model: it has {len(saved)} sites, this one {len(own)}")
+
+
+def _value(
+    path: Any, backend: Backend, site: ScaleSite, tensors: Mapping[str, Tensor]
+) -> tuple[QParams, Tensor | None]:
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "scale": (torch.float64, site.shape),
+        "zero_point": (torch.int64, site.shape),
+    }
+    if site.kind == "weight" and not site.fixed:
+        wanted["codes"] = (torch.int8, tuple(backend.weight(site.name).shape))
+    found: dict[str, Tensor] = {}
+    for part, (dtype, shape) in wanted.items():
+        tensor = tensors.get(f"{site.name}.{part}")
+        if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            got = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ScalesFileError(f"{path}: {site.name}.{part}: expected {dtype} of shape {shape}, got {got}")
+        found[part] = tensor
+    qparams = QParams(found["scale"], found["zero_point"])
+    if not site.fixed:
+        qparams.checked(site)
+    return qparams, found.get("codes")
