@@ -18,16 +18,23 @@ from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.tracing import WEIGHTED_FUNCTIONS, graph_of, is_float_interpolation, rewrite, undo
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What FX fuses with a ReLU behind it.
+_FUSED = (*_CONVOLUTIONS, nn.Linear, nn.BatchNorm2d)
+_RELUS = {torch.relu, nn.functional.relu, "relu", "relu_"}
 
 
 class Rewriter:
-    """A copy of a float model that becomes ready for prepare_fx, step by step."""
+    """A copy of a float model that becomes ready for prepare_fx, step by step.
+
+    What is run or traced is a copy of that copy: models cache what they compute (LeViT its biases), proxies too.
+    """
 
     def __init__(self, model: nn.Module, example: tuple[Any, ...], mapping: QConfigMapping) -> None:
         self.model = copy.deepcopy(model).eval()
         self._example, self._mapping = example, mapping
         # What must not change, also for another number of images.
-        self._expected = [(inputs, _tensors(self.model(*inputs))) for inputs in (example, _another_batch(example))]
+        run = self._copy()
+        self._expected = [(inputs, _tensors(run(*inputs))) for inputs in (example, _another_batch(example))]
         self.leaves: dict[type, None] = {}
         self.notes: list[str] = []
         self._rewritten: set[str] = set()
@@ -37,9 +44,7 @@ class Rewriter:
         """Exchange modules for equal ones that FX knows better."""
         norms = 0
         for path, module in list(self.model.named_modules()):
-            if type(module) is nn.Identity:
-                self._replace(path, Through())
-            elif isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d and hasattr(module, "act"):
+            if isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d and hasattr(module, "act"):
                 self._replace(path, NormAct(module))
                 norms += 1
             elif isinstance(module, _CONVOLUTIONS) and isinstance(module.padding, str):
@@ -53,16 +58,18 @@ class Rewriter:
         """Rewrite the modules that stand in the way, one class after another, until nothing does."""
         while True:
             tracer = QuantizationTracer([], list(self.leaves))
+            traced = self._copy()
             try:
-                graph = tracer.trace(self.model)
+                graph = tracer.trace(traced)
             except Exception as error:
-                path = _innermost(error, self.model)
+                path = _innermost(error, traced)
                 self._adapt(path, f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
-            run = _Run(self.model, graph)
+            run = _Run(traced, graph)
             path, reason = _not_convertible(graph, tracer) or self._misread(run)
             if not reason or path in self._rewritten:
                 self._leave_integers_out(run, tracer)
+                self._open_fusions(graph)
                 return
             self._adapt(path, reason)
 
@@ -74,6 +81,18 @@ class Rewriter:
         except Exception as error:
             return "", f"its graph is not the model ({type(error).__name__}: {error})".splitlines()[0]
         return "", ""
+
+    def _open_fusions(self, graph: Graph) -> None:
+        """Take identities from between a norm, convolution or linear layer and its ReLU, where they prevent fusion."""
+        modules = dict(self.model.named_modules())
+        for node in graph.nodes:
+            if node.op != "call_module" or type(modules[node.target]) is not nn.Identity or len(node.users) != 1:
+                continue
+            source, user = node.args[0], next(iter(node.users))
+            before = modules.get(source.target) if source.op == "call_module" else None
+            after = modules.get(user.target) if user.op == "call_module" else user.target
+            if isinstance(before, _FUSED) and (isinstance(after, nn.ReLU) or after in _RELUS):
+                self._replace(str(node.target), Through())
 
     def _leave_integers_out(self, run: _Run, tracer: QuantizationTracer) -> None:
         """Keep prepare_fx from quantizing what is done to integers and masks."""
@@ -119,13 +138,16 @@ class Rewriter:
         self.notes.append(f"{where} rewritten for inputs like the example's: {reason}")
 
     def _rewrite(self, paths: list[str]) -> None:
-        for path, (args, kwargs) in _inputs_of(self.model, paths, self._example).items():
+        for path, (args, kwargs) in _inputs_of(self._copy(), paths, self._example).items():
             if path:
                 rewrite(self.model.get_submodule(path), args, kwargs)
             else:
                 self.model = graph_of(self.model, args, kwargs)
         for inputs, outputs in self._expected:
-            _compare(self.model, inputs, outputs)
+            _compare(self._copy(), inputs, outputs)
+
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self.model)
 
     def _replace(self, path: str, module: nn.Module) -> None:
         if path:

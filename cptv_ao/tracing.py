@@ -6,6 +6,7 @@ What depends on parameters alone is computed once and kept as a constant.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -51,13 +52,16 @@ def undo(module: nn.Module) -> None:
 def graph_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
     """The graph of a module for inputs like these; constants that it needs are registered on the module."""
     tracer = _ExampleTracer(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-    graph = tracer.trace(module)
+    graph = tracer.trace(copy.deepcopy(module))  # it may cache what it computes, which would be proxies
     _fold(graph, tracer.value, module)
     for node in graph.nodes:
         if node.target in WEIGHTED_FUNCTIONS and node.kwargs:
             _make_positional(node)
         if is_float_interpolation(node):
             node.target = interpolate_float
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:  # of the copy that was traced
+            graph.erase_node(node)
     code = GraphModule(module, graph)
     code.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"})
     code.recompile()

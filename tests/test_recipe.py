@@ -111,6 +111,21 @@ class Assigning(nn.Module):
         return y
 
 
+class Caching(nn.Module):
+    """Keeps what it computes for the next call, like LeViT's attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bias = nn.Linear(6, 6), nn.Parameter(torch.randn(9))
+        self.register_buffer("index", torch.tensor([1, 3, 5, 7, 0, 2]))
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias[self.index]
+        return self.fc(x) + self.cache["bias"]
+
+
 class Masked(nn.Module):
     """FX takes the branch of a mask that is not given."""
 
@@ -219,6 +234,25 @@ def test_batch_norms_with_an_activation_fuse() -> None:
         if recipe is ready:
             assert cptv_ao.find_sites(quantized).counts()["ConvReLU2d weight"] == 2
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("behind", [nn.Identity, Buffered])
+def test_what_a_model_caches_while_it_is_traced_is_not_in_the_recipe(behind: Any) -> None:
+    model = nets.seeded(lambda: nn.Sequential(Caching(), behind(), nn.Linear(6, 3)))
+    ready = cptv_ao.recipe(model, (ROWS,))
+    assert ready.model[0].cache == model[0].cache == {}
+    quantized = converted(ready, ROWS)
+    torch.testing.assert_close(quantized(ROWS), model(ROWS), rtol=0.1, atol=0.1)
+
+
+def test_an_identity_does_not_keep_a_relu_from_its_batch_norm() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU(inplace=True), nn.Identity(), nn.Flatten()]
+    model = nets.seeded(lambda: nn.Sequential(*layers))
+    ready = cptv_ao.recipe(model, (IMAGES,))
+    assert [type(module).__name__ for module in ready.model] == [
+        "Conv2d", "BatchNorm2d", "Through", "ReLU", "Identity", "Flatten",
+    ]  # fmt: skip
+    assert cptv_ao.find_sites(converted(ready, IMAGES)).counts()["ConvReLU2d weight"] == 1
 
 
 def test_padding_by_name_is_given_in_numbers() -> None:
