@@ -126,6 +126,16 @@ class Evaluator:
         """Make the candidate that was last scored in full the parent that `score(race=True)` races against."""
         self._parent = self._last
 
+    def race_state(self) -> dict[str, Any]:
+        """What races depend on, JSON-safe: the parent's losses per batch, and the number of races."""
+        return {"parent": self._parent, "raced": self._raced}
+
+    def set_race_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `race_state`."""
+        parent = state["parent"]
+        self._parent = None if parent is None else tuple(float(loss) for loss in parent)
+        self._raced = int(state["raced"])
+
     def score(self, threshold: float = math.inf, race: bool = False) -> float:
         """Loss on all images; `inf` as soon as the partial sum shows that it is not below `threshold`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -71,6 +71,15 @@ class Budget:
         return in_count and (self.max_seconds is None or self.seconds < self.max_seconds)
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: whole passes, blocks of the pass after them, and whether that pass has gained anything."""
+
+    passes: int = 0
+    blocks: int = 0
+    gained: bool = False
+
+
 class Loop:
     """Searches the scales of one model; leaves the best accepted state in it.
 
@@ -87,25 +96,29 @@ class Loop:
         config: RefineConfig,
         listeners: Sequence[Callback],
     ) -> None:
-        self._backend = backend
-        self._search, self._holdout = search, holdout
+        self.backend = backend
+        self.search, self._holdout = search, holdout
         self._config = config
         self.listeners = list(listeners)
-        self._rng = np.random.default_rng(config.seed)
+        self.rng: np.random.Generator = np.random.default_rng(config.seed)
         #: the tied groups that are searched, by the name of their leader
         self.groups = _searched(backend, config)
         self._spaces = _spaces(backend, blocks, self.groups)
         self._whole = ScaleSpace(backend, self.groups)
-        self._steps: dict[str, dict[str, float]] = {}
+        self.step_sizes: dict[str, dict[str, float]] = {}
         self.budget = Budget(config.max_evaluations, config.max_seconds)
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
-        self.start = self._losses(search.score())
+        self.start = self._both(search.score())
         search.keep()
         self.best = self.start
         self.rejected = False
-        self._loss = self.start.search
-        self._best_state = backend.snapshot()
+        self.loss = self.start.search
+        self.given_state = backend.snapshot()
+        self.best_state = self.given_state
+        self.position = Position()
+        #: called when the proposals are over, and after each block
+        self.save: Callable[[], None] = _nothing
 
     @property
     def steps(self) -> int:
@@ -120,16 +133,17 @@ class Loop:
             self._whole.refresh()
             before = self._whole.vector
             self._whole.write(self._whole.repair(self._whole.from_assignment(scales())))
-            loss = self._score(self._loss)
-            better = loss < self._loss
+            loss = self._score(self.loss)
+            better = loss < self.loss
             if better:
-                self._loss = loss
-                self._search.keep()
+                self.loss = loss
+                self.search.keep()
             else:
                 self._whole.write(before)
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
             self._keep()
+        self.save()
 
     def step(self, loss: float) -> None:
         """Tell the listeners of a step of the descent."""
@@ -140,46 +154,47 @@ class Loop:
         order = list(self._spaces.items())
         if self._config.block_order == "backward":
             order.reverse()
-        self._search.plan(space.nodes for space in self._spaces.values())
-        for pass_index in range(self._config.passes):
-            before = self.best
-            for name, space in order:
+        self.search.plan(space.nodes for space in self._spaces.values())
+        for pass_index in range(self.position.passes, self._config.passes):
+            for index in range(self.position.blocks, len(order)):
                 if not self.budget.left:
                     break
-                self._visit(name, space, pass_index)
-                self._keep()
-            self._tell("pass", f"pass {pass_index + 1}", pass_index, self._loss)
-            if self._config.search == "evolution" and self.best is before:
+                self._visit(*order[index], pass_index)
+                self.position = replace(self.position, blocks=index + 1, gained=self._keep() or self.position.gained)
+                self.save()
+            self._tell("pass", f"pass {pass_index + 1}", pass_index, self.loss)
+            if self._config.search == "evolution" and not self.position.gained:
                 break  # a whole pass gained nothing that the held-out images confirm
-        self._backend.restore_all(self._best_state)
+            self.position = Position(pass_index + 1, 0, False)
+        self.backend.restore_all(self.best_state)
 
     def moves(self, before: Mapping[str, Any]) -> tuple[SiteMove, ...]:
         """What moved between the scales `before` and those in the model."""
         moves = []
         for block, space in self._spaces.items():
             for name in space.to_assignment(space.vector):
-                old, new = before[name], self._backend.read(name)
+                old, new = before[name], self.backend.read(name)
                 ratio = (new.scale / old.scale).log2().abs().reshape(-1)
                 step = (new.zero_point - old.zero_point).abs().max()
                 changed = int((ratio > 0).sum())
                 if changed or int(step):
-                    kind = self._backend.sites[name].kind
+                    kind = self.backend.sites[name].kind
                     moves.append(SiteMove(name, kind, block, ratio.numel(), changed, float(ratio.max()), int(step)))
         return tuple(moves)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
         """One visit: the strategy proposes, the kernels decide; the best scales stay in the model."""
         space.refresh()
-        self._search.enter(space.nodes)
-        before = self._loss
+        self.search.enter(space.nodes)
+        before = self.loss
         strategy = make_strategy(
             self._config.search,
             space.layout,
             Individual(space.vector, before),
-            self._rng,
+            self.rng,
             evaluations=self._config.evaluations,
             epsilon=self._config.epsilon,
-            steps=self._steps.setdefault(name, {}),
+            steps=self.step_sizes.setdefault(name, {}),
         )
         count = accepted = 0
         best = before
@@ -191,47 +206,49 @@ class Loop:
             if loss < best:
                 best = loss
                 accepted += 1
-                self._search.keep()
+                self.search.keep()
             strategy.tell(vector, loss)
             self._tell("candidate", name, pass_index, loss, best)
         winner = strategy.best()
         if winner.loss < before:
             space.write(winner.vector)
-            self._loss = winner.loss
+            self.loss = winner.loss
         else:
             space.write(space.base)
-        self._search.leave()
-        self.results.append(BlockResult(name, pass_index, count, accepted, before, self._loss))
-        self._tell("block", name, pass_index, self._loss)
+        self.search.leave()
+        self.results.append(BlockResult(name, pass_index, count, accepted, before, self.loss))
+        self._tell("block", name, pass_index, self.loss)
 
     def _score(self, threshold: float, race: bool = False) -> float:
         self.budget.evaluations += 1
         # Nothing says that a loss of the user's own is never negative: it is always scored in full.
         named = isinstance(self._config.loss, str)
         try:
-            loss = self._search.score(threshold if named else math.inf, race and named and self._config.racing)
+            loss = self.search.score(threshold if named else math.inf, race and named and self._config.racing)
         except (RuntimeError, CalibrationDataError):
             if torch.backends.quantized.engine != "qnnpack":
                 raise
             return math.inf  # its add refuses inputs whose scales are too far apart, when it runs
         return loss if math.isfinite(loss) else math.inf
 
-    def _keep(self) -> None:
-        """Remember the state that is in the model if it is the best accepted one."""
-        if self._loss >= self.best.search:
-            return
-        losses = self._losses(self._loss)
+    def _keep(self) -> bool:
+        """Remember the state that is in the model if it is the best accepted one, and say so."""
+        if self.loss >= self.best.search:
+            return False
+        losses = self._both(self.loss)
         if losses.holdout is not None and self.start.holdout is not None and losses.holdout > self.start.holdout:
             self.rejected = True
         elif losses.mean < self.best.mean:
             self.best = losses
-            self._best_state = self._backend.snapshot()
+            self.best_state = self.backend.snapshot()
+            return True
+        return False
 
-    def _losses(self, search: float) -> Losses:
+    def _both(self, search: float) -> Losses:
         return Losses(search, None if self._holdout is None else self._holdout.score())
 
     def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
-        lowest = self._loss if best is None else best
+        lowest = self.loss if best is None else best
         event = Event(kind, name, pass_index, self.budget.evaluations, loss, lowest, self.budget.seconds)
         for listener in self.listeners:
             listener(event)
@@ -256,6 +273,10 @@ def _spaces(
 ) -> dict[str, ScaleSpace]:
     by_block = {b.name: {s.name: searched[s.name] for s in b.sites if s.name in searched} for b in blocks}
     return {name: ScaleSpace(backend, groups) for name, groups in by_block.items() if groups}
+
+
+def _nothing() -> None:
+    """Nobody wants to save."""
 
 
 def _told(loss: float) -> str:

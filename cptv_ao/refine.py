@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,11 +20,13 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.blocks import find_blocks
+from cptv_ao.checkpoint import Checkpoint
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt
-from cptv_ao.loop import Callback, Event, Loop
+from cptv_ao.loop import Callback, Loop
+from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
 from cptv_ao.scoring import Images, Scoring, Shipped
@@ -67,6 +69,7 @@ def refine(
     config: RefineConfig | None = None,
     callback: Callback | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     inplace: bool = True,
 ) -> GraphModule:
     """Search better scales for a converted model and write them into it (CPT-V, arXiv 2211.09643).
@@ -89,6 +92,9 @@ def refine(
         config: settings; the default is the recommended one.
         callback: called with an `Event` after each step. It can watch, not select.
         progress: show a progress bar on stderr.
+        checkpoint: path of a file that is written after the proposals and after each block. If it is there already,
+            the search goes on from it, and ends with the very scales of one that was not interrupted (with
+            `max_seconds` it goes on, but what fits into a time differs). It stays when the search is over.
         inplace: write into `model`; False refines and returns a copy.
 
     Returns:
@@ -99,6 +105,7 @@ def refine(
         FloatModelMismatchError: `float_model` is not its float original.
         CalibrationDataError: the loader is empty or gives something that the model cannot run on.
         NonFiniteError: scales or outputs of the model are NaN or infinite.
+        ScalesFileError: the checkpoint is damaged, or of another model, config or data.
 
     Example:
         >>> quantized = convert_fx(prepared)                                          # doctest: +SKIP
@@ -117,7 +124,7 @@ def refine(
         lowered = backend.model
         sources = _Sources(float_model, float_model if float_model is not None or lowered is model else model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
-            report = _refine(backend, read_batches(calib_loader), sources, config, callback, progress)
+            report = _refine(backend, read_batches(calib_loader), sources, config, callback, progress, checkpoint)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
             model.meta[META_KEY] = report
@@ -131,6 +138,7 @@ def _refine(
     config: RefineConfig,
     callback: Callback | None,
     progress: bool,
+    path: str | os.PathLike[str] | None,
 ) -> Report:
     if sources.weights is not None:
         find_float_weights(backend, sources.weights)
@@ -162,16 +170,25 @@ def _refine(
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
     proposer = _proposer(backend, simulated, loop, images, config, notes)
-    if proposer is not None:
-        proposer.on_step, proposer.going = loop.step, lambda: loop.budget.left
-    with stop_on_interrupt(loop.budget.stop), _progress_bar(loop, progress):
-        loop.propose(proposer or ())
-        loop.run()
+    checkpoint = None if path is None else Checkpoint(path, backend, config, batches)
+    with stop_on_interrupt(loop.budget.stop), progress_bar(loop, progress):
+        _run(loop, proposer, checkpoint)
     report = _report(loop, given, kernels, config, notes)
     if simulated is not None and before is not None:
         report = confirmed(report, simulated, backend, shipped, before)
     parts = {id(part): part.image_forwards for part in (kernels, scoring, proposer) if part is not None}
     return replace(report, image_forwards=sum(parts.values()))
+
+
+def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:
+    """The search, from its start or from where the checkpoint left it."""
+    if checkpoint is not None:
+        loop.save = partial(checkpoint.save, loop)
+    if checkpoint is None or not checkpoint.resume(loop):
+        if proposer is not None:
+            proposer.on_step, proposer.going = loop.step, lambda: loop.budget.left
+        loop.propose(proposer or ())
+    loop.run()
 
 
 def _report(
@@ -265,24 +282,3 @@ def _status(loop: Loop, moved: bool) -> Status:
     if moved:
         return Status.IMPROVED
     return Status.REJECTED if loop.rejected else Status.UNCHANGED
-
-
-@contextmanager
-def _progress_bar(loop: Loop, enabled: bool) -> Iterator[None]:
-    """A tqdm bar over the steps of the descent and the evaluations of the block visits, with the loss."""
-    if not enabled:
-        yield
-        return
-    from tqdm.auto import tqdm
-
-    limit = loop.budget.max_seconds
-    with tqdm(total=loop.steps if limit is None else None, desc="refine", unit="step") as bar:
-        loop.listeners.append(partial(_advance, bar, limit))
-        yield
-
-
-def _advance(bar: Any, limit: float | None, event: Event) -> None:
-    if event.kind in ("candidate", "step"):
-        bar.update(1)
-    left = "" if limit is None else f", {max(0.0, limit - event.seconds):.0f} s left"
-    bar.set_postfix_str(f"{event.name} loss {event.best:.5g}{left}", refresh=False)

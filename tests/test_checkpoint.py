@@ -1,0 +1,253 @@
+"""Killed at any moment and called again, a refine ends with the scales of one that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Case
+from safetensors.torch import load_file
+from small import small_config
+from test_saved import changed
+
+import cptv_ao
+
+CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges"))
+
+
+class Killed(Exception):
+    pass
+
+
+def refine(case: Case, path: Path | None, *, kill_at: int | None = None, **changes: Any) -> list[cptv_ao.Event]:
+    """Refine with a checkpoint; raise at an event of the search."""
+    events: list[cptv_ao.Event] = []
+
+    def watch(event: cptv_ao.Event) -> None:
+        events.append(event)
+        if kill_at is not None and len(events) > kill_at:
+            raise Killed
+
+    cptv_ao.refine(
+        case.converted,
+        changes.pop("batches", case.batches),
+        float_model=case.float_model,
+        config=replace(CONFIG, **changes),
+        callback=watch,
+        checkpoint=path,
+        progress=False,
+    )
+    return events
+
+
+def scales(case: Case) -> dict[str, Any]:
+    from cptv_ao.backends.backend import Backend
+
+    backend = Backend(case.converted)
+    return {name: backend.read(name) for name in backend.sites}
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(
+        torch.equal(a[name].scale, b[name].scale) and torch.equal(a[name].zero_point, b[name].zero_point) for name in a
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"score_on": "simulation"}, {"search": "cma"}, {"block_order": "backward"}])
+def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = small.copy()
+    events = refine(whole, None, **changes)
+    wanted, report = whole.converted(whole.batches[0]), cptv_ao.report(whole.converted)
+    path = tmp_path / "search"
+    kills = 0
+    visits = [event.kind for event in events].index("candidate")
+    for kill_at in (2, visits - 2, visits + 1, 6, 5):  # in the descent, at proposals, in and between blocks
+        killed = small.copy()
+        given = killed.converted(killed.batches[0])
+        try:
+            refine(killed, path, kill_at=kill_at, **changes)
+        except Killed:
+            kills += 1
+            assert torch.equal(killed.converted(killed.batches[0]), given)
+    assert kills >= 3
+    resumed = small.copy()
+    seen = refine(resumed, path, **changes)
+    assert torch.equal(resumed.converted(resumed.batches[0]), wanted)
+    assert equal(scales(resumed), scales(whole))
+    found = cptv_ao.report(resumed.converted)
+    assert (found.after, found.blocks, found.stages, found.moves, found.evaluations) == (
+        report.after, report.blocks, report.stages, report.moves, report.evaluations,
+    )  # fmt: skip
+    assert len(seen) < len(events)
+
+
+def test_a_search_that_is_over_is_not_run_again(conv: Case, tmp_path: Path) -> None:
+    first = conv.copy()
+    refine(first, tmp_path / "search")
+    events = refine(conv, tmp_path / "search")
+    assert not [event for event in events if event.kind in ("step", "candidate")]
+    assert torch.equal(conv.converted(conv.batches[0]), first.converted(conv.batches[0]))
+
+
+def test_limits_may_be_changed(conv: Case, tmp_path: Path) -> None:
+    whole, part = conv.copy(), conv.copy()
+    refine(whole, None)
+    refine(part, tmp_path / "search", max_evaluations=12)
+    assert cptv_ao.report(part.converted).status is cptv_ao.Status.BUDGET
+    refine(conv, tmp_path / "search")
+    assert (
+        cptv_ao.report(conv.converted).evaluations <= cptv_ao.report(whole.converted).evaluations + CONFIG.evaluations
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("config", "another config: seed is 0 there and 7 here"),
+        ("data", "another data"),
+        ("order", "another data"),
+        ("model", "another model"),
+    ],
+)
+def test_another_search_is_refused(conv: Case, tmp_path: Path, what: str, told: str) -> None:
+    refine(conv.copy(), tmp_path / "search")
+    changes: dict[str, Any] = {}
+    if what == "config":
+        changes["seed"] = 7
+    elif what == "data":
+        changes["batches"] = [batch + 1e-3 for batch in conv.batches]
+    elif what == "order":
+        changes["batches"] = conv.batches[::-1]
+    else:
+        conv.converted.fc1.scale *= 2
+    given = conv.converted(conv.batches[0])
+    with pytest.raises(cptv_ao.ScalesFileError, match=f"the checkpoint of a search with {told}"):
+        refine(conv, tmp_path / "search", **changes)
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+def no_position(_: Any, data: dict[str, Any]) -> None:
+    del data["position"]
+
+
+def odd_position(_: Any, data: dict[str, Any]) -> None:
+    data["position"] = {"passes": 0, "somewhere": 3}
+
+
+def odd_random(_: Any, data: dict[str, Any]) -> None:
+    data["random"] = {"bit_generator": "PCG64", "state": "__import__('os')"}
+
+
+def odd_scale(tensors: dict[str, Any], _: Any) -> None:
+    name = next(key for key in tensors if key.startswith("now/") and key.endswith("/scale"))
+    tensors[name] = tensors[name].new_full(tensors[name].shape, -1.0)
+
+
+def no_fingerprint(_: Any, data: dict[str, Any]) -> None:
+    del data["fingerprint"]
+
+
+@pytest.mark.parametrize("change", [no_position, odd_position, odd_random, odd_scale, no_fingerprint])
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(conv: Case, tmp_path: Path, change: Any) -> None:
+    path = tmp_path / "search"
+    refine(conv.copy(), path)
+    changed(path, change)
+    given = conv.converted(conv.batches[0])
+    with pytest.raises(cptv_ao.CptvError, match=r"not the checkpoint of a search|scale must be finite and > 0"):
+        refine(conv, path)
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04garbage", b"\xff" * 200, b"PK\x03\x04" * 9])
+def test_a_garbled_checkpoint_is_refused(conv: Case, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "search").write_bytes(content)
+    with pytest.raises(cptv_ao.ScalesFileError, match="not a whole safetensors file"):
+        refine(conv, tmp_path / "search")
+
+
+def test_scales_are_no_checkpoint_and_a_checkpoint_no_scales(conv: Case, tmp_path: Path) -> None:
+    cptv_ao.save_scales(conv.converted, tmp_path / "scales")
+    with pytest.raises(cptv_ao.ScalesFileError, match="not the checkpoint of a search"):
+        refine(conv, tmp_path / "scales")
+    refine(conv, tmp_path / "search")
+    with pytest.raises(cptv_ao.ScalesFileError, match="expected the site table of a model"):
+        cptv_ao.load_scales(conv.converted, tmp_path / "search")
+
+
+def test_a_disk_that_is_full_leaves_the_model_as_it_was(
+    conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = conv.converted(conv.batches[0])
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cptv_ao.saved.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        refine(conv, tmp_path / "search")
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        refine(conv, tmp_path / "absent" / "search")
+
+
+def test_what_is_written_is_tensors_and_json(conv: Case, tmp_path: Path) -> None:
+    path = tmp_path / "search"
+    refine(conv, path)
+    assert {key.split("/")[0] for key in load_file(path)} == {"now", "best"}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert set(header["__metadata__"]) == {"cptv_ao"}
+    json.loads(header["__metadata__"]["cptv_ao"])
+
+
+SCRIPT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path[:0] = [{tests!r}, {examples!r}]
+import torch
+torch.set_num_threads(1)
+import cptv_ao, nets
+from small import small_config
+model = nets.seeded(nets.ConvNet)
+batches = list(nets.images(64, 3, 16, 16).split(8))
+_, converted = nets.quantize(model, batches, weight_bits=3)
+config = small_config(passes=3, evaluations=20, gradient_steps=30, population=("output_error",))
+print("ready", flush=True)
+cptv_ao.refine(converted, batches, float_model=model, config=config, checkpoint={path!r}, progress=False)
+cptv_ao.save_scales(converted, {out!r})
+"""
+
+
+def test_it_survives_sigkill(tmp_path: Path) -> None:
+    kills = int(os.environ.get("CPTV_AO_KILLS", "5"))
+    here = Path(__file__).parent
+    ends = {}
+    for name in ("whole", "killed"):
+        path, out = tmp_path / f"{name}.search", tmp_path / f"{name}.scales"
+        code = SCRIPT.format(tests=str(here), examples=str(here.parent / "examples"), path=str(path), out=str(out))
+        done = 0
+        generator = random.Random(0)
+        while not out.exists():
+            process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if name == "killed" and done < kills:
+                time.sleep(generator.uniform(0.0, 1.5))
+                process.send_signal(signal.SIGKILL)
+                done += 1
+            process.wait()
+        ends[name] = load_file(out)
+    assert ends["whole"].keys() == ends["killed"].keys()
+    assert all(torch.equal(ends["whole"][key], ends["killed"][key]) for key in ends["whole"])
