@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.exported import is_exported
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
@@ -66,6 +67,8 @@ class Proposer:
 
     def __iter__(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
+        if is_exported(backend.model):  # its observers calibrate for the very range that the graph enforces
+            population = tuple(individual for individual in population if individual != "ranges")
         limited = self._limited()
         self._limit(limited)
         yield from individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0])
