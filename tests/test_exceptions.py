@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,3 +170,58 @@ def test_a_prepared_model_is_unpatched(conv: Case) -> None:
             progress=False,
         )
     assert everything(conv.prepared) == given
+
+
+class AtLine:
+    """Traces the lines of the package's rooms, and raises KeyboardInterrupt at one of them."""
+
+    ROOMS = ("loop", "proposals", "gradient", "evaluator", "entries", "space", "evolution", "backend", "homes", "saved",
+             "checkpoint", "population")  # fmt: skip
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.seen = at, 0
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        if "cptv_ao" not in name or Path(name).stem not in self.ROOMS:
+            return None
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.at:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self) -> AtLine:
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+
+def test_ctrl_c_at_any_line(conv: Case, tmp_path: Path) -> None:
+    config = small_config(evaluations=2, gradient_steps=4, population=("output_error",))
+
+    def refine(case: Case, path: Path) -> None:
+        cptv_ao.refine(
+            case.converted, case.batches, float_model=case.float_model, config=config, progress=False, checkpoint=path
+        )
+
+    whole = conv.copy()
+    with AtLine() as lines:
+        refine(whole, tmp_path / "whole")
+    wanted, given = whole.converted(conv.batches[0]), conv.converted(conv.batches[0])
+    assert not torch.equal(wanted, given)
+    assert lines.seen > 5000
+    generator = random.Random(0)
+    for index in range(int(os.environ.get("CPTV_AO_INTERRUPTS", "25"))):
+        path = tmp_path / f"{index}"
+        with AtLine(generator.randrange(1, lines.seen)), pytest.raises(KeyboardInterrupt):
+            refine(conv, path)
+        assert torch.equal(conv.converted(conv.batches[0]), given)
+        again = conv.copy()
+        refine(again, path)  # from the checkpoint, where one was written
+        assert torch.equal(again.converted(conv.batches[0]), wanted)
+        assert {found.name for found in tmp_path.iterdir()} >= {path.name}
+        path.unlink()
+        assert {found.name for found in tmp_path.iterdir()} == {"whole"}, "nothing temporary is left"
