@@ -50,6 +50,7 @@ def digits() -> workloads.Images:
 @pytest.fixture(scope="session")
 def vit() -> nn.Module:
     """The trained ViT of the digits, float."""
+    pytest.importorskip("timm", reason="its blocks are timm's")
     return workloads.trained("digits_vit")
 
 

@@ -101,7 +101,7 @@ def test_the_tail_equals_the_full_forward_for_every_single_site(conv: Case, func
 
 def test_the_tail_equals_the_full_forward_of_deit() -> None:
     """timm's functional norm1 belongs to its block although no module of the graph says so."""
-    import timm
+    timm = pytest.importorskip("timm")
 
     float_model = nets.seeded(lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3))
     batches = list(nets.images(4, 3, 64, 64).split(2))

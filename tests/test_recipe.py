@@ -8,10 +8,8 @@ from typing import Any
 
 import nets
 import pytest
-import timm
 import torch
 from small import small_config
-from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
@@ -221,8 +219,10 @@ def test_a_model_that_cannot_be_traced_at_its_top_is_refused(make: Any) -> None:
 
 
 def test_batch_norms_with_an_activation_fuse() -> None:
+    layers = pytest.importorskip("timm.layers")
+    ConvNormAct = layers.ConvNormAct
     model = nets.seeded(lambda: nn.Sequential(ConvNormAct(3, 8, 3), ConvNormAct(8, 8, 3, groups=8), nn.Flatten()))
-    assert isinstance(model[0].bn, BatchNormAct2d)
+    assert isinstance(model[0].bn, layers.BatchNormAct2d)
     stock = cptv_ao.Recipe(copy.deepcopy(model), cptv_ao.qconfig_mapping(), PrepareCustomConfig(), ())
     ready = cptv_ao.recipe(model, (IMAGES,))
     assert ready.notes == ("2 batch norms with an activation taken apart, so that FX fuses them",)
@@ -344,6 +344,7 @@ def test_mappings_that_do_not_exist(bits: int, engine: str | None, told: str) ->
 
 @pytest.mark.parametrize("name", ["mobilevit_xxs", "tiny_vit_5m_224", "efficientvit_b0", "vit_tiny_r_s16_p8_224"])
 def test_families_that_stock_calls_cannot_trace(name: str) -> None:
+    timm = pytest.importorskip("timm")
     size = 224 if name.startswith("vit") else 64
     model = nets.seeded(lambda: timm.create_model(name, num_classes=10))
     batches = [nets.images(2, 3, size, size, seed=seed) for seed in range(2)]

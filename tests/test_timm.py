@@ -8,7 +8,6 @@ from typing import Any
 
 import nets
 import pytest
-import timm
 import torch
 from small import small_config
 from torch import nn
@@ -16,6 +15,8 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.blocks import find_blocks
+
+timm = pytest.importorskip("timm")
 
 VIT_BLOCKS = ["stem", *(f"blocks.{i}" for i in range(12)), "head"]
 BLOCKS = {

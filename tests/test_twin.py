@@ -13,7 +13,6 @@ from typing import Any
 
 import nets
 import pytest
-import timm
 import torch
 import workloads
 from conftest import Case
@@ -85,12 +84,17 @@ def _check_parity(
     return compared
 
 
+def of_timm(name: str, **settings: Any) -> nn.Module:
+    """One of timm's models with random weights."""
+    return pytest.importorskip("timm").create_model(name, **settings)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet18": (lambda: timm.create_model("resnet18"), 64),
-    "mobilenetv2_100": (lambda: timm.create_model("mobilenetv2_100"), 64),
-    "levit_128s": (lambda: timm.create_model("levit_128s"), 224),
-    "deit_tiny": (lambda: timm.create_model("deit_tiny_patch16_224", img_size=112), 112),
-    "swin_tiny": (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=112), 112),
+    "resnet18": (lambda: of_timm("resnet18"), 64),
+    "mobilenetv2_100": (lambda: of_timm("mobilenetv2_100"), 64),
+    "levit_128s": (lambda: of_timm("levit_128s"), 224),
+    "deit_tiny": (lambda: of_timm("deit_tiny_patch16_224", img_size=112), 112),
+    "swin_tiny": (lambda: of_timm("swin_tiny_patch4_window7_224", img_size=112), 112),
 }
 
 
