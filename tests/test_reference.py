@@ -32,8 +32,13 @@ from cptv_ao.weights import find_float_weights, weight_ranges
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "conv": lambda: (nets.seeded(nets.ConvNet), list(nets.images(8, 3, 16, 16).split(4))),
     "functional": lambda: (nets.seeded(nets.FunctionalNet), list(nets.images(8, 3, 8, 8).split(4))),
-    "vit": lambda: (workloads.trained("digits_vit"), list(workloads.digits().calibration(32, 0).split(16))),
+    "vit": lambda: _vit(),
 }
+
+
+def _vit() -> tuple[nn.Module, list[Tensor]]:
+    pytest.importorskip("timm", reason="its blocks are timm's")
+    return workloads.trained("digits_vit"), list(workloads.digits().calibration(32, 0).split(16))
 
 
 def _reference(name: str, per_tensor: bool, engine: str = "x86") -> tuple[GraphModule, GraphModule, list[Tensor]]:
