@@ -31,18 +31,19 @@ import cptv_ao
 from cptv_ao.blocks import find_blocks
 
 MODELS = (
-    "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
-    "beit_base_patch16_224", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
-    "levit_128s", "cait_xxs24_224", "xcit_nano_12_p16_224", "pvt_v2_b0", "twins_svt_small", "twins_pcpvt_small",
-    "coat_lite_tiny", "crossvit_tiny_240", "convit_tiny", "pit_ti_224", "tnt_s_patch16_224", "volo_d1_224", "nest_tiny",
-    "hiera_tiny_224", "mvitv2_tiny", "davit_tiny", "gcvit_xxtiny", "maxvit_rmlp_pico_rw_256", "tiny_vit_5m_224",
-    "efficientvit_b0", "mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1", "efficientformerv2_s0", "fastvit_t8",
-    "visformer_tiny", "edgenext_xx_small", "poolformer_s12", "caformer_s18", "vit_tiny_r_s16_p8_224", "mixer_s32_224",
-    "gmlp_ti16_224", "resmlp_12_224", "convmixer_768_32", "sequencer2d_s", "convnext_atto", "inception_next_atto",
-    "focalnet_tiny_srf", "ghostnet_100", "resnet18", "skresnet18", "res2net50_14w_8s", "regnety_002", "densenet121",
-    "repvgg_a0", "repvit_m0_9", "mobileone_s0", "mobilenetv1_100", "mobilenetv2_050", "mobilenetv3_small_050",
-    "mobilenetv4_conv_small", "efficientnet_b0", "efficientnet_lite0", "lcnet_050", "rexnet_100", "starnet_s050",
-    "hgnetv2_b0", "vovnet39a", "dla34", "dpn68", "hrnet_w18_small", "vgg11_bn", "nfnet_f0", "shvit_s1",
+    "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit3_small_patch16_224", "beit_base_patch16_224",
+    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "levit_128s", "cait_xxs24_224", "xcit_nano_12_p16_224",
+    "pvt_v2_b0", "twins_svt_small", "twins_pcpvt_small", "mixer_s32_224", "convnext_atto", "coat_lite_tiny",
+    "maxvit_rmlp_pico_rw_256", "poolformer_s12", "efficientformer_l1", "efficientformerv2_s0", "fastvit_t8",
+    "tiny_vit_5m_224", "mobilevit_xxs", "mobilevitv2_050", "visformer_tiny", "crossvit_tiny_240",
+    "eva02_tiny_patch14_224", "ghostnet_100", "resnet18", "regnety_002", "densenet121", "repvgg_a0", "mobilenetv1_100",
+    "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small", "efficientnet_b0", "efficientnet_lite0",
+    "vgg11_bn", "nfnet_f0", "edgenext_xx_small", "efficientvit_b0", "vit_tiny_r_s16_p8_224", "convmixer_768_32",
+    "convit_tiny", "mvitv2_tiny", "hiera_tiny_224", "nest_tiny", "inception_next_atto", "lcnet_050", "shvit_s1",
+    "starnet_s050", "rexnet_100", "repvit_m0_9", "pit_ti_224", "gmlp_ti16_224", "resmlp_12_224", "vovnet39a", "dla34",
+    "skresnet18", "res2net50_14w_8s", "hgnetv2_b0", "hrnet_w18_small", "dpn68", "deit_tiny_distilled_patch16_224",
+    "caformer_s18", "davit_tiny", "focalnet_tiny_srf", "gcvit_xxtiny", "sequencer2d_s", "tnt_s_patch16_224",
+    "volo_d1_224", "mobileone_s0",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "coverage"
