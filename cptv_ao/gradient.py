@@ -62,7 +62,7 @@ class Schedule:
     steps: int
     learning_rate: float
     seconds: float = math.inf
-    proposals: int = int(__import__("os").environ.get("NPROP", "4"))
+    proposals: int = 4
     started: float = field(default_factory=time.monotonic)
 
     def progress(self, step: int) -> float:
