@@ -239,6 +239,20 @@ def test_gradients_of_a_clamp_are_those_of_finite_differences(low: float, high: 
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-2)
 
 
+def test_the_gradient_of_a_strided_pointwise_convolution_stays_in_its_memory() -> None:
+    """In a process of its own: with channels last oneDNN corrupts the heap."""
+    code = """
+import torch
+from cptv_ao.twin.functions import Convolution
+product = Convolution((2, 2), (0, 0), (1, 1), 1)
+for _ in range(40):
+    codes, weight = torch.randn(4, 3, 128, 128), torch.randn(48, 3, 1, 1)
+    out = product.forward(codes.contiguous(memory_format=torch.channels_last), weight)
+    product.backward(torch.randn_like(out).contiguous(memory_format=torch.channels_last), codes, weight, (True, True))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_clamp_passes_the_gradient_of_codes_that_it_leaves() -> None:
     codes = torch.tensor([-3.0, 0.0, 1.0, 59.0, 61.0], requires_grad=True)
     Clamp.apply(codes, torch.tensor(0.1), 0.0, 6.0, Limits.of(torch.tensor(0.0), -128, 127, "round")).sum().backward()

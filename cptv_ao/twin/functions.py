@@ -122,7 +122,8 @@ class Convolution(_Product):
     """accumulator = convolution of any rank, channels first; padding is zero, which is what zero_point stands for.
 
     Images are laid out channels last in memory, where forward and backward take half the time on a CPU; what follows
-    keeps the layout.
+    keeps the layout. Not so for strided 1x1 kernels: oneDNN's gradient of these writes out of bounds with 3 channels
+    last (seen on torch 2.14).
     """
 
     stride: tuple[int, ...]
@@ -134,17 +135,19 @@ class Convolution(_Product):
     def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
         none = [0] * len(self.stride)
         settings = (self.stride, self.padding, self.dilation, False, none, self.groups)
-        if codes.dim() == 4:
-            codes = codes.contiguous(memory_format=torch.channels_last)
-        return torch.convolution(codes, weight, None, *settings)
+        layout = self._layout(codes, weight)
+        return torch.convolution(codes.contiguous(memory_format=layout), weight, None, *settings)
 
     def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
         none = [0] * len(self.stride)
         settings = (self.stride, self.padding, self.dilation, False, none, self.groups)
-        if codes.dim() == 4:
-            codes = codes.contiguous(memory_format=torch.channels_last)
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        layout = self._layout(codes, weight)
+        gradient, codes = gradient.contiguous(memory_format=layout), codes.contiguous(memory_format=layout)
         return _aten.convolution_backward(gradient, codes, weight, None, *settings, [*mask, False])[:2]
+
+    def _layout(self, codes: Tensor, weight: Tensor) -> torch.memory_format:
+        strided_pointwise = weight[0, 0].numel() == 1 and max(self.stride) > 1
+        return torch.channels_last if codes.dim() == 4 and not strided_pointwise else torch.contiguous_format
 
 
 Product = Linear | Convolution
