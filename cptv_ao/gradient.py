@@ -160,10 +160,18 @@ class GradientDescent:
             loss = self._loss(self._select(output).flatten(1), teacher)
             self._adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+        self._drop_non_finite()
         self._adam.step()
         self.steps += 1
         self.images += batch.images
         return float(loss.detach())
+
+    def _drop_non_finite(self) -> None:
+        """A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step."""
+        for group in self._adam.param_groups:
+            for leaf in group["params"]:
+                if leaf.grad is not None:
+                    leaf.grad.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import nets
 import numpy as np
 import pytest
 import torch
 import workloads
 from conftest import Case
-from torch import nn
+from small import small_config
+from torch import Tensor, nn
 
+import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Evaluator, first_floating, teacher_outputs
@@ -96,3 +99,26 @@ def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
     assert steps.rate(1.0) == pytest.approx(0.0)
     assert Schedule(10**9, 0.1, seconds=1e-9).progress(1) >= 1.0
     assert math.isinf(Schedule(1, 0.1).seconds)
+
+
+class InfinitePadding(nn.Module):
+    """timm's MaxPool2dSame: what is padded with -inf is quantized, and the gradient of its scale is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.conv(x), (0, 1, 0, 1), value=float("-inf"))
+        return self.fc(nn.functional.max_pool2d(x, 2).mean((2, 3)))
+
+
+def test_a_gradient_that_is_no_number_moves_nothing() -> None:
+    float_model = nets.seeded(InfinitePadding)
+    batches = list(nets.images(16, 3, 7, 7).split(4))
+    _, model = nets.quantize(float_model, batches, mapping=cptv_ao.qconfig_mapping(3))  # histograms
+    config = small_config(gradient_steps=20, passes=0, holdout=0)
+    cptv_ao.refine(model, batches, float_model=float_model, config=config, progress=False)
+    report = cptv_ao.report(model)
+    assert report.after.search < report.before.search
+    assert bool(torch.isfinite(model(batches[0])).all())
