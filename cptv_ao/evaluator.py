@@ -39,7 +39,7 @@ def first_floating(output: Any) -> Tensor:
     Raises:
         UnsupportedModelError: there is none.
     """
-    for value in _flatten(output):
+    for value in flatten(output):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise UnsupportedModelError(
@@ -48,11 +48,12 @@ def first_floating(output: Any) -> Tensor:
     )
 
 
-def _flatten(output: Any) -> list[Any]:
+def flatten(output: Any) -> list[Any]:
+    """The leaves of nested dicts, lists and tuples, depth first."""
     if isinstance(output, Mapping):
-        return [leaf for value in output.values() for leaf in _flatten(value)]
+        return [leaf for value in output.values() for leaf in flatten(value)]
     if isinstance(output, (list, tuple)):
-        return [leaf for value in output for leaf in _flatten(value)]
+        return [leaf for value in output for leaf in flatten(value)]
     return [output]
 
 

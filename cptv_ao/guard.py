@@ -49,9 +49,11 @@ def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
+    from tqdm.auto import tqdm  # writes above its bar, where there is one
+
     def handle(_: int, __: object) -> None:
         signal.signal(signal.SIGINT, before)
-        print("cptv_ao: stopping with the best scales so far; Ctrl-C again gives up", file=sys.stderr)
+        tqdm.write("cptv_ao: stopping with the best scales so far; Ctrl-C again gives up", file=sys.stderr)
         stop()
 
     signal.signal(signal.SIGINT, handle)

@@ -67,8 +67,7 @@ class Budget:
     @property
     def left(self) -> bool:
         in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
-        in_count = in_count and not self.stopped
-        return in_count and (self.max_seconds is None or self.seconds < self.max_seconds)
+        return not self.stopped and in_count and (self.max_seconds is None or self.seconds < self.max_seconds)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.evaluator import flatten
 from cptv_ao.tracing import WEIGHTED_FUNCTIONS, graph_of, is_float_interpolation, rewrite, undo
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -267,11 +268,7 @@ def _shapes(value: Any) -> Any:
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors of nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list, type({}.values()))) else []
+    return [leaf for leaf in flatten(value) if isinstance(leaf, Tensor)]
 
 
 def _another_batch(example: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def scan_exported(model: GraphModule) -> Found:
     unknown: list[str] = []
     by_qparams: dict[tuple[float, int], str] = {}
     for node in model.graph.nodes:
-        if _is_op(node, "dequantize_per_") and _constant(node) is not None:
+        if _dequantizes_weight(node):
             weight = ExportedWeightHome(model, node)
             name = _unique(f"{_scope(node)}.weight", node, sites)
             site, homes[name] = _weight_site(name, node, weight), weight
@@ -47,7 +47,7 @@ def scan_exported(model: GraphModule) -> Found:
             )
         else:
             if _is_op(node, "") and not (_is_op(node, "dequantize_per_tensor.default") or _is_weight(node)):
-                unknown.append(f"{node.name} ({_op_name(node)})")
+                unknown.append(f"{node.name} ({node.target})")
             continue
         sites[name] = site
     return Found(SiteTable(tuple(sites.values()), tuple(unknown)), homes, ())
@@ -181,7 +181,7 @@ def fused_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str, str]:
     """The weight site of each dequantize node of a weight, by name."""
-    nodes = [n for n in model.graph.nodes if _is_op(n, "dequantize_per_") and _constant(n) is not None]
+    nodes = [node for node in model.graph.nodes if _dequantizes_weight(node)]
     weights = [site.name for site in sites.values() if site.kind == "weight"]
     return {node.name: name for node, name in zip(nodes, weights, strict=True)}
 
@@ -190,16 +190,16 @@ def _is_op(node: Node, name: str) -> bool:
     return node.op == "call_function" and str(node.target).startswith(_NAMESPACE + name)
 
 
-def _op_name(node: Node) -> str:
-    return str(node.target)
-
-
 def _constant(node: Node) -> str | None:
     """Target of the weight that a quantize or dequantize node is about; None for an activation."""
     source = node.args[0]
     while isinstance(source, Node) and _is_op(source, "quantize_per_"):
         source = source.args[0]
     return str(source.target) if isinstance(source, Node) and source.op == "get_attr" else None
+
+
+def _dequantizes_weight(node: Node) -> bool:
+    return _is_op(node, "dequantize_per_") and _constant(node) is not None
 
 
 def _is_weight(node: Node) -> bool:

@@ -72,7 +72,7 @@ class Builder:
         self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
         for node in self._graph.nodes:
             if node.op == "get_attr":
-                _assign(root, node.target, copy.deepcopy(fetch(self._model, node.target)))
+                assign(root, node.target, copy.deepcopy(fetch(self._model, node.target)))
         for name, module in self._owned.items():
             root.add_module(name, module)
         twin = GraphModule(root, self._graph, "Twin")
@@ -258,7 +258,8 @@ def _own(value: Tensor) -> Tensor:
     return value.detach().clone()
 
 
-def _assign(root: nn.Module, target: str, value: Any) -> None:
+def assign(root: nn.Module, target: str, value: Any) -> None:
+    """Hold a parameter, tensor or constant of a model at its own path, without gradient."""
     *path, leaf = target.split(".")
     for part in path:
         if not hasattr(root, part):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_unflatten
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import weight_sites
 from cptv_ao.scopes import fetch
+from cptv_ao.twin.build import assign
 from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
 from cptv_ao.twin.values import QTensor
@@ -53,10 +54,7 @@ class FloatWeighted(nn.Module):
     def forward(self, value: Tensor, bias: Tensor | None = None) -> Tensor:
         if isinstance(self._product, Linear):
             return nn.functional.linear(value, self.weight.dequantize(), bias)
-        given = self._product
-        none = [0] * len(given.stride)
-        settings = (given.stride, given.padding, given.dilation, False, none, given.groups)
-        return torch.convolution(value, self.weight.dequantize(), bias, *settings)
+        return torch.convolution(value, self.weight.dequantize(), bias, *self._product.settings)
 
     def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
         """As of `Weighted`."""
@@ -83,10 +81,8 @@ class ExportedBuilder:
             self._add(node)
         self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
         for node in self._graph.nodes:
-            if node.op == "get_attr":  # a flat name: nothing else is asked of the root
-                held = copy.deepcopy(fetch(self._model, str(node.target)))
-                node.target = f"held_{node.name}"
-                _hold(root, str(node.target), held)
+            if node.op == "get_attr":
+                assign(root, str(node.target), copy.deepcopy(fetch(self._model, str(node.target))))
         for name, module in self._owned.items():
             root.add_module(name, module)
         twin = GraphModule(root, self._graph, "Twin")
@@ -149,15 +145,6 @@ class ExportedBuilder:
         self._owned[name] = module
         mapped = torch.fx.node.map_arg(args, lambda n: self.nodes[n.name])
         self.nodes[node.name] = self._graph.create_node("call_module", name, mapped, {}, name=node.name)
-
-
-def _hold(root: nn.Module, name: str, held: Any) -> None:
-    if isinstance(held, nn.Parameter):
-        root.register_parameter(name, nn.Parameter(held.detach(), False))
-    elif isinstance(held, Tensor):
-        root.register_buffer(name, held.detach())
-    else:
-        setattr(root, name, held)
 
 
 def _out_of_place(target: Any) -> Any:

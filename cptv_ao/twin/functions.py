@@ -133,17 +133,18 @@ class Convolution(_Product):
     channel_dim: int = 1
 
     def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
-        none = [0] * len(self.stride)
-        settings = (self.stride, self.padding, self.dilation, False, none, self.groups)
         layout = self._layout(codes, weight)
-        return torch.convolution(codes.contiguous(memory_format=layout), weight, None, *settings)
+        return torch.convolution(codes.contiguous(memory_format=layout), weight, None, *self.settings)
 
     def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
-        none = [0] * len(self.stride)
-        settings = (self.stride, self.padding, self.dilation, False, none, self.groups)
         layout = self._layout(codes, weight)
         gradient, codes = gradient.contiguous(memory_format=layout), codes.contiguous(memory_format=layout)
-        return _aten.convolution_backward(gradient, codes, weight, None, *settings, [*mask, False])[:2]
+        return _aten.convolution_backward(gradient, codes, weight, None, *self.settings, [*mask, False])[:2]
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What follows the bias among the arguments of `torch.convolution`."""
+        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
     def _layout(self, codes: Tensor, weight: Tensor) -> torch.memory_format:
         strided_pointwise = weight[0, 0].numel() == 1 and max(self.stride) > 1
