@@ -30,7 +30,7 @@ def agreement_notes(backend: Backend, batch: Batch, config: RefineConfig) -> lis
     select = config.output or first_floating
     try:
         twin = Twin(backend)
-        few = batch.rows(0, min(_IMAGES, batch.images))
+        few = batch.few(_IMAGES)
         gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
         if gap <= _TOLERATED:
             return []

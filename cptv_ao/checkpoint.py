@@ -6,27 +6,21 @@ and the losses, beside fingerprints of the model, the config and the data. Safet
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cptv_ao.backends.backend import Backend
-from cptv_ao.config import RefineConfig
-from cptv_ao.data import Batch
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.loop import Loop, Position
 from cptv_ao.report import BlockResult, Losses
-from cptv_ao.saved import read_file, write_file
+from cptv_ao.saved import parse_file, write_file
 from cptv_ao.sites import QParams
-
-# Settings that say when to stop, or where things are held: a search may go on with others.
-_FREE = {"max_seconds", "max_evaluations", "cache_bytes", "accept_on"}
+from cptv_ao.world import ALONE, World
 
 
 class Checkpoint:
@@ -34,15 +28,12 @@ class Checkpoint:
 
     Args:
         path: of the file.
-        backend: of the model as it was given.
-        config, batches: of the search.
+        prints: fingerprint of the search, see `cptv_ao.fingerprint`.
+        world: the ranks of the search; the file is rank 0's, and no other rank needs to see it.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], backend: Backend, config: RefineConfig, batches: Iterable[Batch]
-    ) -> None:
-        self._path = Path(path)
-        self._fingerprint = {"model": _of_model(backend), "config": _of_config(config), "data": _of_data(batches)}
+    def __init__(self, path: str | os.PathLike[str], prints: Mapping[str, Any], world: World = ALONE) -> None:
+        self._path, self._world, self._fingerprint = Path(path), world, dict(prints)
 
     def resume(self, loop: Loop) -> bool:
         """Bring a search to where the file left it; False where there is no file.
@@ -50,9 +41,11 @@ class Checkpoint:
         Raises:
             ScalesFileError: the file is damaged, or of another model, config or data; the difference is named.
         """
-        if not self._path.exists():
+        here = self._world.rank == 0 and self._path.exists()
+        content = self._world.bytes_from_first(self._path.read_bytes() if here else None)
+        if content is None:
             return False
-        tensors, data = read_file(self._path)
+        tensors, data = parse_file(content, self._path)
         self._check(data.get("fingerprint"))
         try:
             _apply(loop, tensors, data)
@@ -62,6 +55,8 @@ class Checkpoint:
 
     def save(self, loop: Loop) -> None:
         """Write where a search is."""
+        if self._world.rank:
+            return
         tensors, data = _capture(loop)
         write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
 
@@ -147,37 +142,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple):
         return all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or (isinstance(a, (int, float)) and bool(a == b))
-
-
-def _of_model(backend: Backend) -> str:
-    digest = hashlib.sha256(backend.model.code.encode())
-    for name, site in backend.sites.items():
-        qparams = backend.read(name)
-        _add(digest, qparams.scale, qparams.zero_point)
-        if site.kind == "weight" and not site.fixed:
-            _add(digest, backend.weight(name).int_repr())
-    for name, weight in backend.float_weights.items():
-        digest.update(name.encode())
-        _add(digest, weight)
-    return digest.hexdigest()
-
-
-def _of_config(config: RefineConfig) -> dict[str, str]:
-    """Each setting in words; functions by their name."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
-    return {name: getattr(value, "__qualname__", repr(value)) for name, value in values.items()}
-
-
-def _of_data(batches: Iterable[Batch]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in (*enumerate(batch.args), *batch.kwargs.items()):
-            digest.update(f"{name} {getattr(value, 'shape', value)} {getattr(value, 'dtype', '')}".encode())
-            if isinstance(value, Tensor):
-                _add(digest, value)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, *tensors: Tensor) -> None:
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -50,6 +50,8 @@ class RefineConfig:
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
             have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
         cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate.
+        distributed: None: where a `torch.distributed` process group is initialised, all its ranks search together and
+            each must call `refine`; True: raise where there is none; False: this process searches on its own.
         seed: of the search; no global generator is read or changed.
         max_evaluations: stop after this many candidates; None for no limit.
         max_seconds: stop after this many seconds of search; None for no limit.
@@ -77,6 +79,7 @@ class RefineConfig:
     device: str = "cpu"
     racing: bool = True
     cache_bytes: int = 2**31
+    distributed: bool | None = None
     seed: int = 0
     max_evaluations: int | None = None
     max_seconds: float | None = None
@@ -94,6 +97,8 @@ class RefineConfig:
             value = getattr(self, name)
             _expect(value is None or callable(value), name, "a function or None", value)
         _expect(isinstance(self.racing, bool), "racing", "True or False", self.racing)
+        alone = self.distributed is None or isinstance(self.distributed, bool)
+        _expect(alone, "distributed", "True, False or None", self.distributed)
         for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,16 +15,29 @@ from cptv_ao.errors import CalibrationDataError
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one forward call: positional tensors, or keyword inputs."""
+    """The inputs of one forward call: positional tensors, or keyword inputs.
+
+    `fixed`: the model takes this number of images and no other (a graph that was exported without a dynamic batch).
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     images: int
+    fixed: bool = False
 
     def rows(self, start: int, stop: int) -> Batch:
         """The images start..stop of this batch."""
         cut = {k: _cut(v, start, stop, self.images) for k, v in self.kwargs.items()}
-        return Batch(tuple(_cut(a, start, stop, self.images) for a in self.args), cut, stop - start)
+        return Batch(tuple(_cut(a, start, stop, self.images) for a in self.args), cut, stop - start, self.fixed)
+
+    def few(self, count: int) -> Batch:
+        """At most so many images, or all of them where the number is fixed."""
+        return self if self.fixed else self.rows(0, min(count, self.images))
+
+    def parts(self, count: int) -> list[slice]:
+        """Rows of about so many parts of equal size; one part where the number of images is fixed."""
+        count = 1 if self.fixed else min(self.images, max(1, count))
+        return [slice(*rows) for rows in pairwise(self.images * i // count for i in range(count + 1))]
 
 
 @dataclass(frozen=True)
@@ -34,10 +48,10 @@ class Split:
     holdout: tuple[Batch, ...]
 
 
-def read_batches(loader: Iterable[Any]) -> list[Batch]:
+def read_batches(loader: Iterable[Any], fixed: bool = False) -> list[Batch]:
     """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.
 
-    Labels (further items of a tuple) are never looked at.
+    Labels (further items of a tuple) are never looked at. `fixed`: see `Batch`.
 
     Raises:
         CalibrationDataError: empty, of another type, of changing shape, or not finite; names the batch.
@@ -47,7 +61,7 @@ def read_batches(loader: Iterable[Any]) -> list[Batch]:
         raise CalibrationDataError(f"calib_loader: expected an iterable of batches, got {type(loader).__name__}{hint}")
     batches: list[Batch] = []
     for index, item in enumerate(loader):
-        batch = _batch(item, index)
+        batch = replace(_batch(item, index), fixed=fixed)
         if batches:
             _check_shape(batches[0], batch, index)
         batches.append(batch)
@@ -70,6 +84,13 @@ def split_batches(batches: list[Batch], fraction: float) -> Split:
             raise CalibrationDataError(
                 "calib_loader: expected at least 2 images, got 1; one part is held out to accept or reject the "
                 "result (RefineConfig(holdout=0) searches without that check)",
+                0,
+            )
+        if only.fixed:
+            raise CalibrationDataError(
+                f"calib_loader: expected at least 2 batches, got 1 of {only.images} images, which cannot be cut to "
+                "hold some out, for the model was exported for this number of images; give more batches, or export "
+                "with a dynamic batch",
                 0,
             )
         cut = only.images - max(1, round(only.images * fraction))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ class Entries:
         pieces: the model.
         batches: the images.
         budget: bytes that all entries together may hold; the images themselves are not counted.
+        mine: whether the batch of an index is ever asked for here.
     """
 
-    def __init__(self, pieces: Pieces, batches: Sequence[Batch], budget: int) -> None:
+    def __init__(self, pieces: Pieces, batches: Sequence[Batch], budget: int, mine: Callable[[int], bool]) -> None:
         self._pieces = pieces
         self._batches = batches
         self._budget = budget
+        self._mine = mine
         self._own = {a for b in batches for v in (*b.args, *b.kwargs.values()) for a in storages(v)}
         self._at: int | None = None
         self._stamp: list[Any] = []
@@ -55,7 +57,7 @@ class Entries:
         with torch.inference_mode():
             for index, batch in enumerate(self._batches):
                 before, old[index] = old[index], None
-                if self.bytes + per_image * batch.images > self._budget:
+                if not self._mine(index) or self.bytes + per_image * batch.images > self._budget:
                     self._values.append(None)
                     continue
                 values = self._run(batch, before, source, at)

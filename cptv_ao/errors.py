@@ -53,5 +53,13 @@ class ScalesFileError(CptvError, ValueError):
     """A file of scales or a checkpoint that is damaged, or of something else."""
 
 
+class DistributedError(CptvError, RuntimeError):
+    """Another rank failed, has gone away, or has come apart from this one; `rank` is the one that failed, if known."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class CptvWarning(UserWarning):
     """Every warning of cptv_ao: filter by this category."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +25,17 @@ from cptv_ao.data import Batch
 from cptv_ao.entries import Entries, inputs
 from cptv_ao.errors import CalibrationDataError, NonFiniteError, UnsupportedModelError
 from cptv_ao.pieces import Pieces
+from cptv_ao.world import ALONE, World
 
 Select = Callable[[Any], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_CACHE_BYTES = 2 << 30
-#: A raced candidate is dropped once its loss on the first batch is above the parent's by this fraction. With k of n
-#: batches seen the fraction is lower by sqrt((n - k) / (k (n - 1))), as the error of a mean without replacement is.
+#: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n
+#: waves seen the fraction is lower by sqrt((n - k) / (k (n - 1))), as the error of a mean without replacement is.
 RACE_MARGIN = 0.05
+#: Rejection is decided after each wave of batches, about so many per candidate however the loader cuts its batches: the
+#: decisions depend neither on that nor on how many ranks share a wave.
+WAVES = 8
 
 
 def first_floating(output: Any) -> Tensor:
@@ -67,6 +72,7 @@ class Evaluator:
         loss: `(candidate (N, C), teacher (N, C)) -> scalar`, averaged over batches weighted by their images.
         select: picks the compared tensor from what the model returns.
         cache_bytes: what the cached block entries may hold; batches beyond it run the whole model.
+        world: the ranks that share the batches; each holds the losses of all.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Evaluator:
         loss: Loss,
         select: Select = first_floating,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        world: World = ALONE,
     ) -> None:
         self._model = model
         self._batches = tuple(batches)
@@ -84,13 +91,14 @@ class Evaluator:
         self._loss = loss
         self._select = select
         self._pieces = Pieces(model)
-        self._entries = Entries(self._pieces, self._batches, cache_bytes)
+        self._entries = Entries(self._pieces, self._batches, cache_bytes, world.mine)
+        self._world = world
         self._entered = False
         self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full
         self._parent: tuple[float, ...] | None = None
         self._raced = 0
         self.images = sum(batch.images for batch in self._batches)
-        #: images scored so far, each counted as one forward whether the whole model ran or a tail
+        #: images scored so far by this rank, each counted as one forward whether the whole model ran or a tail
         self.image_forwards = 0
         #: images run so far to cache block entries
         self.image_entries = 0
@@ -137,30 +145,34 @@ class Evaluator:
         self._parent = None if parent is None else tuple(float(loss) for loss in parent)
         self._raced = int(state["raced"])
 
-    def score(self, threshold: float = math.inf, race: bool = False) -> float:
+    def score(self, threshold: float = math.inf, race: bool = False, check: bytes = b"") -> float:
         """Loss on all images; `inf` as soon as the partial sum shows that it is not below `threshold`.
 
         Early rejection is exact for losses that are never negative. With `race` a candidate is also dropped once it
         is behind the parent (see `keep`) on the images seen so far: an accepted candidate was still scored on all
         images, but one that would have caught up may be lost.
+
+        Args:
+            threshold: of the rejection.
+            race: whether to race against the parent.
+            check: what is scored, in bytes: must be the same on all ranks.
         """
         parent = self._parent if race else None
         # Partial sums are added in another order than the total: leave room for their rounding.
         limit = threshold * self.images * (1 + 1e-9)
         losses = [0.0] * len(self._batches)
-        partial = sofar = 0.0
-        with torch.inference_mode():
-            for seen, index in enumerate(self._order(parent), start=1):
-                batch = self._batches[index]
-                losses[index] = float(self._loss(self._output(index), self._teacher[index])) * batch.images
-                self.image_forwards += batch.images
-                partial += losses[index]
-                if partial >= limit:
+        so_far = parents = 0.0
+        waves = self._waves(parent, once=parent is None and math.isinf(limit))
+        for seen, wave in enumerate(waves, start=1):
+            for index, loss in zip(wave, self._losses(wave, check), strict=True):
+                losses[index] = loss
+                so_far += loss
+            if so_far >= limit:
+                return math.inf
+            if parent is not None:
+                parents += sum(parent[index] for index in wave)
+                if so_far - parents > _margin(seen, len(waves)) * abs(parents):
                     return math.inf
-                if parent is not None:
-                    sofar += parent[index]
-                    if partial - sofar > _margin(seen, len(losses)) * abs(sofar):
-                        return math.inf
         total = sum(losses) / self.images
         if total >= threshold:
             return math.inf
@@ -168,18 +180,35 @@ class Evaluator:
         return total
 
     def outputs(self) -> list[Tensor]:
-        """The compared outputs per batch, (N, C) each."""
+        """The compared outputs per batch, (N, C) each; of this rank's batches."""
         with torch.inference_mode():
-            return [self._output(i) for i in range(len(self._batches))]
+            return [self._output(i) for i in range(len(self._batches)) if self._world.mine(i)]
 
-    def _order(self, parent: Sequence[float] | None) -> list[int]:
-        """In a race another batch comes first each time, so that no batch alone decides what the search sees."""
+    def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
+        """The summed losses of these batches, each scored by the rank that holds it."""
+        table = torch.zeros(len(wave), dtype=torch.float64)
+        with torch.inference_mode():
+            for place, index in enumerate(wave):
+                if self._world.mine(index):
+                    images = self._batches[index].images
+                    table[place] = images * batch_loss(self._loss, partial(self._output, index), self._teacher[index])
+                    self.image_forwards += images
+        return [float(loss) for loss in self._world.sum(table, check)]
+
+    def _waves(self, parent: Sequence[float] | None, once: bool) -> list[list[int]]:
+        """Batches in the order in which they are scored, cut where rejection is decided; `once`: never.
+
+        In a race another batch comes first each time, so that no batch alone decides what the search sees.
+        """
         order = list(range(len(self._batches)))
-        if parent is None:
-            return order
-        self._raced += 1
-        first = self._raced % len(order)
-        return order[first:] + order[:first]
+        if once:
+            return [order]
+        if parent is not None:
+            self._raced += 1
+            first = self._raced % len(order)
+            order = order[first:] + order[:first]
+        size = math.ceil(len(order) / WAVES)
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _output(self, index: int) -> Tensor:
         started = time.perf_counter()
@@ -192,8 +221,18 @@ class Evaluator:
         return self._select(output).flatten(1)
 
 
-def _margin(seen: int, batches: int) -> float:
-    return RACE_MARGIN * math.sqrt((batches - seen) / (seen * max(batches - 1, 1)))
+def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> float:
+    """Loss of what a model gives for a batch; inf for scales that QNNPACK's add refuses when it runs."""
+    try:
+        return float(loss(output(), teacher))
+    except (RuntimeError, CalibrationDataError):
+        if torch.backends.quantized.engine != "qnnpack":
+            raise
+        return math.inf
+
+
+def _margin(seen: int, waves: int) -> float:
+    return RACE_MARGIN * math.sqrt((waves - seen) / (seen * max(waves - 1, 1)))
 
 
 def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:
@@ -212,18 +251,20 @@ def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:
 
 
 def teacher_outputs(
-    teacher: Callable[..., Any], batches: Sequence[Batch], select: Select = first_floating
+    teacher: Callable[..., Any], batches: Sequence[Batch], select: Select = first_floating, world: World = ALONE
 ) -> list[Tensor]:
-    """Run the teacher once: its outputs (N, C) per batch.
+    """Run the teacher once: its outputs (N, C) per batch, each computed by one rank.
 
     Raises:
         NonFiniteError: an output is NaN or infinite.
     """
-    outputs = []
+    outputs: list[Tensor | None] = [None] * len(batches)
     with torch.no_grad():
         for index, batch in enumerate(batches):
+            if not world.mine(index):
+                continue
             output = select(run(teacher, batch, index)).flatten(1)
             if not bool(torch.isfinite(output).all()):
                 raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
-            outputs.append(output)
-    return outputs
+            outputs[index] = output
+    return world.share(outputs)

@@ -6,6 +6,7 @@ it where the kernels confirm it.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +23,14 @@ from cptv_ao.losses import Loss
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
+from cptv_ao.world import ALONE, World
 
 #: A zero_point moves by this many codes where a log scale moves by 1.
 _CODES_PER_LOG = 20.0
 _WARM_UP = 0.1
+# Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
+# depends on the batch alone, never on how many ranks there are.
+_PART_NUMBERS = 2**20
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
 
@@ -63,11 +68,15 @@ class Schedule:
     learning_rate: float
     seconds: float = math.inf
     proposals: int = 4
+    world: World = ALONE
     started: float = field(default_factory=time.monotonic)
 
     def progress(self, step: int) -> float:
-        """Share of the descent that is over before a step, 0 to 1."""
-        return max(step / self.steps, (time.monotonic() - self.started) / self.seconds)
+        """Share of the descent that is over before a step, 0 to 1; the ranks must ask together."""
+        done = step / self.steps
+        if math.isinf(self.seconds):
+            return done
+        return max(done, self.world.first(time.monotonic() - self.started) / self.seconds)
 
     def rate(self, progress: float) -> float:
         """Learning rate: linear warm-up, then a cosine down to zero (Loshchilov & Hutter 2017)."""
@@ -85,6 +94,7 @@ class GradientDescent:
         loss, select: as for the evaluator.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself.
         rng: draws the order of the batches.
+        world: the ranks that share the images of a step.
     """
 
     def __init__(
@@ -96,14 +106,15 @@ class GradientDescent:
         *,
         activation_rate: float = 1.0,
         rng: np.random.Generator,
+        world: World = ALONE,
     ) -> None:
         known = set(twin.names)
         twin.reround_weights()
-        self._twin, self._loss, self._select, self._rng = twin, loss, select, rng
+        self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
         self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
         self._adam = torch.optim.Adam(self._parameters(activation_rate), lr=1.0, betas=(0.9, 0.95), fused=True)
         self._caution = 1.0
-        #: steps so far, and the images that went through them
+        #: steps so far, and the images that went through this rank
         self.steps, self.images = 0, 0
 
     def go_on_from(self, scales: Callable[[str], QParams], slower: bool) -> None:
@@ -154,24 +165,49 @@ class GradientDescent:
         return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
 
     def _step(self, batch: Batch, teacher: Tensor) -> float:
+        """Each part of the batch runs on one rank; the loss is that of the whole batch, on every rank.
+
+        Gradients are summed part by part in a fixed order, so they do not depend on which rank had which part.
+        """
+        leaves = [leaf for group in self._adam.param_groups for leaf in group["params"]]
+        sizes = [leaf.numel() for leaf in leaves]
+        parts = _parts(batch)
+        graphs: dict[int, Tensor] = {}
+        outputs = torch.zeros_like(teacher)
+        for index, (part, rows) in enumerate(parts):
+            if self._world.mine(index):
+                graphs[index] = self._forward(part)
+                outputs[rows] = graphs[index].detach()
+                self.images += part.images
+        outputs = self._world.sum(outputs).requires_grad_()
         with torch.enable_grad():
-            values = {site.name: group.values() for group in self._groups for site in group.sites}
-            output = self._twin.call(values, *batch.args, **batch.kwargs)
-            loss = self._loss(self._select(output).flatten(1), teacher)
-            self._adam.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        self._drop_non_finite()
+            loss = self._loss(outputs, teacher)
+        (pull,) = torch.autograd.grad(loss, outputs)
+        table = outputs.new_zeros(len(parts), sum(sizes))
+        for index, graph in graphs.items():
+            found = torch.autograd.grad(graph, leaves, pull[parts[index][1]], allow_unused=True)
+            for cell, gradient in zip(torch.split(table[index], sizes), found, strict=True):
+                if gradient is not None:
+                    cell.copy_(gradient.reshape(-1))
+        total = functools.reduce(torch.add, self._world.sum(table))
+        # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
+        for leaf, gradient in zip(leaves, torch.split(total.nan_to_num(0.0, 0.0, 0.0), sizes), strict=True):
+            leaf.grad = gradient.reshape(leaf.shape)
         self._adam.step()
         self.steps += 1
-        self.images += batch.images
         return float(loss.detach())
 
-    def _drop_non_finite(self) -> None:
-        """A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step."""
-        for group in self._adam.param_groups:
-            for leaf in group["params"]:
-                if leaf.grad is not None:
-                    leaf.grad.nan_to_num_(0.0, 0.0, 0.0)
+    def _forward(self, part: Batch) -> Tensor:
+        with torch.enable_grad():
+            values = {site.name: group.values() for group in self._groups for site in group.sites}
+            return self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
+
+
+def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
+    """The parts of a batch that may run on a rank of their own, with their rows of the output."""
+    numbers = sum(value.numel() for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
+    parts = batch.parts(round(numbers / _PART_NUMBERS))
+    return [(batch.rows(p.start, p.stop), p) for p in parts] if len(parts) > 1 else [(batch, slice(None))]
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:

@@ -15,14 +15,14 @@ import torch
 from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import Block
 from cptv_ao.config import RefineConfig
-from cptv_ao.errors import CalibrationDataError
 from cptv_ao.evaluator import Evaluator
 from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, SiteMove
 from cptv_ao.search import make_strategy
-from cptv_ao.search.protocol import Individual
+from cptv_ao.search.protocol import Individual, Vector
 from cptv_ao.sites import ScaleSite
 from cptv_ao.space import ScaleSpace
+from cptv_ao.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ Callback = Callable[[Event], Any]
 
 @dataclass
 class Budget:
-    """Counts evaluations and seconds against the limits of the config."""
+    """Counts evaluations and seconds against the limits of the config; all ranks stop when one is asked to."""
 
     max_evaluations: int | None
     max_seconds: float | None
+    world: World = ALONE
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
     stopped: bool = False
@@ -66,8 +67,11 @@ class Budget:
 
     @property
     def left(self) -> bool:
+        """Whether to go on; the ranks must ask together."""
+        stopped, seconds = self.world.most(float(self.stopped), self.seconds)
+        self.stopped = bool(stopped)
         in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
-        return not self.stopped and in_count and (self.max_seconds is None or self.seconds < self.max_seconds)
+        return not self.stopped and in_count and (self.max_seconds is None or seconds < self.max_seconds)
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ class Loop:
         holdout: Evaluator | None,
         config: RefineConfig,
         listeners: Sequence[Callback],
+        world: World = ALONE,
     ) -> None:
-        self.backend = backend
+        self.backend, self._world = backend, world
         self.search, self._holdout = search, holdout
         self._config = config
         self.listeners = list(listeners)
@@ -105,7 +110,7 @@ class Loop:
         self._spaces = _spaces(backend, blocks, self.groups)
         self._whole = ScaleSpace(backend, self.groups)
         self.step_sizes: dict[str, dict[str, float]] = {}
-        self.budget = Budget(config.max_evaluations, config.max_seconds)
+        self.budget = Budget(config.max_evaluations, config.max_seconds, world)
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
         self.start = self._both(search.score())
@@ -131,8 +136,10 @@ class Loop:
                 return
             self._whole.refresh()
             before = self._whole.vector
-            self._whole.write(self._whole.repair(self._whole.from_assignment(scales())))
-            loss = self._score(self.loss)
+            proposed = self._whole.repair(self._whole.from_assignment(scales()))
+            proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
+            self._whole.write(proposed)
+            loss = self._score(proposed, self.loss)
             better = loss < self.loss
             if better:
                 self.loss = loss
@@ -162,6 +169,8 @@ class Loop:
                 self.position = replace(self.position, blocks=index + 1, gained=self._keep() or self.position.gained)
                 self.save()
             self._tell("pass", f"pass {pass_index + 1}", pass_index, self.loss)
+            if not self.budget.left:
+                break
             if self._config.search == "evolution" and not self.position.gained:
                 break  # a whole pass gained nothing that the held-out images confirm
             self.position = Position(pass_index + 1, 0, False)
@@ -200,7 +209,7 @@ class Loop:
         while not strategy.done and self.budget.left:
             vector = space.repair(strategy.ask())
             space.write(vector)
-            loss = self._score(strategy.threshold, strategy.races)
+            loss = self._score(vector, strategy.threshold, strategy.races)
             count += 1
             if loss < best:
                 best = loss
@@ -218,16 +227,13 @@ class Loop:
         self.results.append(BlockResult(name, pass_index, count, accepted, before, self.loss))
         self._tell("block", name, pass_index, self.loss)
 
-    def _score(self, threshold: float, race: bool = False) -> float:
+    def _score(self, vector: Vector, threshold: float, race: bool = False) -> float:
+        """The loss of what was just written; inf where it is rejected or no number."""
         self.budget.evaluations += 1
         # Nothing says that a loss of the user's own is never negative: it is always scored in full.
         named = isinstance(self._config.loss, str)
-        try:
-            loss = self.search.score(threshold if named else math.inf, race and named and self._config.racing)
-        except (RuntimeError, CalibrationDataError):
-            if torch.backends.quantized.engine != "qnnpack":
-                raise
-            return math.inf  # its add refuses inputs whose scales are too far apart, when it runs
+        races = race and named and self._config.racing
+        loss = self.search.score(threshold if named else math.inf, races, vector.tobytes())
         return loss if math.isfinite(loss) else math.inf
 
     def _keep(self) -> bool:

@@ -73,7 +73,7 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     matrix of the inputs, without forming it).
     """
     with torch.no_grad(), twin.float_mode():
-        inputs = twin.layer_inputs(batch.rows(0, min(_IMAGES, batch.images)))
+        inputs = twin.layer_inputs(batch.few(_IMAGES))
     return {
         layer.weight.site.name: _least_error(layer, value if isinstance(value, Tensor) else value.dequantize())
         for layer, value in inputs.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs
+from cptv_ao.world import ALONE, World
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85
@@ -41,6 +41,7 @@ class Proposer:
         backend: of the model.
         groups: the tied groups that are searched, by the name of their leader.
         batches, teacher: the search images and the teacher's outputs on them.
+        world: the ranks that share the steps of the descent.
 
     Raises:
         UnsupportedModelError: the model has an op that the float twin does not know.
@@ -53,8 +54,9 @@ class Proposer:
         batches: Sequence[Batch],
         teacher: Sequence[Tensor],
         config: RefineConfig,
+        world: World = ALONE,
     ) -> None:
-        self._backend, self._groups, self._config = backend, groups, config
+        self._backend, self._groups, self._config, self._world = backend, groups, config, world
         self._batches, self._teacher = _steps(batches, teacher)
         self._twin = Twin(backend)
         self._twin.reround_weights()
@@ -81,7 +83,7 @@ class Proposer:
         return self._saturating({site.name: rescaled(self._backend.read(site.name), HALF, site) for site in sites})
 
     def _saturating(self, scales: Assignment) -> list[str]:
-        """Leaders of the groups that kernels saturate on when the model has these scales."""
+        """Leaders of the groups that kernels of any rank saturate on when the model has these scales."""
         backend, twin = self._backend, self._twin
         before = backend.snapshot()
         try:
@@ -90,12 +92,16 @@ class Proposer:
             self._follow()
             batch = self._batches[0]
             twin.reround_weights(False)
-            found = saturating_inputs(backend.model, twin, batch.rows(0, min(_PROBE_IMAGES, batch.images)))
+            found = saturating_inputs(backend.model, twin, batch.few(_PROBE_IMAGES))
         finally:
             backend.restore_all(before)
         twin.reround_weights()
         self._follow()
-        return [lead for lead, group in self._activations().items() if any(site.name in found for site in group)]
+        groups = self._activations()
+        table = torch.tensor(
+            [any(site.name in found for site in group) for group in groups.values()], dtype=torch.int64
+        )
+        return [lead for lead, count in zip(groups, self._world.sum(table), strict=True) if count]
 
     def _activations(self) -> dict[str, tuple[ScaleSite, ...]]:
         return {lead: group for lead, group in self._groups.items() if group[0].affine}
@@ -119,10 +125,11 @@ class Proposer:
             config.output or first_floating,
             activation_rate=config.activation_rate,
             rng=np.random.default_rng(config.seed),
+            world=self._world,
         )
         share = _DESCENT_SHARE if config.passes else 1.0
         seconds = math.inf if config.max_seconds is None else share * config.max_seconds
-        schedule = Schedule(config.gradient_steps, config.learning_rate, seconds)
+        schedule = Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world)
         for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step, self.going):
             self.image_forwards = 3 * descent.images
             before = self._scales()
@@ -149,8 +156,7 @@ def _steps(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> tuple[list[Ba
     parts: list[Batch] = []
     targets: list[Tensor] = []
     for batch, target in zip(batches, teacher, strict=True):
-        pieces = max(1, round(batch.images / _STEP_IMAGES))
-        for start, stop in pairwise(batch.images * i // pieces for i in range(pieces + 1)):
-            parts.append(batch.rows(start, stop))
-            targets.append(target[start:stop])
+        for rows in batch.parts(round(batch.images / _STEP_IMAGES)):
+            parts.append(batch.rows(rows.start, rows.stop))
+            targets.append(target[rows])
     return parts, targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import warnings
@@ -17,13 +18,14 @@ from torch.fx import GraphModule
 
 from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.exported import is_exported, takes_fixed_batch
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.blocks import find_blocks
 from cptv_ao.checkpoint import Checkpoint
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
+from cptv_ao.fingerprint import fingerprint
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt
 from cptv_ao.loop import Callback, Loop
 from cptv_ao.progress import progress_bar
@@ -35,6 +37,7 @@ from cptv_ao.sites import QParams, SiteTable
 from cptv_ao.twin import unquantized
 from cptv_ao.twin.simulation import SimulatedBackend
 from cptv_ao.weights import as_float, find_float_weights, weight_ranges
+from cptv_ao.world import World
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,17 @@ class _Sources:
 
     teacher: nn.Module | None
     weights: nn.Module | None
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How a refine searches, and who is told."""
+
+    config: RefineConfig
+    world: World
+    listeners: Sequence[Callback]
+    progress: bool
+    checkpoint: str | os.PathLike[str] | None
 
 
 def find_sites(model: GraphModule) -> SiteTable:
@@ -115,7 +129,7 @@ def refine(
     config = RefineConfig() if config is None else config
     if not isinstance(config, RefineConfig):
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    with torch.inference_mode(False), torch.no_grad():
+    with World.of(config.distributed) as world, torch.inference_mode(False), torch.no_grad():
         backend = _backend(model, float_model, config)
         if not inplace:
             model = copy.deepcopy(model)
@@ -124,10 +138,14 @@ def refine(
         lowered = backend.model
         sources = _Sources(float_model, float_model if float_model is not None or lowered is model else model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
-            report = _refine(backend, read_batches(calib_loader), sources, config, callback, progress, checkpoint)
+            listeners = [callback] if callback is not None and world.rank == 0 else []
+            search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint)
+            batches = read_batches(calib_loader, takes_fixed_batch(lowered))
+            report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
             model.meta[META_KEY] = report
+            world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
     return model
 
 
@@ -135,19 +153,18 @@ def _refine(
     backend: Backend,
     batches: list[Batch],
     sources: _Sources,
-    config: RefineConfig,
-    callback: Callback | None,
-    progress: bool,
-    path: str | os.PathLike[str] | None,
+    search: _Search,
 ) -> Report:
+    config, world = search.config, search.world
     if sources.weights is not None:
         find_float_weights(backend, sources.weights)
+    checkpoint = _checkpoint(backend, batches, search)
     split = split_batches(batches, config.holdout)
     _check_negatives(config, (*split.search, *split.holdout))
     teacher = _teacher(backend, sources)
     with as_float(teacher):
-        images, held_out = (Images.of(part, teacher, config) for part in (split.search, split.holdout))
-    kernels = Scoring(backend.model, images, held_out, config)
+        images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
+    kernels = Scoring(backend.model, images, held_out, config, world)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
@@ -159,25 +176,36 @@ def _refine(
     if config.accept_on is not None:
         if simulated is None:
             raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
-        shipped = Shipped(backend.model, config.accept_on, images, held_out, config)
+        shipped = Shipped(backend.model, config.accept_on, images, held_out, config, world)
     if simulated is None:
         scoring, searched, before = kernels, backend, None
     else:
-        scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config)
+        scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config, world)
         searched, before = as_backend(simulated), shipped.losses()
     given = {name: backend.read(name) for name in backend.sites}
-    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, [callback] if callback else [])
+    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, search.listeners, world)
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
-    proposer = _proposer(backend, simulated, loop, images, config, notes)
-    checkpoint = None if path is None else Checkpoint(path, backend, config, batches)
-    with stop_on_interrupt(loop.budget.stop), progress_bar(loop, progress):
+    proposer = _proposer(backend, simulated, loop, images, config, world, notes)
+    with stop_on_interrupt(loop.budget.stop), progress_bar(loop, search.progress):
         _run(loop, proposer, checkpoint)
     report = _report(loop, given, kernels, config, notes)
     if simulated is not None and before is not None:
         report = confirmed(report, simulated, backend, shipped, before)
     parts = {id(part): part.image_forwards for part in (kernels, scoring, proposer) if part is not None}
-    return replace(report, image_forwards=sum(parts.values()))
+    return replace(report, image_forwards=int(world.sum(torch.tensor(sum(parts.values())))))
+
+
+def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:
+    """Where the search is saved; the ranks of one search must all have been given the same."""
+    path, world = search.checkpoint, search.world
+    wanted = world.first(0.0 if path is None else 1.0)
+    if world.size == 1 and not wanted:
+        return None
+    prints = fingerprint(backend, search.config, batches)
+    for what, value in prints.items():
+        world.same(f"the {what}", json.dumps(value).encode())
+    return Checkpoint(path or "", prints, world) if wanted else None
 
 
 def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:
@@ -247,6 +275,7 @@ def _proposer(
     loop: Loop,
     images: Images,
     config: RefineConfig,
+    world: World,
     notes: list[str],
 ) -> Proposer | None:
     """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
@@ -254,8 +283,8 @@ def _proposer(
         return None
     try:
         if simulated is not None:
-            return SimulatedProposer(simulated, backend, loop.groups, images, config)
-        return Proposer(backend, loop.groups, images.batches, images.targets, config)
+            return SimulatedProposer(simulated, backend, loop.groups, images, config, world)
+        return Proposer(backend, loop.groups, images.batches, images.targets, config, world)
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None

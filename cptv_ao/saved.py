@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -98,15 +98,23 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
     Raises:
         ScalesFileError: it is damaged, or of another kind or version.
+        OSError: it cannot be read.
+    """
+    return parse_file(Path(path).read_bytes(), path)
+
+
+def parse_file(content: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON data of the content of a file; the path is for messages.
+
+    Raises:
+        ScalesFileError: as for `read_file`.
     """
     try:
-        with safe_open(os.fspath(path), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")  # of the header, which `load` does not give back
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
         data = json.loads(metadata.get(_KEY, "null"))
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ScalesFileError(f"{path}: not a whole safetensors file ({error}); save it again") from error
     if not isinstance(data, dict):
         raise ScalesFileError(f"{path}: a safetensors file, but not one that cptv_ao wrote (it lacks its metadata)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.fx import GraphModule
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import FloatModelMismatchError, NonFiniteError
-from cptv_ao.evaluator import Evaluator, first_floating, run, teacher_outputs
+from cptv_ao.evaluator import Evaluator, batch_loss, first_floating, run, teacher_outputs
 from cptv_ao.losses import get_loss
 from cptv_ao.report import Losses
+from cptv_ao.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,35 @@ class Images:
     targets: tuple[Tensor, ...]
 
     @staticmethod
-    def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig) -> Images:
+    def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig, world: World = ALONE) -> Images:
         """Run the teacher once."""
-        return Images(tuple(batches), tuple(teacher_outputs(teacher, batches, config.output or first_floating)))
+        targets = teacher_outputs(teacher, batches, config.output or first_floating, world)
+        return Images(tuple(batches), tuple(targets))
 
 
 class Scoring:
     """Evaluators of one model on the search images and, where there are any, on the held-out ones.
+
+    Args:
+        model: the one that is scored.
+        search, holdout: images of all ranks.
+        config: for the loss.
+        world: the ranks that share the batches.
 
     Raises:
         FloatModelMismatchError: the model's output has another shape than the teacher's.
         NonFiniteError: the model's output is NaN or infinite.
     """
 
-    def __init__(self, model: GraphModule, search: Images, holdout: Images, config: RefineConfig) -> None:
-        self.search = _evaluator(model, search, config)
-        self.holdout = _evaluator(model, holdout, config) if holdout.batches else None
+    def __init__(
+        self, model: GraphModule, search: Images, holdout: Images, config: RefineConfig, world: World = ALONE
+    ) -> None:
+        self.search = _evaluator(model, search, config, world)
+        self.holdout = _evaluator(model, holdout, config, world) if holdout.batches else None
 
     @property
     def image_forwards(self) -> int:
-        """Images scored so far."""
+        """Images scored so far by this rank."""
         return self.search.image_forwards + (self.holdout.image_forwards if self.holdout else 0)
 
     def losses(self) -> Losses:
@@ -54,10 +65,12 @@ class Scoring:
         return Losses(self.search.score(), None if self.holdout is None else self.holdout.score())
 
 
-def _evaluator(model: GraphModule, images: Images, config: RefineConfig) -> Evaluator:
+def _evaluator(model: GraphModule, images: Images, config: RefineConfig, world: World) -> Evaluator:
     select, loss = config.output or first_floating, get_loss(config.loss, config.temperature)
-    evaluator = Evaluator(model, images.batches, images.targets, loss, select, config.cache_bytes)
-    for index, (output, target) in enumerate(zip(evaluator.outputs(), images.targets, strict=True)):
+    evaluator = Evaluator(model, images.batches, images.targets, loss, select, config.cache_bytes, world)
+    mine = [index for index in range(len(images.batches)) if world.mine(index)]
+    for index, output in zip(mine, evaluator.outputs(), strict=True):
+        target = images.targets[index]
         if output.shape != target.shape:
             raise FloatModelMismatchError(
                 f"float_model: expected outputs of shape {tuple(output.shape)} as the quantized model gives on batch "
@@ -74,13 +87,19 @@ class Shipped:
     Args:
         model: whose scales change between calls.
         make: gives what is run.
-        search, holdout: as for `Scoring`.
+        search, holdout, config, world: as for `Scoring`.
     """
 
     def __init__(
-        self, model: GraphModule, make: Callable[[Any], Any], search: Images, holdout: Images, config: RefineConfig
+        self,
+        model: GraphModule,
+        make: Callable[[Any], Any],
+        search: Images,
+        holdout: Images,
+        config: RefineConfig,
+        world: World = ALONE,
     ) -> None:
-        self._model, self._make = model, make
+        self._model, self._make, self._world = model, make, world
         self._search, self._holdout = search, holdout
         self._select, self._loss = config.output or first_floating, get_loss(config.loss, config.temperature)
 
@@ -92,8 +111,12 @@ class Shipped:
             return Losses(self._mean(made, self._search), held_out)
 
     def _mean(self, made: Callable[..., Any], images: Images) -> float:
-        total = 0.0
+        table = torch.zeros(len(images.batches), dtype=torch.float64)
         for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
-            output = self._select(run(made, batch, index)).flatten(1)
-            total += float(self._loss(output, target)) * batch.images
-        return total / sum(batch.images for batch in images.batches)
+            if self._world.mine(index):
+                output = partial(self._output, made, batch, index)
+                table[index] = batch.images * batch_loss(self._loss, output, target)
+        return float(self._world.sum(table).sum()) / sum(batch.images for batch in images.batches)
+
+    def _output(self, made: Callable[..., Any], batch: Batch, index: int) -> Tensor:
+        return self._select(run(made, batch, index)).flatten(1)

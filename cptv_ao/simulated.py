@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
-import torch
-
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.config import RefineConfig
-from cptv_ao.errors import CalibrationDataError
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status
 from cptv_ao.scoring import Images, Scoring, Shipped
 from cptv_ao.sites import ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin.simulation import SimulatedBackend
+from cptv_ao.world import World
 
 
 class SimulatedProposer(Proposer):
@@ -38,8 +35,9 @@ class SimulatedProposer(Proposer):
         groups: Mapping[str, tuple[ScaleSite, ...]],
         images: Images,
         config: RefineConfig,
+        world: World,
     ) -> None:
-        super().__init__(backend, groups, images.batches, images.targets, config)
+        super().__init__(backend, groups, images.batches, images.targets, config, world)
         self._simulated = simulated
 
     def _limited(self) -> list[str]:
@@ -88,7 +86,7 @@ def confirmed(
         return replace(found, before=before, after=before, notes=(*found.notes, told))
     given = backend.snapshot()
     simulated.commit()
-    after = _losses(kernels)
+    after = kernels.losses()
     worse = not after.search <= before.search
     if after.holdout is not None and before.holdout is not None:
         worse = worse or not after.holdout <= before.holdout
@@ -99,12 +97,3 @@ def confirmed(
     told += f"; rejected: on the kernels it went from {before.search:.5g} to {after.search:.5g}{held_out}"
     notes = (*found.notes, told + "; the default score_on='kernels' searches there")
     return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)
-
-
-def _losses(kernels: Scoring | Shipped) -> Losses:
-    try:
-        return kernels.losses()
-    except (RuntimeError, CalibrationDataError):
-        if torch.backends.quantized.engine != "qnnpack":
-            raise
-        return Losses(math.inf, None)  # its add refuses inputs whose scales are too far apart, when it runs

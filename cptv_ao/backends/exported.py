@@ -25,6 +25,13 @@ def is_exported(model: nn.Module) -> bool:
     return isinstance(model, GraphModule) and any(_is_op(node, "") for node in model.graph.nodes)
 
 
+def takes_fixed_batch(model: GraphModule) -> bool:
+    """Whether a graph was exported for one number of images, the first dimension of its inputs."""
+    examples = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
+    sizes = [example.shape[0] for example in examples if isinstance(example, Tensor) and example.dim()]
+    return is_exported(model) and bool(sizes) and all(isinstance(size, int) for size in sizes)
+
+
 def scan_exported(model: GraphModule) -> Found:
     """List the sites of a PT2E graph, in graph order. Code ranges are those of the nodes, which enforce them."""
     sites: dict[str, ScaleSite] = {}

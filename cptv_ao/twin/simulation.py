@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,4 +106,4 @@ class SimulatedBackend:
     def batch(self, batch: Batch) -> Batch:
         """A batch on the twin's device."""
         device = self.twin.device
-        return Batch(moved(batch.args, device), moved(batch.kwargs, device), batch.images)
+        return replace(batch, args=moved(batch.args, device), kwargs=moved(batch.kwargs, device))
