@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -305,3 +307,21 @@ def test_what_the_ranks_tell_each_other(tmp_path: Path) -> None:
             return same, words, nothing, empty, most, world.first(7.5 if rank == 0 else 9.5)
 
     assert together(3, work, tmp_path) == [(True, b"\0\x80words", None, b"", (2.0, 0.0), 7.5)] * 3
+
+
+# -- the example, as users start it -----------------------------------------------------------------------------------
+
+
+def test_torchrun_and_one_process_print_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="its network is of timm's blocks")
+    example = Path(__file__).parent.parent / "examples" / "distributed.py"
+    small = [str(example), "--steps", "3", "--evaluations", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    lines = []
+    for start in ([], torchrun):
+        done = subprocess.run([sys.executable, *start, *small], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        lines.append(sorted(line for line in done.stdout.split("\n") if line.startswith("rank ")))
+    alone, both = lines
+    assert both == [alone[0], alone[0].replace("rank 0", "rank 1")]
