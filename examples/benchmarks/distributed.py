@@ -2,9 +2,9 @@
 
     python examples/benchmarks/distributed.py
 
-Prints seconds per phase (teacher and first scoring, descent, block visits) and their ratios, the bytes that a rank
-sends per candidate and per step, and whether the scales are equal; then what the cost model of docs/distributed.md
-makes of the measured figures for more ranks. Weights are random: they make no difference to the seconds.
+Prints seconds per phase and their ratio beside what the cost model (`Cost`, explained in docs/distributed.md) says from
+the run of one rank alone; the bytes that a rank sends per candidate and per step; whether the scales are equal; then
+what the model says of vit_large with 10,000 images on 8 and on 64 GPUs. Weights are random: seconds do not care.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,97 @@ import torch.distributed as dist
 import cptv_ao
 
 PHASES = ("start", "descent", "visits")
+_WAVES = 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a refine by the number of ranks: what is shared, as far as it can be, and what each rank does alone.
+
+    Attributes:
+        alone: seconds per phase that every rank spends (probes for saturation, building the twin, Adam, reading data).
+        scored: seconds of forwards on the kernels (or the twin) per phase, on one rank.
+        steps: seconds inside the steps of the descent, on one rank.
+        batches: search batches of the loader.
+        parts: parts of a step.
+        exchanges: all-reduces per phase, and `latency` seconds each.
+        sent: bytes that a rank sends per phase, at `bandwidth` bytes per second.
+    """
+
+    alone: dict[str, float]
+    scored: dict[str, float]
+    steps: float
+    batches: int
+    parts: int
+    exchanges: dict[str, float]
+    sent: dict[str, float]
+    latency: float
+    bandwidth: float
+
+    def seconds(self, ranks: int) -> dict[str, float]:
+        """By phase."""
+        wave = math.ceil(self.batches / _WAVES)
+        shares = {"start": _share(self.batches, ranks), "descent": _share(wave, ranks), "visits": _share(wave, ranks)}
+        found = {}
+        for phase in PHASES:
+            shared = self.scored[phase] * shares[phase]
+            shared += self.steps * _share(self.parts, ranks) if phase == "descent" else 0.0
+            talk = self.exchanges[phase] * self.latency * math.ceil(math.log2(ranks)) if ranks > 1 else 0.0
+            talk += 2 * self.sent[phase] / self.bandwidth if ranks > 1 else 0.0  # a ring sends each byte twice
+            found[phase] = self.alone[phase] + shared + talk
+        return found
+
+
+def _share(units: int, ranks: int) -> float:
+    """The most that a rank does of so many equal units of work."""
+    return math.ceil(units / ranks) / units
+
+
+class Watch:
+    """Counts seconds inside forwards and steps, and what is given to all-reduce, from one event to the next."""
+
+    def __init__(self) -> None:
+        self.now = {"scored": 0.0, "steps": 0.0, "calls": 0.0, "bytes": 0.0}
+        self.marks: list[tuple[str, float, dict[str, float]]] = []
+        from cptv_ao import scoring
+        from cptv_ao.evaluator import Evaluator
+        from cptv_ao.gradient import GradientDescent
+
+        self._timed(Evaluator, "_output", "scored")
+        self._timed(Evaluator, "enter", "scored")
+        self._timed(GradientDescent, "_step", "steps")
+        self._timed(scoring, "teacher_outputs", "scored")
+        inner = dist.all_reduce
+
+        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.now["calls"] += 1
+            self.now["bytes"] += tensor.numel() * tensor.element_size()
+            return inner(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+
+    def _timed(self, owner: Any, name: str, kind: str) -> None:
+        inner = getattr(owner, name)
+        depth = 0
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            started = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                depth -= 1
+                if depth == 0:
+                    self.now[kind] = self.now.get(kind, 0.0) + time.perf_counter() - started
+
+        setattr(owner, name, timed)
+
+    def __call__(self, event: cptv_ao.Event) -> None:
+        self.mark(event.kind)
+
+    def mark(self, kind: str) -> None:
+        self.marks.append((kind, time.perf_counter(), dict(self.now)))
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -36,7 +128,6 @@ def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    talk = _Talk()
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=1000).eval()
     batches = list(torch.randn(args.batches * args.batch, 3, 224, 224).split(args.batch))
@@ -44,54 +135,74 @@ def worker(args: argparse.Namespace) -> None:
     config = cptv_ao.RefineConfig(
         gradient_steps=args.steps, passes=1, evaluations=args.evaluations, population=(), include=args.include
     )
-    marks: list[tuple[str, float, int, int, int]] = []
-
-    def watch(event: cptv_ao.Event) -> None:
-        marks.append((event.kind, time.monotonic(), event.evaluations, talk.calls, talk.bytes))
-
+    watch = Watch()
     if dist.is_initialized():
         dist.barrier()
-    started = time.monotonic()
+    watch.mark("begin")
     cptv_ao.refine(quantized, batches, float_model=model, config=config, callback=watch, progress=False)
-    ended = time.monotonic()
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(args.worker).write_text(json.dumps({
-            "marks": marks, "started": started, "ended": ended,
-            "scales": [cptv_ao.report(quantized).to_dict()["moves"], float(quantized(batches[0]).sum())],
-        }))  # fmt: skip
+        scales = [cptv_ao.report(quantized).to_dict()["moves"], float(quantized(batches[0]).sum())]
+        Path(args.worker).write_text(json.dumps({"marks": watch.marks, "scales": scales}))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class _Talk:
-    """Counts what this rank gives to all-reduce."""
-
-    def __init__(self) -> None:
-        self.calls = self.bytes = 0
-        inner = dist.all_reduce
-
-        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            self.bytes += tensor.numel() * tensor.element_size()
-            return inner(tensor, *args, **kwargs)
-
-        dist.all_reduce = counted
-
-
-def phases(found: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the start, of the descent with its proposals, and of the block visits."""
+def phases(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Per phase what was counted in it, and its seconds: the start, the descent with its proposals, the visits."""
     marks = found["marks"]
     first = next(i for i, mark in enumerate(marks) if mark[0] == "candidate")
-    steps = [mark for mark in marks[:first] if mark[0] == "step"]
-    spans = (steps[0][1] - found["started"], marks[first - 1][1] - steps[0][1], marks[-1][1] - marks[first - 1][1])
-    return dict(zip(PHASES, spans, strict=True))
+    step = next(i for i, mark in enumerate(marks) if mark[0] == "step")
+    ends = (marks[0], marks[step], marks[first - 1], marks[-1])
+    spans = {}
+    for phase, a, b in zip(PHASES, ends, ends[1:], strict=False):
+        spans[phase] = {kind: b[2][kind] - a[2].get(kind, 0.0) for kind in b[2]} | {"seconds": b[1] - a[1]}
+    return spans
 
 
-def bytes_per(found: dict[str, Any], kind: str) -> float:
-    """Median bytes that a rank sends from one event of a kind to the next of the same kind."""
-    pairs = zip(found["marks"], found["marks"][1:], strict=False)
-    sent = sorted(b[4] - a[4] for a, b in pairs if a[0] == b[0] == kind)
-    return sent[len(sent) // 2] if sent else math.nan
+def cost(one: dict[str, dict[str, float]], two: dict[str, dict[str, float]], args: argparse.Namespace) -> Cost:
+    """Of the run of one rank; what is sent, and the seconds of an exchange, are those of two."""
+    search = args.batches - max(1, round(0.2 * args.batches))
+    scored = {phase: one[phase]["scored"] for phase in PHASES}
+    steps = one["start"]["steps"] + one["descent"]["steps"]
+    alone = {phase: one[phase]["seconds"] - scored[phase] - one[phase]["steps"] for phase in PHASES}
+    alone["start"] += one["start"]["steps"]  # the first step, which ends the start
+    return Cost(
+        alone=alone,
+        scored=scored,
+        steps=steps - one["start"]["steps"],
+        batches=search,
+        parts=max(1, round(args.batch * 3 * 224 * 224 / 2**20)),
+        exchanges={phase: two[phase]["calls"] for phase in PHASES},
+        sent={phase: two[phase]["bytes"] for phase in PHASES},
+        latency=args.latency,
+        bandwidth=1e9,
+    )
+
+
+def vit_large(images: int = 10_000, batch: int = 32, candidates: int = 960, steps: int = 600) -> Cost:
+    """vit_large on GPUs, by assumption: 100 images forward, 33 forward and backward per second and GPU.
+
+    A candidate runs half of the network on average; three of four are dropped after the first of eight waves.
+    """
+    search = round(0.8 * images / batch)
+    tail = 0.5 * (0.25 + 0.75 / _WAVES) * 0.8 * images / 100
+    scales = 24 * (3072 + 1024 + 4096 + 1024) + 2024
+    parts = max(1, round(batch * 3 * 224 * 224 / 2**20))
+    return Cost(
+        alone={"start": 120.0, "descent": 60.0, "visits": 0.002 * candidates},
+        scored={"start": 3 * images / 100, "descent": 8 * 0.8 * images / 100, "visits": candidates * tail},
+        steps=steps * batch / 33,
+        batches=search,
+        parts=parts,
+        exchanges={"start": 20, "descent": 5.0 * steps, "visits": candidates * (1 + 2 * (0.25 * _WAVES + 0.75))},
+        sent={
+            "start": 4.0 * 1000 * images,
+            "descent": steps * 4.0 * (batch * 1000 + parts * scales),
+            "visits": candidates * 8.0 * search,
+        },
+        latency=1e-4,
+        bandwidth=1e9,
+    )
 
 
 def run(ranks: int, args: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -114,32 +225,44 @@ def main() -> None:
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--evaluations", type=int, default=10)
     parser.add_argument("--include", nargs="+", default=["blocks.0.*", "blocks.6.*"])
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--latency", type=float, default=2e-4, help="seconds of an all-reduce of a few numbers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.include = tuple(args.include)
     if args.worker:
         worker(args)
         return
-    rows = []
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.repeat):  # interleaved: the machine may be busier at one time than at another
             alone, two = run(1, args, folder), run(2, args, folder)
-            equal = alone["scales"] == two["scales"]
-            rows.append((phases(alone), phases(two), alone["ended"] - alone["started"], two["ended"] - two["started"]))
-            print(f"scales equal: {equal}; {len(alone['marks'])} events", flush=True)
-    print(f"\n{args.model}, {args.batches} batches of {args.batch}, one thread per rank, {args.repeat} runs")
-    print(f"{'phase':<10} {'1 rank, s':>10} {'2 ranks, s':>11} {'ratio':>7}")
-    for phase in PHASES:
-        one, both = (min(row[i][phase] for row in rows) for i in (0, 1))
-        print(f"{phase:<10} {one:>10.1f} {both:>11.1f} {one / both:>7.2f}")
-    one, both = (min(row[i] for row in rows) for i in (2, 3))
-    print(f"{'all':<10} {one:>10.1f} {both:>11.1f} {one / both:>7.2f}")
-    for kind in ("candidate", "step"):
-        print(f"bytes that a rank sends per {kind}: {bytes_per(two, kind):,.0f}")
+            runs.append((phases(alone), phases(two)))
+            print(f"scales equal: {alone['scales'] == two['scales']}; {len(alone['marks'])} events", flush=True)
+    one, both = (min((r[i] for r in runs), key=lambda p: sum(v["seconds"] for v in p.values())) for i in (0, 1))
+    model = cost(one, both, args)
+    print(f"\n{args.model}, {args.batches} batches of {args.batch}, one thread per rank, best of {args.repeat} runs")
+    print(f"{'phase':<10} {'1 rank, s':>10} {'2 ranks, s':>11} {'ratio':>7} {'model, s':>9} {'ratio':>7}")
+    rows = [(phase, one[phase]["seconds"], both[phase]["seconds"], model.seconds(2)[phase]) for phase in PHASES]
+    for name, first, second, told in [*rows, ("all", *(sum(row[i] for row in rows) for i in (1, 2, 3)))]:
+        print(f"{name:<10} {first:>10.1f} {second:>11.1f} {first / second:>7.2f} {told:>9.1f} {first / told:>7.2f}")
+    candidates = sum(mark[0] == "candidate" for mark in two["marks"])
+    print(f"bytes that a rank sends per candidate: {both['visits']['bytes'] / candidates:,.0f}")
+    print(f"bytes that a rank sends per step: {both['descent']['bytes'] / max(1, args.steps - 1):,.0f}")
+    print("\nvit_large, 10,000 images, by the model (assumptions in `vit_large`)")
+    print(f"{'ranks':>5} " + "".join(f"{phase + ', s':>12}" for phase in PHASES) + f"{'all, s':>12} {'speed-up':>9}")
+    for batch in (32, 128):
+        print(f"batches of {batch}")
+        whole = sum(vit_large(batch=batch).seconds(1).values())
+        for ranks in (1, 8, 64):
+            found = vit_large(batch=batch).seconds(ranks)
+            cells = "".join(f"{found[phase]:>12,.0f}" for phase in PHASES)
+            print(
+                f"{ranks:>5} {cells}{sum(found.values()):>12,.0f} {whole / sum(found.values()):>9.1f}  batches of {batch}"
+            )
 
 
 if __name__ == "__main__":
