@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,11 +23,37 @@ from cptv_ao.data import Batch
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.loop import Loop, Position
 from cptv_ao.report import BlockResult, Losses
-from cptv_ao.saved import read_file, write_file
+from cptv_ao.saved import read_file, sweep, write_file
 from cptv_ao.sites import QParams
 
 # Settings that say when to stop, or where things are held: a search may go on with others.
 _FREE = {"max_seconds", "max_evaluations", "cache_bytes", "accept_on"}
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no checkpoint can be written to, before hours are spent.
+
+    Raises:
+        OSError: the folder is not there, is none, or nothing can be written in it.
+        TypeError: this is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"checkpoint: expected a path, got {type(path).__name__}")
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"checkpoint: expected the path of a file, got the folder {target}; add a file name")
+    if not target.parent.exists():
+        raise FileNotFoundError(f"checkpoint: the folder {target.parent} does not exist; create it first")
+    if not target.parent.is_dir():
+        raise NotADirectoryError(f"checkpoint: expected a file in a folder, {target.parent} is none")
+    try:
+        sweep(target)
+        with tempfile.TemporaryFile(dir=target.parent) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"checkpoint: cannot write in its folder ({error.strerror})", str(target.parent)
+        ) from error
 
 
 class Checkpoint:
@@ -36,24 +63,31 @@ class Checkpoint:
         path: of the file.
         backend: of the model as it was given.
         config, batches: of the search.
+
+    Raises:
+        ScalesFileError: the file is there, and is damaged, or of another model, config or data; the difference is
+            named.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], backend: Backend, config: RefineConfig, batches: Iterable[Batch]
     ) -> None:
         self._path = Path(path)
+        found = read_file(self._path) if self._path.exists() else None  # what is damaged is told before all else
         self._fingerprint = {"model": _of_model(backend), "config": _of_config(config), "data": _of_data(batches)}
+        if found is not None:
+            self._check(found[1].get("fingerprint"))
+        self._found = found
 
     def resume(self, loop: Loop) -> bool:
-        """Bring a search to where the file left it; False where there is no file.
+        """Bring a search to where the file left it; False where there was no file.
 
         Raises:
-            ScalesFileError: the file is damaged, or of another model, config or data; the difference is named.
+            ScalesFileError: the file does not hold the state of a search.
         """
-        if not self._path.exists():
+        if self._found is None:
             return False
-        tensors, data = read_file(self._path)
-        self._check(data.get("fingerprint"))
+        tensors, data = self._found
         try:
             _apply(loop, tensors, data)
         except (KeyError, TypeError, ValueError) as error:
@@ -61,9 +95,18 @@ class Checkpoint:
         return True
 
     def save(self, loop: Loop) -> None:
-        """Write where a search is."""
+        """Write where a search is.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
         tensors, data = _capture(loop)
-        write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
+        try:
+            write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
+        except OSError as error:
+            kept = "what it held before is whole: make room and call again" if self._path.exists() else "it is not there"
+            told = f"checkpoint: cannot be written ({error.strerror}); {kept}"
+            raise type(error)(error.errno, told, str(self._path)) from error
 
     def _check(self, saved: Any) -> None:
         if not isinstance(saved, dict):
