@@ -104,8 +104,9 @@ class Checkpoint:
         try:
             write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
         except OSError as error:
-            kept = "what it held before is whole: make room and call again" if self._path.exists() else "it is not there"
-            told = f"checkpoint: cannot be written ({error.strerror}); {kept}"
+            told = f"checkpoint: cannot be written ({error.strerror})"
+            if self._path.exists():
+                told += "; what was saved before is whole: make room, and call again to go on from there"
             raise type(error)(error.errno, told, str(self._path)) from error
 
     def _check(self, saved: Any) -> None:

@@ -38,6 +38,12 @@ def saving_notes(model: GraphModule) -> list[str]:
             f"saving: a state_dict does not hold the scale of {_named(forgotten)}: save with torch.jit.trace, or the "
             "scales with save_scales / load_scales"
         )
+    strings = [node.name for node in model.graph.nodes if isinstance(node.type, str)]
+    if strings:
+        notes.append(
+            "saving: torch.jit.script cannot read annotations that are strings (from __future__ import annotations) "
+            f"of {_named(strings)}: torch.jit.trace needs none"
+        )
     packed = [name for name, value in model.state_dict().items() if _is_packed_on_root(name, value)]
     if packed:
         notes.append(
