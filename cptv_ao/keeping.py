@@ -63,7 +63,7 @@ def _survives_pickle(module: nn.Module) -> bool:
         return True
     made = kind.__new__(kind)
     try:
-        made.__setstate__(module.__getstate__())
+        made.__setstate__(module.__getstate__())  # type: ignore[no-untyped-call]
     except AttributeError:
         return False
     return "_modules" in vars(made)
