@@ -4,7 +4,7 @@
 
 A kill counts when it ended a process that was inside refine. The model is made once; each attempt is a fork, which
 torch allows here because the parent has one thread only (it is checked). Every fifth kill waits for the sight of a
-half-written checkpoint. How many blocks an attempt may search before it is killed, and the moment after them, are drawn.
+half-written checkpoint. How many blocks an attempt may search, and the moment after them, are drawn.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def run(kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
         half, (position, visited) = bool(search.half_written()), search.position("killed")
         written += half
         moved += visited > before
-        print(f"kill {number}: {seconds:.3f} s after {blocks} blocks, {position}{', while it was written' if half else ''}", flush=True)
+        where = f"{position}{', while it was written' if half else ''}"
+        print(f"kill {number}: {seconds:.3f} s after {blocks} blocks, {where}", flush=True)
     resumed += search.position("killed")[1] >= 0
     search.finish("killed")
     ends = {name: load_file(folder / f"{name}.scales") for name in ("whole", "killed")}
