@@ -88,6 +88,7 @@ class Checkpoint:
         if self._found is None:
             return False
         tensors, data = self._found
+        self._found = None  # its tensors hold the file open
         try:
             _apply(loop, tensors, data)
         except (KeyError, TypeError, ValueError) as error:

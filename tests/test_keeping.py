@@ -30,7 +30,7 @@ class Plain(nn.Module):
         self.conv1, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.conv2, self.fc = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 5)
 
-    def forward(self, x):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def forward(self, x):  # type: ignore[no-untyped-def]
         x = torch.relu(self.bn(self.conv1(x)))
         return self.fc((x + self.conv2(x)).mean((2, 3)))
 
