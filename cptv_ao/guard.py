@@ -16,6 +16,12 @@ from torch.fx import GraphModule
 from cptv_ao.backends import reference
 from cptv_ao.backends.backend import Backend
 
+# How the warnings begin that torch gives in every forward of a quantized model.
+_FLOODS = (
+    r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other",
+    "All inputs of this cat operator must share",
+)
+
 
 @contextmanager
 def restored_on_error(model: GraphModule, backend: Backend) -> Iterator[None]:
@@ -66,12 +72,14 @@ def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def without_torch_floods() -> Iterator[None]:
-    """Inside, torch does not warn that quantized tensors are deprecated: hundreds of times in a refine.
+    """Inside, torch does not say at each forward that quantized tensors are deprecated, and cats not tied.
 
-    The user's own filters are as they were afterwards, and hold for all other warnings meanwhile.
+    That is hundreds of times in a refine. The user's own filters are as they were afterwards, and hold for all other
+    warnings meanwhile.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor, torch\.quantize_per_channel and", UserWarning)
+        for start in _FLOODS:
+            warnings.filterwarnings("ignore", start, UserWarning)
         yield
 
 

@@ -232,9 +232,50 @@ def test_the_scale_of_a_softmax_is_lost_in_a_state_dict() -> None:
     assert not same_bits(other.converted(case.batches[0]), wanted)
 
 
+def test_torch_export_does_not_take_packed_weights() -> None:
+    case = made(Linears)
+    refined(case)
+    with pytest.raises(AttributeError, match="__obj_flatten__"):
+        torch.export.export(case.converted, (case.batches[0],))
+
+
 def test_a_note_does_not_touch_the_model(case: Case) -> None:
     from cptv_ao.keeping import saving_notes
 
     given = everything(case.converted)
     saving_notes(case.converted)
     assert everything(case.converted) == given
+
+
+def with_dynamic_head(qconfig: Any) -> Case:
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    float_model = nets.seeded(Linears)
+    batches = list(nets.images(16, 6).split(4))
+    prepared = prepare_fx(copy.deepcopy(float_model), nets.mapping(3).set_module_name("fc2", qconfig), (batches[0],))
+    for batch in batches:
+        prepared(batch)
+    return Case(float_model, prepared, convert_fx(prepared), batches)
+
+
+@pytest.mark.parametrize("qconfig", ["default", "per_channel", "float16"])
+def test_models_with_dynamic_layers_are_refined_and_kept(qconfig: str, tmp_path: Path) -> None:
+    case = with_dynamic_head(getattr(torch.ao.quantization, f"{qconfig}_dynamic_qconfig"))
+    fresh = copy.deepcopy(case.converted)
+    wanted = refined(case)
+    cptv_ao.save_scales(case.converted, tmp_path / "scales")
+    assert same_bits(cptv_ao.load_scales(fresh, tmp_path / "scales")(case.batches[0]), wanted)
+    told = cptv_ao.find_sites(case.converted)
+    assert ("fc2.weight (Linear, in float)" in told.weight_only) == (qconfig == "float16")
+
+
+def test_scales_of_another_dynamic_layer_are_refused(tmp_path: Path) -> None:
+    case = with_dynamic_head(torch.ao.quantization.default_dynamic_qconfig)
+    cptv_ao.save_scales(case.converted, tmp_path / "scales")
+    weight, bias = case.converted.fc2._weight_bias()
+    other = torch.quantize_per_tensor(weight.dequantize(), 2 * weight.q_scale(), 0, torch.qint8)
+    case.converted.fc2.set_weight_bias(other, bias)
+    given = weights(case.converted)
+    with pytest.raises(cptv_ao.ScalesFileError, match=r"another model: fc2\.weight has other scales there"):
+        cptv_ao.load_scales(case.converted, tmp_path / "scales")
+    assert weights(case.converted) == given
