@@ -7,6 +7,7 @@ and the losses, beside fingerprints of the model, the config and the data. Safet
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,35 @@ from torch import Tensor
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.loop import Loop, Position
 from cptv_ao.report import BlockResult, Losses
-from cptv_ao.saved import parse_file, write_file
+from cptv_ao.saved import parse_file, sweep, write_file
 from cptv_ao.sites import QParams
 from cptv_ao.world import ALONE, World
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no checkpoint can be written to, before hours are spent.
+
+    Raises:
+        OSError: the folder is not there, is none, or nothing can be written in it.
+        TypeError: this is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"checkpoint: expected a path, got {type(path).__name__}")
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"checkpoint: expected the path of a file, got the folder {target}; add a file name")
+    if not target.parent.exists():
+        raise FileNotFoundError(f"checkpoint: the folder {target.parent} does not exist; create it first")
+    if not target.parent.is_dir():
+        raise NotADirectoryError(f"checkpoint: expected a file in a folder, {target.parent} is none")
+    try:
+        sweep(target)
+        with tempfile.TemporaryFile(dir=target.parent) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"checkpoint: cannot write in its folder ({error.strerror})", str(target.parent)
+        ) from error
 
 
 class Checkpoint:
@@ -30,23 +57,30 @@ class Checkpoint:
         path: of the file.
         prints: fingerprint of the search, see `cptv_ao.fingerprint`.
         world: the ranks of the search; the file is rank 0's, and no other rank needs to see it.
+
+    Raises:
+        ScalesFileError: the file is there, and is damaged, or of another model, config or data; the difference is
+            named.
     """
 
     def __init__(self, path: str | os.PathLike[str], prints: Mapping[str, Any], world: World = ALONE) -> None:
         self._path, self._world, self._fingerprint = Path(path), world, dict(prints)
+        here = world.rank == 0 and self._path.exists()
+        content = world.bytes_from_first(self._path.read_bytes() if here else None)
+        self._found = None if content is None else parse_file(content, self._path)
+        if self._found is not None:
+            self._check(self._found[1].get("fingerprint"))
 
     def resume(self, loop: Loop) -> bool:
-        """Bring a search to where the file left it; False where there is no file.
+        """Bring a search to where the file left it; False where there was no file.
 
         Raises:
-            ScalesFileError: the file is damaged, or of another model, config or data; the difference is named.
+            ScalesFileError: the file does not hold the state of a search.
         """
-        here = self._world.rank == 0 and self._path.exists()
-        content = self._world.bytes_from_first(self._path.read_bytes() if here else None)
-        if content is None:
+        if self._found is None:
             return False
-        tensors, data = parse_file(content, self._path)
-        self._check(data.get("fingerprint"))
+        tensors, data = self._found
+        self._found = None
         try:
             _apply(loop, tensors, data)
         except (KeyError, TypeError, ValueError) as error:
@@ -54,11 +88,21 @@ class Checkpoint:
         return True
 
     def save(self, loop: Loop) -> None:
-        """Write where a search is."""
+        """Write where a search is.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
         if self._world.rank:
             return
         tensors, data = _capture(loop)
-        write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
+        try:
+            write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
+        except OSError as error:
+            told = f"checkpoint: cannot be written ({error.strerror})"
+            if self._path.exists():
+                told += "; what was saved before is whole: make room, and call again to go on from there"
+            raise type(error)(error.errno, told, str(self._path)) from error
 
     def _check(self, saved: Any) -> None:
         if not isinstance(saved, dict):

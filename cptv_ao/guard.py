@@ -1,10 +1,11 @@
-"""Leaving the user's model as it came: after an exception altogether, after success in all but its scales."""
+"""Leaving what is the user's as it came: the model after an exception, signal handlers, training flags, filters."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,12 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends import reference
 from cptv_ao.backends.backend import Backend
+
+# How the warnings begin that torch gives in every forward of a quantized model.
+_FLOODS = (
+    r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other",
+    "All inputs of this cat operator must share",
+)
 
 
 @contextmanager
@@ -61,6 +68,19 @@ def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def without_torch_floods() -> Iterator[None]:
+    """Inside, torch does not say at each forward that quantized tensors are deprecated, and cats not tied.
+
+    That is hundreds of times in a refine. The user's own filters are as they were afterwards, and hold for all other
+    warnings meanwhile.
+    """
+    with warnings.catch_warnings():
+        for start in _FLOODS:
+            warnings.filterwarnings("ignore", start, UserWarning)
+        yield
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported, takes_fixed_batch
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.blocks import find_blocks
-from cptv_ao.checkpoint import Checkpoint
+from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
 from cptv_ao.fingerprint import fingerprint
-from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt
+from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
+from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Callback, Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
@@ -72,7 +73,8 @@ def find_sites(model: GraphModule) -> SiteTable:
     Raises:
         UnsupportedModelError: the model is not converted, or holds no quantized op.
     """
-    return Backend(lower(model) if is_reference(model) else model).sites
+    with without_torch_floods():
+        return Backend(lower(model) if is_reference(model) else model).sites
 
 
 def refine(
@@ -120,6 +122,8 @@ def refine(
         CalibrationDataError: the loader is empty or gives something that the model cannot run on.
         NonFiniteError: scales or outputs of the model are NaN or infinite.
         ScalesFileError: the checkpoint is damaged, or of another model, config or data.
+        OSError: the checkpoint cannot be written. One that cannot be written at all is refused before any work; where
+            a disk fills up on the way, what was saved before is whole, and the next call goes on from it.
 
     Example:
         >>> quantized = convert_fx(prepared)                                          # doctest: +SKIP
@@ -129,7 +133,9 @@ def refine(
     config = RefineConfig() if config is None else config
     if not isinstance(config, RefineConfig):
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    with World.of(config.distributed) as world, torch.inference_mode(False), torch.no_grad():
+    with World.of(config.distributed) as world, torch.inference_mode(False), torch.no_grad(), without_torch_floods():
+        if checkpoint is not None and world.rank == 0:
+            check_path(checkpoint)
         backend = _backend(model, float_model, config)
         if not inplace:
             model = copy.deepcopy(model)
@@ -144,7 +150,7 @@ def refine(
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
-            model.meta[META_KEY] = report
+            model.meta[META_KEY] = replace(report, notes=(*report.notes, *saving_notes(model)))
             world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
     return model
 

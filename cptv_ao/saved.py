@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import ScalesFileError
+from cptv_ao.guard import without_torch_floods
 from cptv_ao.sites import QParams, ScaleSite
 
 _KEY, _VERSION = "cptv_ao", 1
+#: ending of a file that is being written; one that is left over is of a process that was killed
+_PARTIAL = ".partial"
 
 
 def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
@@ -36,13 +39,14 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
         UnsupportedModelError: the model is not quantized.
         OSError: the file cannot be written.
     """
-    backend = Backend(model)
-    tensors: dict[str, Tensor] = {}
-    for name, site in backend.sites.items():
-        qparams = backend.read(name)
-        tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = qparams.scale, qparams.zero_point
-        if site.kind == "weight" and not site.fixed:
-            tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
+    with without_torch_floods():
+        backend = Backend(model)
+        tensors: dict[str, Tensor] = {}
+        for name, site in backend.sites.items():
+            qparams = backend.read(name)
+            tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = qparams.scale, qparams.zero_point
+            if site.kind == "weight" and not site.fixed:
+                tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
     write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
 
 
@@ -62,35 +66,48 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         InvalidScaleError: a scale of the file is not finite or not > 0; the model is untouched.
     """
     tensors, data = read_file(path)
-    backend = Backend(model)
-    _same_sites(path, backend, data.get("sites"))
-    values: dict[str, tuple[QParams, Tensor | None]] = {}
-    for name, site in backend.sites.items():
-        values[name] = _value(path, backend, site, tensors)
-    before = backend.snapshot()
-    try:
-        for name, (qparams, codes) in values.items():
-            backend.write_exactly(name, qparams, codes)
-    except BaseException:
-        backend.restore_all(before)
-        raise
+    with without_torch_floods():
+        backend = Backend(model)
+        _same_sites(path, backend, data.get("sites"))
+        values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
+        before = backend.snapshot()
+        try:
+            for name, (qparams, codes) in values.items():
+                backend.write_exactly(name, qparams, codes)
+        except BaseException:
+            backend.restore_all(before)
+            raise
     return model
 
 
 def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-    """Write tensors and JSON data under a name, at once: write, fsync, rename."""
+    """Write tensors and JSON data under a name, at once: write, fsync, rename.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there before is as it was.
+    """
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    text = json.dumps({"version": _VERSION, **data})
+    # Written here and not by safetensors, whose errors are no OSError.
+    content = save({key: value.contiguous() for key, value in tensors.items()}, {_KEY: text})
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
     try:
-        text = json.dumps({"version": _VERSION, **data})
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {_KEY: text})
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Remove what processes left beside a file that were killed while they wrote it."""
+    target = Path(path)
+    for found in target.parent.iterdir():
+        if found.name.startswith(f".{target.name}.") and found.name.endswith(_PARTIAL):
+            found.unlink(missing_ok=True)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,6 +172,8 @@ def _value(
             raise ScalesFileError(f"{path}: {site.name}.{part}: expected {dtype} of shape {shape}, got {got}")
         found[part] = tensor
     qparams = QParams(found["scale"], found["zero_point"])
-    if not site.fixed:
+    if "codes" in wanted or site.kind == "activation":
         qparams.checked(site)
+    elif not torch.equal(backend.read(site.name).scale, qparams.scale):
+        raise ScalesFileError(f"{path} is of another model: {site.name} has other scales there ({site.fixed})")
     return qparams, found.get("codes")

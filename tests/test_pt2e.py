@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -222,6 +223,20 @@ def test_export_keeps_what_was_found(folded: GraphModule, float_model: nn.Module
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_state_dict_does_not_hold_its_activation_scales_and_the_report_says_so(
+    folded: GraphModule, float_model: nn.Module, tmp_path: Path
+) -> None:
+    fresh, again = copy.deepcopy(folded), copy.deepcopy(folded)
+    report = refine(folded, float_model)
+    assert any(move.kind == "activation" for move in report.moves)
+    fresh.load_state_dict(folded.state_dict())
+    assert not torch.equal(output(fresh), output(folded))
+    told = [note for note in report.notes if note.startswith("saving: the scales of activations are numbers")]
+    assert len(told) == 1 and "save_scales / load_scales" in told[0]
+    cptv_ao.save_scales(folded, tmp_path / "scales")
+    assert torch.equal(output(cptv_ao.load_scales(again, tmp_path / "scales")), output(folded))
+
+
 def test_the_refined_model_compiles(folded: GraphModule, float_model: nn.Module) -> None:
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # as torchao's documentation asks for
         report = refine(folded, float_model, accept_on=torch.compile, loss="mse")

@@ -72,16 +72,13 @@ class Backend:
     def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None) -> None:
         """Write qparams as they are, and the codes of a weight (int8), which are not rounded again.
 
-        What is there already, and what is fixed, is left alone.
+        What is there already is left alone, and so is a weight without codes (one that is fixed).
         """
         now = self.read(name)
         same = torch.equal(now.scale, qparams.scale) and torch.equal(now.zero_point, qparams.zero_point)
         site, home = self.sites[name], self._homes[name]
-        if site.fixed:
-            return
         if isinstance(home, WeightHome):
-            assert codes is not None
-            if not (same and torch.equal(home.weight().int_repr(), codes)):
+            if codes is not None and not (same and torch.equal(home.weight().int_repr(), codes)):
                 home.write_weight(codes, site, qparams)
         elif not same:
             home.write(qparams)

@@ -231,9 +231,12 @@ class _Scanner:
             self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
             return
         weight = home.weight()
+        if not weight.is_quantized:  # float16, of dynamic linears
+            self._weight_only.append(f"{name} ({op}, in float)")
+            return
         shape: tuple[int, ...]
         axis: int | None
-        if not weight.is_quantized or weight.dtype != torch.qint8:
+        if weight.dtype != torch.qint8:
             fixed = fixed or f"weights of dtype {weight.dtype} are not searched"
             shape, axis, qmin, qmax = (), None, 0, 0
         else:

@@ -260,9 +260,7 @@ def main() -> None:
         for ranks in (1, 8, 64):
             found = vit_large(batch=batch).seconds(ranks)
             cells = "".join(f"{found[phase]:>12,.0f}" for phase in PHASES)
-            print(
-                f"{ranks:>5} {cells}{sum(found.values()):>12,.0f} {whole / sum(found.values()):>9.1f}  batches of {batch}"
-            )
+            print(f"{ranks:>5} {cells}{sum(found.values()):>12,.0f} {whole / sum(found.values()):>9.1f}")
 
 
 if __name__ == "__main__":
