@@ -19,10 +19,11 @@ from cptv_ao.errors import (
     UnsupportedModelError,
 )
 from cptv_ao.loop import Event
-from cptv_ao.refine import find_sites, refine
+from cptv_ao.refine import refine
 from cptv_ao.report import Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.sources import find_sites
 
 if TYPE_CHECKING:
     from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
