@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cptv_ao.blocks import Block, blocks_by_path
 from cptv_ao.config import RefineConfig
+from cptv_ao.diagnose import diagnose
+from cptv_ao.diagnosis import Diagnosis
 from cptv_ao.errors import (
     CalibrationDataError,
     CptvError,
@@ -33,6 +35,7 @@ __all__ = [
     "CalibrationDataError",
     "CptvError",
     "CptvWarning",
+    "Diagnosis",
     "Event",
     "FloatModelMismatchError",
     "InvalidScaleError",
@@ -47,6 +50,7 @@ __all__ = [
     "Status",
     "UnsupportedModelError",
     "blocks_by_path",
+    "diagnose",
     "find_sites",
     "load_scales",
     "qconfig_mapping",
