@@ -8,6 +8,8 @@ from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 
 # Outputs this near to the float model's (in dB) leave nothing to gain.
 _NEAR = 25.0
+# A block stands out whose share is this many times the mean share.
+_STANDS_OUT = 1.5
 # Share of a block's part that one site must have to be named alone.
 _NEARLY_ALL, _MOST = 0.8, 0.5
 _CLIPS, _NARROW, _COARSE = 0.005, 0.3, 15.0
@@ -40,7 +42,8 @@ def _from_blocks(found: Diagnosis, refined: bool) -> list[str]:
     worst = next((block for block in found.blocks if block.share > 0), None)
     if worst is None:
         return [f"no block alone brings the loss down: {do}"]
-    if len(found.blocks) > 2 and worst.share < 1.5 / len(found.blocks):
+    shares = [block.share for block in found.blocks if not math.isnan(block.share)]
+    if len(shares) > 2 and worst.share < _STANDS_OUT * sum(shares) / len(shares):
         return [f"the loss comes from all blocks alike ({worst.name} is the worst with {percent(worst.share)}): {do}"]
     return [f"{worst.name} causes {percent(worst.share)} of the loss{_within(found, worst)}: {do}"]
 

@@ -53,9 +53,9 @@ def diagnose(
     where one block at a time computes in float: the table says which figure is which. Where the twin does not know an
     op, the float model's output of a block takes the place of the kernels' instead. The model is only read.
 
-    It takes the first 128 images (batches are read until these are there, so shuffle them) and costs about
-    `blocks / 2 + 16` forwards of the twin, each two or three times as long as the model's own: seconds for a small
-    network, minutes on one thread for a deit_tiny. Give fewer images to have it sooner.
+    It takes the first 128 images (of a PT2E graph whole batches until these are there), so shuffle them. It costs
+    about `blocks / 2 + 16` forwards of the twin, each two or three times as long as the model's own: seconds for a
+    small network, minutes on one thread for a deit_tiny. Give fewer images to have it sooner.
 
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned, refined or not.
@@ -82,7 +82,7 @@ def diagnose(
         backend = open_backend(model, float_model, config)
         backend.check_finite()
         sources = Sources.of(model, backend.model, float_model)
-        batches = _few(read_batches(calib_loader, _IMAGES))
+        batches = _few(read_batches(calib_loader, _IMAGES), backend)
         check_negatives(config, batches)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
@@ -206,13 +206,16 @@ def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Bat
     )
 
 
-def _few(batches: Sequence[Batch]) -> list[Batch]:
-    """The first images of what was read; whole batches, but for the last one, since a graph may want its batch size."""
+def _few(batches: Sequence[Batch], backend: Backend) -> list[Batch]:
+    """The first images of what was read; whole batches of a PT2E graph, which may want its batch size."""
+    if is_exported(backend.model):
+        return list(batches)
     kept: list[Batch] = []
+    left = _IMAGES
     for batch in batches:
-        left = _IMAGES - sum(b.images for b in kept)
-        if left >= batch.images or not kept:
-            kept.append(batch if batch.images <= _IMAGES else batch.rows(0, _IMAGES))
+        if not kept or min(batch.images, left) > 1:  # a loss may need more than one image
+            kept.append(batch.rows(0, min(batch.images, left)))
+            left -= kept[-1].images
     return kept
 
 
