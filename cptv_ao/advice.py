@@ -35,8 +35,8 @@ def advise(found: Diagnosis, refined: bool) -> tuple[str, ...]:
 
 def _from_blocks(found: Diagnosis, refined: bool) -> list[str]:
     near = found.sqnr is not None and found.sqnr >= _NEAR
-    if near and found.agreement in (None, 1.0):
-        what = "exactly those of the float model" if found.sqnr == math.inf else f"within {found.sqnr:.0f} dB of float"
+    if found.loss <= found.least or (near and found.agreement in (None, 1.0)):
+        what = "exactly those of the float model" if found.sqnr == math.inf else f"{found.sqnr or 0:.0f} dB from float"
         return [f"little to gain: {found.loss_name} is {found.loss:.3g} already, outputs are {what}"]
     do = "refine has been run already: what is left needs a longer search or more bits" if refined else "run refine"
     worst = next((block for block in found.blocks if block.share > 0), None)

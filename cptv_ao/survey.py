@@ -20,7 +20,7 @@ _MOVING = {
     "contiguous", "clone", "detach", "flatten", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view",
     "expand", "repeat", "chunk", "split", "unbind", "getitem", "getattr", "size", "cat", "stack", "narrow", "slice",
     "select", "to", "float", "pad", "roll", "dropout", "Dropout", "Identity", "Flatten", "copy", "zeros", "ones",
-    "unflatten", "Unflatten", "movedim", "new_zeros", "alias", "t", "expand_as", "view_as",
+    "reshape_as",    "unflatten", "Unflatten", "movedim", "new_zeros", "alias", "t", "expand_as", "view_as",
 }  # fmt: skip
 _LAYERS = {
     "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "linear",

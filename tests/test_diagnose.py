@@ -42,6 +42,13 @@ def vit_w8(_vit_w8: Case) -> Case:
     return _vit_w8.copy()
 
 
+@pytest.fixture(name="vit_w3")
+def _fewer_images(vit_w3: Case) -> Case:
+    """Half of them, to be quick."""
+    del vit_w3.batches[2:]
+    return vit_w3
+
+
 def diagnosed(case: Case, **arguments: Any) -> cptv_ao.Diagnosis:
     given = {"float_model": case.float_model, "progress": False} | arguments
     return cptv_ao.diagnose(case.converted, case.batches, **given)

@@ -144,10 +144,11 @@ def test_advice_where_no_block_stands_out(made: Diagnosis) -> None:
 
 def test_advice_where_nothing_is_to_be_gained(made: Diagnosis) -> None:
     near = replace(made, loss=1e-6, sqnr=41.0, agreement=1.0, findings=Findings())
-    assert advise(near, False) == ("little to gain: kl is 1e-06 already, outputs are within 41 dB of float",)
+    assert advise(near, False) == ("little to gain: kl is 1e-06 already, outputs are 41 dB from float",)
     exact = replace(near, loss=0.0, sqnr=math.inf, agreement=None)
     assert advise(exact, False) == ("little to gain: kl is 0 already, outputs are exactly those of the float model",)
     assert "causes 41 %" in advise(replace(near, agreement=0.99), False)[0]
+    assert advise(replace(near, loss=2.0, least=2.0, sqnr=12.0), False)[0].startswith("little to gain: kl is 2 already")
 
 
 def test_advice_from_the_graph(made: Diagnosis) -> None:

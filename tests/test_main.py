@@ -129,9 +129,11 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return namespace
 
 
-def test_inspect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = output(folder, "inspect", "factory.py:converted")
-    sites = cptv_ao.find_sites(load(folder, monkeypatch)["converted"]())
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inspect(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "factory.py:converted"]) == 0
+    printed = capsys.readouterr().out
+    sites = cptv_ao.find_sites(load(here, monkeypatch)["converted"]())
     assert printed.startswith(str(sites) + "\n")
     table = printed[len(str(sites)) :].split()
     assert table[:4] == ["block", "sites", "weights", "scales"]
