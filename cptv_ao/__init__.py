@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cptv_ao.blocks import Block, blocks_by_path
 from cptv_ao.config import RefineConfig
+from cptv_ao.diagnose import diagnose
+from cptv_ao.diagnosis import Diagnosis
 from cptv_ao.errors import (
     CalibrationDataError,
     CptvError,
@@ -20,10 +22,11 @@ from cptv_ao.errors import (
     UnsupportedModelError,
 )
 from cptv_ao.loop import Event
-from cptv_ao.refine import find_sites, refine
+from cptv_ao.refine import refine
 from cptv_ao.report import Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.sources import find_sites
 
 if TYPE_CHECKING:
     from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
@@ -33,6 +36,7 @@ __all__ = [
     "CalibrationDataError",
     "CptvError",
     "CptvWarning",
+    "Diagnosis",
     "DistributedError",
     "Event",
     "FloatModelMismatchError",
@@ -48,6 +52,7 @@ __all__ = [
     "Status",
     "UnsupportedModelError",
     "blocks_by_path",
+    "diagnose",
     "find_sites",
     "load_scales",
     "qconfig_mapping",

@@ -27,15 +27,11 @@ def agreement_notes(backend: Backend, batch: Batch, config: RefineConfig) -> lis
         backend: of the lowered model, as it was given.
         batch: some search images.
     """
-    select = config.output or first_floating
     try:
-        twin = Twin(backend)
-        few = batch.few(_IMAGES)
-        gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
-        if gap <= _TOLERATED:
-            return []
-        found = sorted(saturating_inputs(backend.model, twin, few))
+        gap, found = disagreeing(backend, batch, config)
     except UnsupportedModelError:
+        return []
+    if gap <= _TOLERATED:
         return []
     told = f"kernels and exact arithmetic differ by {100 * gap:.3g} % on the outputs of the model that was given: "
     if not found:
@@ -48,6 +44,21 @@ def agreement_notes(backend: Backend, batch: Batch, config: RefineConfig) -> lis
     if config.score_on == "kernels":
         return [told + "; the search ran on these kernels, so its result is right for machines that saturate alike"]
     return [told + "; the search ran on exact arithmetic, which does not see it"]
+
+
+def disagreeing(backend: Backend, batch: Batch, config: RefineConfig) -> tuple[float, list[str]]:
+    """How far kernels are from exact arithmetic on the outputs, and the sites that the kernels saturate on.
+
+    The sites are looked for only where the gap is more than roundings make.
+
+    Raises:
+        UnsupportedModelError: no twin is known.
+    """
+    select = config.output or first_floating
+    twin = Twin(backend)
+    few = batch.few(_IMAGES)
+    gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
+    return gap, sorted(saturating_inputs(backend.model, twin, few)) if gap > _TOLERATED else []
 
 
 def _own(value: Any) -> Any:

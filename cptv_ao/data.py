@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -48,10 +49,14 @@ class Split:
     holdout: tuple[Batch, ...]
 
 
-def read_batches(loader: Iterable[Any], fixed: bool = False) -> list[Batch]:
+def read_batches(loader: Iterable[Any], fixed: bool = False, limit: float = math.inf) -> list[Batch]:
     """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.
 
-    Labels (further items of a tuple) are never looked at. `fixed`: see `Batch`.
+    Labels (further items of a tuple) are never looked at.
+
+    Args:
+        fixed: see `Batch`.
+        limit: stop once so many images are there; the batch that reaches it is read whole.
 
     Raises:
         CalibrationDataError: empty, of another type, of changing shape, or not finite; names the batch.
@@ -65,6 +70,8 @@ def read_batches(loader: Iterable[Any], fixed: bool = False) -> list[Batch]:
         if batches:
             _check_shape(batches[0], batch, index)
         batches.append(batch)
+        if sum(batch.images for batch in batches) >= limit:
+            break
     if not batches:
         raise CalibrationDataError("calib_loader: expected at least one batch, got an empty iterable")
     return batches

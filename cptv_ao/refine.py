@@ -19,12 +19,12 @@ from torch.fx import GraphModule
 from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported, takes_fixed_batch
-from cptv_ao.backends.reference import is_reference, lower, write_back
+from cptv_ao.backends.reference import write_back
 from cptv_ao.blocks import find_blocks
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
-from cptv_ao.errors import CalibrationDataError, CptvWarning, NonFiniteError, UnsupportedModelError
+from cptv_ao.errors import CptvWarning, NonFiniteError, UnsupportedModelError
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
 from cptv_ao.keeping import saving_notes
@@ -34,19 +34,11 @@ from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
 from cptv_ao.scoring import Images, Scoring, Shipped
 from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
-from cptv_ao.sites import QParams, SiteTable
-from cptv_ao.twin import unquantized
+from cptv_ao.sites import QParams
+from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.twin.simulation import SimulatedBackend
-from cptv_ao.weights import as_float, find_float_weights, weight_ranges
+from cptv_ao.weights import as_float, find_float_weights
 from cptv_ao.world import World
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """Where the teacher's outputs and the float weights come from; None: nothing but the quantized model is there."""
-
-    teacher: nn.Module | None
-    weights: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -58,23 +50,6 @@ class _Search:
     listeners: Sequence[Callback]
     progress: bool
     checkpoint: str | os.PathLike[str] | None
-
-
-def find_sites(model: GraphModule) -> SiteTable:
-    """List every scale of a converted model; `print()` it for a readable table.
-
-    Args:
-        model: what `convert_fx` or `convert_pt2e` returned, or `convert_to_reference_fx`: the sites of what that
-            lowers to.
-
-    Returns:
-        The sites by name, in graph order; `.unknown` names quantized ops that were not understood.
-
-    Raises:
-        UnsupportedModelError: the model is not converted, or holds no quantized op.
-    """
-    with without_torch_floods():
-        return Backend(lower(model) if is_reference(model) else model).sites
 
 
 def refine(
@@ -136,13 +111,13 @@ def refine(
     with World.of(config.distributed) as world, torch.inference_mode(False), torch.no_grad(), without_torch_floods():
         if checkpoint is not None and world.rank == 0:
             check_path(checkpoint)
-        backend = _backend(model, float_model, config)
+        backend = open_backend(model, float_model, config)
         if not inplace:
             model = copy.deepcopy(model)
-            backend = _backend(model, float_model, config)
+            backend = open_backend(model, float_model, config)
         backend.check_finite()
         lowered = backend.model
-        sources = _Sources(float_model, float_model if float_model is not None or lowered is model else model)
+        sources = Sources.of(model, lowered, float_model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
             listeners = [callback] if callback is not None and world.rank == 0 else []
             search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint)
@@ -158,7 +133,7 @@ def refine(
 def _refine(
     backend: Backend,
     batches: list[Batch],
-    sources: _Sources,
+    sources: Sources,
     search: _Search,
 ) -> Report:
     config, world = search.config, search.world
@@ -166,8 +141,15 @@ def _refine(
         find_float_weights(backend, sources.weights)
     checkpoint = _checkpoint(backend, batches, search)
     split = split_batches(batches, config.holdout)
-    _check_negatives(config, (*split.search, *split.holdout))
-    teacher = _teacher(backend, sources)
+    check_negatives(config, (*split.search, *split.holdout))
+    if sources.weights is None:
+        warnings.warn(
+            "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
+            "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
+            CptvWarning,
+            stacklevel=3,
+        )
+    teacher = sources.teacher_for(backend)
     with as_float(teacher):
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
     kernels = Scoring(backend.model, images, held_out, config, world)
@@ -248,33 +230,6 @@ def _report(
     )
 
 
-def _backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> Backend:
-    """Of the model, or of a lowered copy of a reference model."""
-    if float_model is not None and not isinstance(float_model, nn.Module):
-        raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
-    ranges = weight_ranges(float_model)
-    if is_reference(model):
-        ranges = weight_ranges(model) | ranges
-        model = lower(model)
-    if config.weight_range is None:
-        return Backend(model, ranges)
-    names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
-    return Backend(model, dict.fromkeys(names, config.weight_range))
-
-
-def _teacher(backend: Backend, sources: _Sources) -> nn.Module:
-    if sources.teacher is not None:
-        return sources.teacher
-    if sources.weights is None:
-        warnings.warn(
-            "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
-            "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
-            CptvWarning,
-            stacklevel=4,
-        )
-    return unquantized(backend).module
-
-
 def _proposer(
     backend: Backend,
     simulated: SimulatedBackend | None,
@@ -294,19 +249,6 @@ def _proposer(
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None
-
-
-def _check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
-    """InfoNCE takes its negatives from the batch: one image has none."""
-    if not (isinstance(config.loss, str) and "infonce" in config.loss):
-        return
-    for index, batch in enumerate(batches):
-        if batch.images < 2:
-            raise CalibrationDataError(
-                f"calib_loader, batch {index}: {config.loss} needs at least 2 images per batch for its negatives, "
-                "got 1; use larger batches (the paper: 100), drop_last=True, or another loss",
-                index,
-            )
 
 
 def _status(loop: Loop, moved: bool) -> Status:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
 from torch import nn
+
+from cptv_ao.table import table
 
 META_KEY = "cptv_ao"
 
@@ -91,7 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"cptv_ao.refine: {self.status.value}", ""]
-        lines += _table(
+        lines += table(
             [
                 ("loss", "before", "after", "change"),
                 (f"{self.loss}, {self.images[0]} search images", *_change(self.before.search, self.after.search)),
@@ -117,14 +118,14 @@ class Report:
                         f"{visits[-1].after:.5g}",
                     )
                 )
-            lines += ["", *_table(rows)]
+            lines += ["", *table(rows)]
         lines += ["", f"{len(self.moves)} of {self.sites} sites moved"]
         if self.moves:
             lines[-1] += "; the farthest:"
             far = sorted(self.moves, key=lambda m: -m.log2)[:8]
             moved = [("site", "scales moved", "largest factor", "zero_point step")]
             moved += [(m.name, f"{m.moved} of {m.scales}", f"{2**m.log2:.3f}", str(m.zero_point)) for m in far]
-            lines += _table(moved)
+            lines += table(moved)
         lines += ["", *self.notes] if self.notes else []
         lines.append("")
         lines.append(
@@ -149,13 +150,3 @@ def report(model: nn.Module) -> Report:
 def _change(before: float, after: float) -> tuple[str, str, str]:
     change = f"{100 * (after / before - 1):+.1f} %" if before > 0 else "-"
     return f"{before:.5g}", f"{after:.5g}", change
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(len(line) for line in lines))
-    return lines

@@ -155,6 +155,24 @@ class Twin:
             for module, rounding in before:
                 module.rounding = rounding
 
+    @contextmanager
+    def in_float(self, names: Iterable[str]) -> Iterator[None]:
+        """Compute these sites in float while the context lasts: activations are not rounded, float weights are used
+        where they are known; the codes of other weights stay."""
+        modules = [self._sites[name] for name in names]
+        before = [(module, module.rounding, getattr(module, "keep_codes", None)) for module in modules]
+        try:
+            for module in modules:
+                module.rounding = "none"
+                if isinstance(module, WeightQuantizer):
+                    module.keep_codes = False
+            yield
+        finally:
+            for module, rounding, keep_codes in before:
+                module.rounding = rounding
+                if isinstance(module, WeightQuantizer):
+                    module.keep_codes = bool(keep_codes)
+
     @property
     def device(self) -> torch.device:
         """Where the scales are, and inputs are expected."""

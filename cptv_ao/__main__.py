@@ -1,0 +1,194 @@
+"""The command line: `python -m cptv_ao inspect | diagnose | refine`. Thin: the same functions underneath."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cptv_ao
+from cptv_ao.backends.backend import Backend
+from cptv_ao.blocks import find_blocks
+from cptv_ao.factories import UserError, load_data, load_float_model, load_model
+from cptv_ao.table import table
+
+_ABOUT = """\
+Better scales for a model that torch.ao or torchao has quantized, on unlabelled calibration images.
+
+  inspect    lists every scale of the model, and the blocks that they are searched in
+  diagnose   tells which blocks and scales cost how much accuracy, and what to do about it
+  refine     searches better scales and writes them into a file; in your program,
+             cptv_ao.load_scales(model, file) puts them into the same model
+"""
+
+_EXAMPLE = """\
+MODEL and DATA name things in your own code, as package.module:name or path/to/file.py:name: an object, or a function
+without arguments that returns it. MODEL is the converted model, or a pair (converted model, float model); DATA gives
+batches of images. An example; paste all of it:
+
+cat > tiny.py <<'EOF'
+import torch
+from torch import nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+import cptv_ao
+
+data = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)).split(50)
+
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    prepared = prepare_fx(net, cptv_ao.qconfig_mapping(weight_bits=3), (data[0],))
+    for images in data:
+        prepared(images)
+    return convert_fx(prepared), net
+EOF
+python -W ignore -m cptv_ao diagnose tiny.py:model --data tiny.py:data
+python -W ignore -m cptv_ao refine tiny.py:model --data tiny.py:data --seconds 10 --out scales.safetensors
+
+(-W ignore hides the warnings of torch.ao.)
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 where the user can put something right."""
+    options = _parser().parse_args(arguments)
+    try:
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
+    except (UserError, cptv_ao.CptvError) as error:
+        print(_told(str(error)), file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, _told(f"{message} ({self.prog} --help tells more)") + "\n")
+
+
+def _told(message: str) -> str:
+    return f"cptv_ao: error: {' '.join(message.split())}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape: Any = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python -m cptv_ao", description=_ABOUT, epilog=_EXAMPLE, formatter_class=shape)
+    commands = parser.add_subparsers(title="commands", metavar="{inspect,diagnose,refine}", required=True)
+    inspect = _command(commands, "inspect", "list the scales and blocks of a model", _inspect)
+    diagnose = _command(commands, "diagnose", "which blocks and scales cost how much, and what to do", _diagnose)
+    refine = _command(commands, "refine", "search better scales and write them into a file", _refine)
+    for command in (inspect, diagnose, refine):
+        command.add_argument("model", metavar="MODEL", help="the converted model, or a pair (converted, float model)")
+    for command in (diagnose, refine):
+        command.add_argument("--data", required=True, metavar="DATA", help="iterable of batches; labels are not read")
+        command.add_argument("--float", metavar="MODEL", help="the float model, where MODEL is not a pair")
+        command.add_argument("--json", type=_file, metavar="FILE", help="write all of the result as JSON, too")
+        command.add_argument("--quiet", action="store_true", help="no progress bar")
+    refine.add_argument("--out", required=True, type=_file, metavar="FILE", help="the scales, a .safetensors file")
+    refine.add_argument("--seconds", type=_positive, metavar="S", help="end the search after S seconds")
+    refine.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the search (default 0)")
+    refine.add_argument(
+        "--paper", type=int, choices=range(2, 9), metavar="BITS", help="the published search, for weights of BITS bits"
+    )
+    refine.add_argument(
+        "--checkpoint",
+        type=_file,
+        metavar="FILE",
+        help="save the state of the search there, and go on from it if it is",
+    )
+    return parser
+
+
+def _command(commands: Any, name: str, does: str, run: Callable[[argparse.Namespace], None]) -> Any:
+    command = commands.add_parser(
+        name, help=does, description=f"{does[0].upper()}{does[1:]}.", epilog="python -m cptv_ao --help has an example."
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    model, _ = load_model(options.model)
+    sites = cptv_ao.find_sites(model)
+    print(sites)
+    rows = [("block", "sites", "weights", "scales")]
+    for block in find_blocks(sites.values()):
+        weights = sum(site.kind == "weight" for site in block.sites)
+        scales = sum(site.numel for site in block.sites)
+        rows.append((block.name, str(len(block.sites)), str(weights), str(scales)))
+    print("", *table(rows), sep="\n")
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    model, float_model = _models(options)
+    found = cptv_ao.diagnose(model, load_data(options.data), float_model=float_model, progress=not options.quiet)
+    print(found)
+    _write_json(options.json, found.to_dict())
+
+
+def _refine(options: argparse.Namespace) -> None:
+    model, float_model = _models(options)
+    sites = Backend(model).sites  # a reference model can be refined, but its scales have no file: say so at once
+    settings = {"seed": options.seed, "max_seconds": options.seconds}
+    paper = options.paper
+    config = cptv_ao.RefineConfig(**settings) if paper is None else cptv_ao.RefineConfig.paper(paper, **settings)
+    if not any(fnmatchcase(name, pattern) for name in sites for pattern in config.include):
+        raise UserError(f"--paper searches attention layers ({', '.join(config.include)}), and this model has none")
+    refined = cptv_ao.refine(
+        model,
+        load_data(options.data),
+        float_model=float_model,
+        config=config,
+        progress=not options.quiet,
+        checkpoint=options.checkpoint,
+    )
+    cptv_ao.save_scales(refined, options.out)
+    report = cptv_ao.report(refined)
+    print(report)
+    _write_json(options.json, report.to_dict())
+
+
+def _models(options: argparse.Namespace) -> tuple[Any, Any]:
+    model, float_model = load_model(options.model)
+    return model, float_model if options.float is None else load_float_model(options.float)
+
+
+def _write_json(path: str | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        Path(path).write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def _file(text: str) -> str:
+    """A file that can be written: it is known before the search, not after it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text}: " + ("is a folder" if path.is_dir() else "its folder does not exist")
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    return text
+
+
+def _positive(text: str) -> float:
+    if text.replace(".", "", 1).isdigit() and 0 < float(text) < math.inf:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+
+
+def _seed(text: str) -> int:
+    if text.isdigit():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Which layer, how bad, what now: `diagnose(model, calib_loader)`. Orchestration only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from cptv_ao.advice import advise
+from cptv_ao.agreement import disagreeing
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.exported import is_exported, takes_fixed_batch
+from cptv_ao.blocks import Block, find_blocks
+from cptv_ao.causes import Advance, Causes, causes_by_substitution, causes_on_twin, steps
+from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
+from cptv_ao.config import RefineConfig
+from cptv_ao.data import Batch, read_batches
+from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.guard import eval_mode, without_torch_floods
+from cptv_ao.losses import get_loss
+from cptv_ao.measures import Fidelity, measured_weight
+from cptv_ao.report import META_KEY
+from cptv_ao.scoring import Images, Scoring
+from cptv_ao.sources import Sources, check_negatives, open_backend
+from cptv_ao.survey import Survey
+from cptv_ao.twin.simulation import SimulatedBackend
+from cptv_ao.weights import as_float, find_float_weights
+
+_IMAGES = 128
+# Share of large codes from which an activation counts as one of the full range: observers with reduce_range let a few
+# codes of rare images stand there.
+_HIGH = 2e-3
+
+
+def diagnose(
+    model: GraphModule,
+    calib_loader: Iterable[Any],
+    *,
+    float_model: nn.Module | None = None,
+    config: RefineConfig | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Find out which blocks and sites of a quantized model cost how much, why, and what to do about it.
+
+    The loss of the model is that of its own kernels. The share of it that a block causes is taken on the float twin,
+    where one block at a time computes in float: the table says which figure is which. Where the twin does not know an
+    op, the float model's output of a block takes the place of the kernels' instead. The model is only read.
+
+    It takes the first 128 images (of a PT2E graph whole batches until these are there), so shuffle them. It costs
+    about `blocks / 2 + 16` forwards of the twin, each two or three times as long as the model's own: seconds for a
+    small network, minutes on one thread for a deit_tiny. Give fewer images to have it sooner.
+
+    Args:
+        model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned, refined or not.
+        calib_loader: as for `refine`.
+        float_model: as for `refine`. Without it the model is compared with itself in float, and the errors of weights
+            that are known as codes only are not seen.
+        config: of which `loss`, `temperature`, `output`, `blocks`, `weight_range`, `cache_bytes` and `device` (where
+            the twin runs) count; the default is that of `refine`.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The blocks by the share of the loss they cause, the sites, what the graph tells, and advice; print it.
+
+    Raises:
+        UnsupportedModelError, FloatModelMismatchError, CalibrationDataError, NonFiniteError: as `refine`.
+
+    Example:
+        >>> print(cptv_ao.diagnose(quantized, calib_loader, float_model=model))       # doctest: +SKIP
+    """
+    config = RefineConfig() if config is None else config
+    if not isinstance(config, RefineConfig):
+        raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
+    with torch.inference_mode(False), torch.no_grad(), without_torch_floods():
+        backend = open_backend(model, float_model, config)
+        backend.check_finite()
+        sources = Sources.of(model, backend.model, float_model)
+        batches = _few(read_batches(calib_loader, takes_fixed_batch(backend.model), _IMAGES))
+        check_negatives(config, batches)
+        with eval_mode(backend.model, float_model):
+            if sources.weights is not None:
+                find_float_weights(backend, sources.weights)
+            found = _diagnosis(backend, sources, batches, config, progress)
+    return replace(found, advice=advise(found, refined=META_KEY in model.meta))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured, and on what."""
+
+    causes: Causes
+    compared: Comparison
+    on_twin: bool
+    note: str = ""
+
+
+def _diagnosis(
+    backend: Backend, sources: Sources, batches: Sequence[Batch], config: RefineConfig, progress: bool
+) -> Diagnosis:
+    teacher = sources.teacher_for(backend)
+    with as_float(teacher):
+        images = Images.of(batches, teacher, config)
+        kernels = Scoring(backend.model, images, Images((), ()), config).search
+        blocks = find_blocks(backend.sites.values(), config.blocks)
+        survey = Survey(backend, blocks)
+        with _progress_bar(steps(blocks), progress) as advance:
+            measured = _measured(backend, teacher, images, blocks, survey, config, kernels.score(), advance)
+    causes = measured.causes
+    notes = [measured.note] if measured.note else []
+    if sources.weights is None:
+        notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
+    return Diagnosis(
+        loss_name=config.loss if isinstance(config.loss, str) else getattr(config.loss, "__name__", "loss"),
+        loss=kernels.score(),
+        simulated=causes.whole if measured.on_twin else None,
+        least=causes.least,
+        floor=causes.floor,
+        sqnr=_fidelity(kernels.outputs(), images).sqnr,
+        agreement=_agreement(kernels.outputs(), images),
+        images=kernels.images,
+        blocks=_blocks(blocks, measured, survey),
+        sites=_sites(backend, blocks, measured),
+        findings=_findings(backend, survey, measured.compared, batches[0], config),
+        notes=tuple(notes),
+    )
+
+
+def _measured(
+    backend: Backend,
+    teacher: nn.Module,
+    images: Images,
+    blocks: Sequence[Block],
+    survey: Survey,
+    config: RefineConfig,
+    loss: float,
+    advance: Advance,
+) -> _Measured:
+    """On the twin; where it does not know an op, with the float model's own tensors."""
+    outputs = survey.block_outputs()
+    least = _least(images, config)
+    try:
+        simulated = SimulatedBackend(backend, config.device)
+        compared = compared_on_twin(backend, simulated, images.batches, outputs)
+        return _Measured(causes_on_twin(simulated, images, blocks, config, least, advance), compared, True)
+    except UnsupportedModelError as error:
+        note = (
+            f"{error}; so shares are those of putting the float model's output of a block in place of the kernels', "
+            "which counts what the block adds to all before it, and sites have no SQNR and no share"
+        )
+    compared, float_outputs = compared_by_modules(backend, teacher, images.batches, outputs)
+    ordered = {block.name: outputs[block.name] for block in blocks if block.name in outputs}
+    causes = causes_by_substitution(backend, ordered, float_outputs, images, config, loss, least, advance)
+    return _Measured(causes, compared, False, note)
+
+
+def _blocks(blocks: Sequence[Block], measured: _Measured, survey: Survey) -> tuple[BlockDiagnosis, ...]:
+    outputs = survey.block_outputs()
+    found = []
+    for block in blocks:
+        without, share = measured.causes.blocks.get(block.name, (math.nan, math.nan))
+        fidelity = measured.compared.blocks.get(block.name, Fidelity())
+        node = outputs.get(block.name)
+        found.append(BlockDiagnosis(block.name, share, without, fidelity.sqnr, fidelity.cosine, node, len(block.sites)))
+    return tuple(sorted(found, key=lambda b: math.inf if math.isnan(b.share) else -b.share))
+
+
+def _sites(backend: Backend, blocks: Sequence[Block], measured: _Measured) -> tuple[SiteDiagnosis, ...]:
+    causes, found = measured.causes, []
+    rank = {name: -share for name, (_, share) in causes.blocks.items()}
+    for block in blocks:
+        for site in block.sites:
+            meter = measured.compared.sites.get(site.name)
+            seen = measured_weight(backend, site) if meter is None else meter.measured()
+            share = causes.sites.get(site.name)
+            found.append(SiteDiagnosis(site.name, site.kind, site.op, block.name, share=share, **seen))
+
+    def order(site: SiteDiagnosis) -> tuple[float, float, float]:
+        tried = math.inf if site.share is None else -site.share
+        return tried, rank.get(site.block, math.inf), math.inf if site.sqnr is None else site.sqnr
+
+    return tuple(sorted(found, key=order))
+
+
+def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Batch, config: RefineConfig) -> Findings:
+    layers, ops = survey.in_float(compared.floating)
+    try:
+        saturating = () if is_exported(backend.model) else tuple(disagreeing(backend, batch, config)[1])
+    except UnsupportedModelError:
+        saturating = ()
+    wide = survey.before_wide_weights()
+    return Findings(
+        unfused_norms=survey.unfused_norms(),
+        float_layers=layers,
+        float_ops=ops,
+        unknown=backend.sites.unknown,
+        wide_weights=survey.wide_weights(),
+        saturating=saturating,
+        saturation_risk=tuple(n for n, meter in compared.sites.items() if n in wide and meter.high_share > _HIGH),
+    )
+
+
+def _few(batches: Sequence[Batch]) -> list[Batch]:
+    """The first images of what was read; whole batches where these cannot be cut."""
+    kept: list[Batch] = []
+    left = _IMAGES
+    for batch in batches:
+        if not kept or min(batch.images, left) > 1:  # a loss may need more than one image
+            kept.append(batch.few(left))
+            left -= kept[-1].images
+    return kept
+
+
+def _least(images: Images, config: RefineConfig) -> float:
+    """The loss of the teacher against itself."""
+    loss = get_loss(config.loss, config.temperature)
+    total = sum(float(loss(t, t)) * b.images for b, t in zip(images.batches, images.targets, strict=True))
+    return total / sum(batch.images for batch in images.batches)
+
+
+def _fidelity(outputs: Sequence[Tensor], images: Images) -> Fidelity:
+    fidelity = Fidelity()
+    for output, target in zip(outputs, images.targets, strict=True):
+        fidelity.add(output, target)
+    return fidelity
+
+
+def _agreement(outputs: Sequence[Tensor], images: Images) -> float | None:
+    """Share of the images with the same largest output."""
+    if outputs[0].shape[1] < 2:
+        return None
+    same = [o.argmax(1) == t.argmax(1) for o, t in zip(outputs, images.targets, strict=True)]
+    return float(torch.cat(same).double().mean())
+
+
+@contextmanager
+def _progress_bar(total: int, enabled: bool) -> Iterator[Advance]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="diagnose", unit="step", disable=not enabled) as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(1)
+
+        yield advance

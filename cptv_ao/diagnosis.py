@@ -1,0 +1,227 @@
+"""What `diagnose` found, as a value that prints as the table a person wants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cptv_ao.table import table
+
+_ROWS = 10
+
+
+@dataclass(frozen=True)
+class BlockDiagnosis:
+    """One block.
+
+    Attributes:
+        name: as in the report of `refine`.
+        share: of the output loss that goes away when the block is in float; negative where its errors offset those of
+            others; NaN where it could not be found out. Shares of all blocks need not add up to 1.
+        loss_without: the output loss with the block in float, on the same simulation that `share` was taken on.
+        sqnr: of the block's output against the float model's, in dB; all errors up to there count.
+        cosine: the same, as the mean cosine of the images.
+        node: name of the graph node that is taken for the block's output.
+        sites: number of its sites.
+    """
+
+    name: str
+    share: float
+    loss_without: float
+    sqnr: float | None
+    cosine: float | None
+    node: str | None
+    sites: int
+
+
+@dataclass(frozen=True)
+class SiteDiagnosis:
+    """One site: the float tensor (of the float model, without errors from before) put on the site's scale.
+
+    Attributes:
+        name, kind, op, block: of the site.
+        sqnr: of the quantized tensor against the float one, in dB.
+        clipped: share of the codes that stand at an end of the range for a value beyond it.
+        used: share of the code range between the lowest and the highest code; of a weight per channel, the mean of its
+            channels. Above 1 where a weight has more levels than its bits say.
+        share: of the output loss that goes away when this site alone is in float; None where it was not tried (only
+            sites of the blocks with the largest shares are) or where the float weight is not known.
+        outlier: largest value of a channel, as a multiple of that of the median channel.
+        outlier_channels: channels that reach four times the median one.
+    """
+
+    name: str
+    kind: str
+    op: str
+    block: str
+    sqnr: float | None = None
+    clipped: float | None = None
+    used: float | None = None
+    share: float | None = None
+    outlier: float | None = None
+    outlier_channels: int | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the graph itself tells.
+
+    Attributes:
+        unfused_norms: batch norms right behind a convolution that was not fused with them.
+        float_layers: linear layers and convolutions that compute in float.
+        float_ops: other ops that compute in float, by kind, with how many of each.
+        unknown: quantized ops that were not understood, as of `find_sites`.
+        wide_weights: weights with codes beyond their nominal range, as `name (-4..4 for -4..3)`.
+        saturating: activation sites on which a kernel of this machine saturates, on these images.
+        saturation_risk: activation sites that use the upper half of 0..255 in front of 8-bit weights: kernels of x86
+            CPUs without VNNI may saturate there, whatever this machine does.
+    """
+
+    unfused_norms: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
+    float_ops: Mapping[str, int] | None = None
+    unknown: tuple[str, ...] = ()
+    wide_weights: tuple[str, ...] = ()
+    saturating: tuple[str, ...] = ()
+    saturation_risk: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; `str()` is a table, `to_dict()` is JSON-safe, `to_pandas()` two data frames.
+
+    Attributes:
+        loss_name: of the loss.
+        loss: of the model on its own kernels.
+        simulated: of its float twin, on which shares are taken; None where the twin does not know an op.
+        least: loss of the teacher against itself (0, but for InfoNCE): what no model can go below.
+        floor: loss of the twin with every site in float: what no site explains; None without a twin.
+        sqnr: of the model's outputs against the teacher's, in dB.
+        agreement: share of the images on which model and teacher have the same largest output; None for one output.
+        images: on which all was measured.
+        blocks: ordered by `share`, the largest first.
+        sites: those with a `share` first, the largest first; then by block, the lowest `sqnr` first.
+        findings: what the graph tells.
+        notes: what could not be measured, and why.
+        advice: sentences.
+    """
+
+    loss_name: str
+    loss: float
+    simulated: float | None
+    least: float
+    floor: float | None
+    sqnr: float | None
+    agreement: float | None
+    images: int
+    blocks: tuple[BlockDiagnosis, ...]
+    sites: tuple[SiteDiagnosis, ...]
+    findings: Findings
+    notes: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dicts, lists, strings and numbers; what is not finite becomes None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def to_pandas(self) -> tuple[Any, Any]:
+        """Data frames of the blocks and of the sites, one row each, in the order of `blocks` and `sites`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("Diagnosis.to_pandas needs pandas: pip install pandas (or use to_dict())") from error
+        blocks = pandas.DataFrame(
+            [asdict(block) for block in self.blocks], columns=list(BlockDiagnosis.__annotations__)
+        )
+        sites = pandas.DataFrame([asdict(site) for site in self.sites], columns=list(SiteDiagnosis.__annotations__))
+        return blocks, sites
+
+    def __str__(self) -> str:
+        told = (
+            f"cptv_ao.diagnose: {self.loss_name} {_number(self.loss)} on the model's own kernels, {self.images} images"
+        )
+        lines = [told + _outputs(self), ""]
+        if self.simulated is not None:
+            lines += [f"shares below are of the simulation, whose loss is {_number(self.simulated)}:"]
+        lines += [*_blocks(self), "", *_sites(self)]
+        facts = _facts(self.findings)
+        lines += ["", *facts] if facts else []
+        lines += ["", *self.notes] if self.notes else []
+        lines += ["", *(f"- {sentence}" for sentence in self.advice)] if self.advice else []
+        return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    """A share for people; `-` where it is not known."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{100 * value:.1f} %" if abs(value) < 0.0995 else f"{100 * value:.0f} %"
+
+
+def _outputs(found: Diagnosis) -> str:
+    told = "" if found.sqnr is None else f"; outputs {_decibels(found.sqnr)}"
+    return told if found.agreement is None else f"{told}, {percent(found.agreement)} of the images agree with float"
+
+
+def _blocks(found: Diagnosis) -> list[str]:
+    rows = [("block", "causes", "loss without", "output SQNR", "cosine", "sites")]
+    for block in found.blocks[:_ROWS]:
+        without = "-" if math.isnan(block.loss_without) else _number(block.loss_without)
+        cosine = "-" if block.cosine is None else f"{block.cosine:.4f}"
+        rows.append((block.name, percent(block.share), without, _decibels(block.sqnr), cosine, str(block.sites)))
+    return table(rows) + _more(len(found.blocks), "blocks")
+
+
+def _sites(found: Diagnosis) -> list[str]:
+    rows = [("site", "causes", "SQNR", "clipped", "range used", "outlier")]
+    for site in found.sites[:_ROWS]:
+        outlier = "-" if site.outlier is None else f"{site.outlier:.1f}x"
+        shares = (percent(site.share), _decibels(site.sqnr), percent(site.clipped), percent(site.used))
+        rows.append((site.name, *shares, outlier))
+    return table(rows) + _more(len(found.sites), "sites")
+
+
+def _facts(findings: Findings) -> list[str]:
+    named = {
+        "kernels of this machine saturate on": findings.saturating,
+        "may saturate on x86 CPUs without VNNI": findings.saturation_risk,
+        "batch norms not fused": findings.unfused_norms,
+        "layers in float": findings.float_layers,
+        "ops in float": tuple(f"{kind} {count}" for kind, count in (findings.float_ops or {}).items()),
+        "not understood, left alone": findings.unknown,
+        "more levels than nominal": findings.wide_weights,
+    }
+    return [f"{title}: {some(names)}" for title, names in named.items() if names]
+
+
+def some(names: tuple[str, ...], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
+
+
+def _more(count: int, what: str) -> list[str]:
+    return [f"({count - _ROWS} more {what} in to_dict() and to_pandas())"] if count > _ROWS else []
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} dB" if math.isfinite(value) else "exact"
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

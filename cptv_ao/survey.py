@@ -1,0 +1,153 @@
+"""What the graph of a quantized model tells without a measurement: what was not fused, not quantized, not clamped."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.passing import op_name, producer
+from cptv_ao.blocks import Block
+from cptv_ao.sites import ScaleSite
+
+# What only moves values between float and quantized, or selects and reorders them.
+_MOVING = {
+    "dequantize", "quantize_per_tensor", "quantize_per_channel", "dequantize_per_tensor", "dequantize_per_channel",
+    "contiguous", "clone", "detach", "flatten", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view",
+    "expand", "repeat", "chunk", "split", "unbind", "getitem", "getattr", "size", "cat", "stack", "narrow", "slice",
+    "select", "to", "float", "pad", "roll", "dropout", "Dropout", "Identity", "Flatten", "copy", "zeros", "ones",
+    "reshape_as",    "unflatten", "Unflatten", "movedim", "new_zeros", "alias", "t", "expand_as", "view_as",
+}  # fmt: skip
+_LAYERS = {
+    "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "linear",
+    "conv1d", "conv2d", "conv3d", "convolution", "Bilinear", "MultiheadAttention",
+}  # fmt: skip
+_NORMS = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BNReLU2d", "BNReLU3d", "batch_norm", "batch_norm2d"}
+_ON_SCALE = {"dequantize", "quantize_per_tensor", "dequantize_per_tensor"}
+_NO_TENSOR = {"getattr", "size", "eq", "_assert", "dim", "numel"}
+# Weights of 7 bits and less cannot overflow a sum of two products, 2 * 255 * 64 < 2^15.
+_NARROW_WEIGHT = 64
+
+
+class Survey:
+    """Looks at the graph of one model.
+
+    Args:
+        backend: of the model; nothing is written.
+        blocks: of its sites.
+    """
+
+    def __init__(self, backend: Backend, blocks: Sequence[Block]) -> None:
+        self._backend, self._blocks = backend, blocks
+        self._nodes: list[Node] = list(backend.model.graph.nodes)
+        self._modules = dict(backend.model.named_modules(remove_duplicate=False))
+        weights = [site for site in backend.sites.values() if site.kind == "weight"]
+        self._weight = {name: site for site in weights for name in site.nodes}
+        activations = [site for site in backend.sites.values() if site.kind == "activation"]
+        self._activation = {name: site for site in activations for name in site.nodes}
+
+    def block_outputs(self) -> dict[str, str]:
+        """The node that holds the output of each block: the last one that has a site of it or was traced in it."""
+        found: dict[str, str] = {}
+        own = {name: block.name for block in self._blocks for site in block.sites for name in site.nodes}
+        names = {block.name for block in self._blocks}
+        for node in self._nodes:
+            if not node.op.startswith("call_"):
+                continue
+            if node.name in own:
+                found[own[node.name]] = node.name
+            for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
+                if path in names and self._kind(node) not in _NO_TENSOR:
+                    found[path] = node.name
+        return found
+
+    def unfused_norms(self) -> tuple[str, ...]:
+        """Batch norms whose input is the output of a quantized convolution, with nothing but scales between."""
+        found = []
+        for node in self._nodes:
+            if self._kind(node) not in _NORMS:
+                continue
+            source = node.args[0]
+            while isinstance(source, Node) and self._kind(source) in _ON_SCALE:
+                source = source.args[0]
+            weight = self._weight.get(source.name) if isinstance(source, Node) else None
+            if weight is not None and "conv" in weight.op.lower() and "relu" not in weight.op.lower():
+                found.append(_path(node))
+        return tuple(found)
+
+    def in_float(self, floating: Container[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+        """Layers that compute in float, and how many other ops do, by kind.
+
+        Args:
+            floating: names of the nodes whose values are floating tensors.
+        """
+        layers: list[str] = []
+        ops: dict[str, int] = {}
+        for node in self._nodes:
+            kind = self._kind(node)
+            if not kind or kind in _MOVING or node.name in self._weight or node.name not in floating:
+                continue
+            if not node.all_input_nodes or (self._exported and any(map(self._dequantizes, node.all_input_nodes))):
+                continue
+            if kind in _LAYERS:
+                layers.append(_path(node))
+            else:
+                ops[kind] = ops.get(kind, 0) + 1
+        return tuple(layers), ops
+
+    def wide_weights(self) -> tuple[str, ...]:
+        """Weights with codes outside their nominal range."""
+        found = []
+        for site in {site.name: site for site in self._weight.values()}.values():
+            ends = self._code_ends(site)
+            if ends is not None and not site.fixed and (ends[0] < site.qmin or ends[1] > site.qmax):
+                found.append(f"{site.name} ({ends[0]}..{ends[1]} for {site.qmin}..{site.qmax})")
+        return tuple(found)
+
+    def before_wide_weights(self) -> set[str]:
+        """Activation sites in front of weights whose codes are large enough to overflow a sum of two products."""
+        found = set()
+        for node in self._nodes:
+            weight = self._weight.get(node.name)
+            ends = None if weight is None else self._code_ends(weight)
+            if ends is None or max(-ends[0], ends[1]) <= _NARROW_WEIGHT or not isinstance(node.args[0], Node):
+                continue
+            source: Any = node.args[0]
+            source = source.args[0] if self._dequantizes(source) else source
+            known = {n for n in self._nodes if n.name in self._activation}
+            site = self._activation.get(producer(source, known, self._modules).name)
+            if site is not None and site.qmax == 255:
+                found.add(site.name)
+        return found
+
+    @property
+    def _exported(self) -> bool:
+        return is_exported(self._backend.model)
+
+    def _code_ends(self, site: ScaleSite) -> tuple[int, int] | None:
+        weight = self._backend.weight(site.name)
+        if weight.dtype != torch.qint8:
+            return None
+        codes = weight.int_repr()
+        return int(codes.min()), int(codes.max())
+
+    def _kind(self, node: Node) -> str:
+        """Short name of what a node calls: `Linear`, `softmax`, `conv2d`; `""` of placeholders and the like."""
+        if node.op == "call_module":
+            return type(self._modules[str(node.target)]).__name__ if str(node.target) in self._modules else ""
+        return op_name(node).split(".")[-1] if node.op in ("call_function", "call_method") else ""
+
+    def _dequantizes(self, node: Node) -> bool:
+        return self._kind(node).startswith("dequantize")
+
+
+def _path(node: Node) -> str:
+    """Path of the module that a node was traced in, or its name."""
+    if node.op == "call_module":
+        return str(node.target)
+    paths = [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    return (paths[-1] if paths else "") or node.name
