@@ -18,9 +18,9 @@ from cptv_ao.errors import (
     ScalesFileError,
     UnsupportedModelError,
 )
-from cptv_ao.loop import Event
+from cptv_ao.loop import STOP, Event
 from cptv_ao.refine import find_sites, refine
-from cptv_ao.report import Report, Status, report
+from cptv_ao.report import Point, Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
 
 __all__ = [
+    "STOP",
     "Block",
     "CalibrationDataError",
     "CptvError",
@@ -36,6 +37,7 @@ __all__ = [
     "FloatModelMismatchError",
     "InvalidScaleError",
     "NonFiniteError",
+    "Point",
     "QParams",
     "Recipe",
     "RefineConfig",

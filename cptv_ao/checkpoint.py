@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.loop import Loop, Position
-from cptv_ao.report import BlockResult, Losses
+from cptv_ao.report import BlockResult, Losses, Point
 from cptv_ao.saved import read_file, write_file
 from cptv_ao.sites import QParams
 
@@ -98,6 +98,7 @@ def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "seconds": loop.budget.seconds,
         "results": [asdict(result) for result in loop.results],
         "stages": loop.stages,
+        "history": [asdict(point) for point in loop.history],
         "race": loop.search.race_state(),
     }
     return tensors, data
@@ -131,6 +132,7 @@ def _apply(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -
     loop.budget.started -= float(data["seconds"])
     loop.results += [BlockResult(**result) for result in data["results"]]
     loop.stages += data["stages"]
+    loop.history = [Point(**point) for point in data["history"]]
     loop.search.set_race_state(data["race"])
 
 
@@ -164,8 +166,7 @@ def _of_model(backend: Backend) -> str:
 
 def _of_config(config: RefineConfig) -> dict[str, str]:
     """Each setting in words; functions by their name."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
-    return {name: getattr(value, "__qualname__", repr(value)) for name, value in values.items()}
+    return {name: value for name, value in config.told().items() if name not in _FREE}
 
 
 def _of_data(batches: Iterable[Batch]) -> str:

@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import Block
@@ -18,7 +20,7 @@ from cptv_ao.config import RefineConfig
 from cptv_ao.errors import CalibrationDataError
 from cptv_ao.evaluator import Evaluator
 from cptv_ao.population import Proposal
-from cptv_ao.report import BlockResult, Losses, SiteMove
+from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual
 from cptv_ao.sites import ScaleSite
@@ -31,7 +33,8 @@ class Event:
 
     `step`: a step of the descent on the twin (loss of its batch there); `proposal`: scales for the whole model were
     scored; `candidate`: a vector was scored; `block`: a visit ended; `pass`: all blocks were visited. `loss` is that of
-    the step on the search images (inf: rejected early), `best` the best so far.
+    the step on the search images (inf: rejected early), `best` the best so far. `model` is what is searched, with the
+    scales of the moment: those of the candidate, after a proposal or a visit the best so far. Run it, never write it.
     """
 
     kind: Literal["step", "proposal", "candidate", "block", "pass"]
@@ -41,7 +44,15 @@ class Event:
     loss: float
     best: float
     seconds: float
+    model: GraphModule = field(repr=False, compare=False)
 
+
+class _Answer(Enum):
+    STOP = "stop"
+
+
+#: A callback that returns it ends the search; the best scales so far stay in the model. Anything else goes on.
+STOP: Final = _Answer.STOP
 
 Callback = Callable[[Event], Any]
 
@@ -54,11 +65,11 @@ class Budget:
     max_seconds: float | None
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
-    stopped: bool = False
+    stopped: Status | None = None
 
-    def stop(self) -> None:
-        """End the search after what is running now."""
-        self.stopped = True
+    def stop(self, by: Status = Status.STOPPED) -> None:
+        """End the search after what is running now; who says so first is told."""
+        self.stopped = self.stopped or by
 
     @property
     def seconds(self) -> float:
@@ -109,6 +120,7 @@ class Loop:
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
         self.start = self._both(search.score())
+        self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
         search.keep()
         self.best = self.start
         self.rejected = False
@@ -173,12 +185,13 @@ class Loop:
         for block, space in self._spaces.items():
             for name in space.to_assignment(space.vector):
                 old, new = before[name], self.backend.read(name)
-                ratio = (new.scale / old.scale).log2().abs().reshape(-1)
-                step = (new.zero_point - old.zero_point).abs().max()
-                changed = int((ratio > 0).sum())
-                if changed or int(step):
-                    kind = self.backend.sites[name].kind
-                    moves.append(SiteMove(name, kind, block, ratio.numel(), changed, float(ratio.max()), int(step)))
+                ratio = (new.scale / old.scale).log2().reshape(-1)
+                step = int((new.zero_point - old.zero_point).abs().max())
+                changed = int((ratio != 0).sum())
+                if changed or step:
+                    kind, far = self.backend.sites[name].kind, float(ratio.abs().max())
+                    low, high = float(ratio.min()), float(ratio.max())
+                    moves.append(SiteMove(name, kind, block, ratio.numel(), changed, far, step, low, high))
         return tuple(moves)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
@@ -232,25 +245,28 @@ class Loop:
 
     def _keep(self) -> bool:
         """Remember the state that is in the model if it is the best accepted one, and say so."""
-        if self.loss >= self.best.search:
-            return False
-        losses = self._both(self.loss)
+        losses = self.best if self.loss >= self.best.search else self._both(self.loss)
+        kept = False
         if losses.holdout is not None and self.start.holdout is not None and losses.holdout > self.start.holdout:
             self.rejected = True
         elif losses.mean < self.best.mean:
             self.best = losses
             self.best_state = self.backend.snapshot()
-            return True
-        return False
+            kept = True
+        told = losses.holdout if losses.holdout is None or math.isfinite(losses.holdout) else None
+        self.history.append(Point(self.budget.evaluations, self.budget.seconds, self.loss, told, kept))
+        return kept
 
     def _both(self, search: float) -> Losses:
         return Losses(search, None if self._holdout is None else self._holdout.score())
 
     def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
         lowest = self.loss if best is None else best
-        event = Event(kind, name, pass_index, self.budget.evaluations, loss, lowest, self.budget.seconds)
+        budget, model = self.budget, self.backend.model
+        event = Event(kind, name, pass_index, budget.evaluations, loss, lowest, budget.seconds, model)
         for listener in self.listeners:
-            listener(event)
+            if listener(event) is STOP:
+                budget.stop(Status.CALLBACK)
 
 
 def _searched(backend: Backend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:

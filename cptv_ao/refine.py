@@ -90,7 +90,8 @@ def refine(
             the teacher is the model itself with float activations, and weights stay as they are (but for those that
             the model holds in float: a reference model, a PT2E graph that is not folded).
         config: settings; the default is the recommended one.
-        callback: called with an `Event` after each step. It can watch, not select.
+        callback: called with an `Event` after each step. It watches; returning `cptv_ao.STOP` ends the search with the
+            best scales so far, which is all that it can decide. See `cptv_ao.callbacks`.
         progress: show a progress bar on stderr.
         checkpoint: path of a file that is written after the proposals and after each block. If it is there already,
             the search goes on from it, and ends with the very scales of one that was not interrupted (with
@@ -211,6 +212,8 @@ def _report(
         seed=config.seed,
         threads=torch.get_num_threads(),
         notes=tuple(notes),
+        history=tuple(loop.history),
+        settings=config.told(),
     )
 
 
@@ -276,7 +279,7 @@ def _check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
 
 def _status(loop: Loop, moved: bool) -> Status:
     if loop.budget.stopped:
-        return Status.STOPPED
+        return loop.budget.stopped
     if not loop.budget.left:
         return Status.BUDGET
     if moved:

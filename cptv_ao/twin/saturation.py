@@ -59,7 +59,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
     """
     recorder = Recorder(model)
     with torch.no_grad():
-        recorder.run(*_ordered(model, batch))
+        recorder.run(*ordered(model, batch))
         sources = _sources(twin, batch)
         found = set()
         for node in twin.module.graph.nodes:
@@ -74,7 +74,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
     return found
 
 
-def _ordered(model: GraphModule, batch: Batch) -> list[Any]:
+def ordered(model: GraphModule, batch: Batch) -> list[Any]:
     """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
     names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
     given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
