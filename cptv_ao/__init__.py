@@ -6,6 +6,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cptv_ao import callbacks, plot
 from cptv_ao.blocks import Block, blocks_by_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.errors import (
@@ -48,8 +49,10 @@ __all__ = [
     "Status",
     "UnsupportedModelError",
     "blocks_by_path",
+    "callbacks",
     "find_sites",
     "load_scales",
+    "plot",
     "qconfig_mapping",
     "recipe",
     "refine",

@@ -82,7 +82,9 @@ def _losses(report: Report) -> str:
 
 
 def _tile(report: Report, images: str, before: float, after: float) -> str:
-    change = f"{100 * (after / before - 1):+.1f} %".replace("-", "\N{MINUS SIGN}") if before > 0 else ""
+    change = "no change" if after == before else ""
+    if before > 0 and not change:
+        change = f"{100 * (after / before - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
     width = 100 * min(1.0, after / before) if before > 0 else 100
     return (
         f'<div class="tile"><h2>{escape(report.loss)} loss, {escape(images)}</h2>'

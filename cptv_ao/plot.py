@@ -177,6 +177,16 @@ def codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | None = No
     for code, end in ends.items():
         zero = " (zero)" if code == found.zero_point else ""
         ax.bar([code], [0], color=ORANGE, label=f"{end} code {code}{zero}: {shares[code - found.first]:.3g} %")
+    beyond = sum(
+        share for code, share in zip(at, shares, strict=True) if not found.site.qmin <= code <= found.site.qmax
+    )
+    if beyond:
+        ax.bar(
+            [found.site.qmin],
+            [0],
+            color=ORANGE,
+            label=f"codes beyond {found.site.qmin}..{found.site.qmax}: {beyond:.3g} %",
+        )
     if found.zero_point is not None:
         ax.axvline(found.zero_point, color=GREY, linewidth=1, linestyle="--", label=f"zero_point {found.zero_point}")
     inner = max((share for code, share in zip(at, shares, strict=True) if code not in ends), default=0.0)
