@@ -6,6 +6,7 @@ theme. All that comes from a model or a user is escaped.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -13,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from io import StringIO
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from cptv_ao import plot
 from cptv_ao.config import RefineConfig
+from cptv_ao.diagnosed import Diagnosed
 from cptv_ao.files import at_once
-from cptv_ao.plot import Diagnosed
 from cptv_ao.report import Report, Status, per_block
 from cptv_ao.style import CSS
 
@@ -51,7 +52,9 @@ def page(report: Report, diagnosis: Diagnosed | None = None, after: Diagnosed | 
         _losses(report),
         _plots(report, diagnosis, after),
         _notes(report),
-        _blocks(report, diagnosis, after),
+        _blocks(report),
+        _diagnosis("What each block costs", diagnosis),
+        _diagnosis("What each block costs, refined", after),
         _sites(report),
         _settings(report),
     ]
@@ -163,23 +166,30 @@ def _notes(report: Report) -> str:
     return f"<section>{''.join(parts)}</section>" if parts else ""
 
 
-def _blocks(report: Report, diagnosis: Diagnosed | None, after: Diagnosed | None) -> str:
-    parts = []
-    if report.blocks:
-        rows = [
-            (name, visits, f"{accepted} of {evaluations}", f"{before:.4g}", f"{end:.4g}")
-            for name, visits, evaluations, accepted, before, end in per_block(report.blocks)
-        ]
-        columns = ("block", "visits", "accepted", "loss before", "after")
-        parts.append(_section("Block visits", columns, rows))
-    for title, one in (("What each block costs", diagnosis), ("What each block costs, refined", after)):
-        if one is not None:
-            costs = [
-                (b.name, f"{100 * b.share:.1f} %", f"{b.loss_without:.4g}", _number(b.sqnr, " dB"), _number(b.cosine))
-                for b in one.blocks
-            ]
-            columns = ("block", "share of the loss", "loss when it is float", "SQNR", "cosine")
-            parts.append(_section(f"{title}: loss {one.loss:.4g}", columns, costs))
+def _blocks(report: Report) -> str:
+    if not report.blocks:
+        return ""
+    rows = [
+        (name, visits, f"{accepted} of {evaluations}", f"{before:.4g}", f"{end:.4g}")
+        for name, visits, evaluations, accepted, before, end in per_block(report.blocks)
+    ]
+    return _section("Block visits", ("block", "visits", "accepted", "loss before", "after"), rows)
+
+
+def _diagnosis(title: str, found: Diagnosed | None) -> str:
+    if found is None:
+        return ""
+    rows = [
+        (b.name, _share(b.share), _number(b.loss_without), _decibels(b.sqnr), _number(b.cosine)) for b in found.blocks
+    ]
+    columns = ("block", "share of the loss", "loss when it is float", "SQNR", "cosine")
+    parts = [_section(f"{title}: loss {found.loss:.4g}", columns, rows)]
+    if found.sites:
+        sites = [(s.name, _share(s.share), _decibels(s.sqnr), _share(s.clipped), _share(s.used)) for s in found.sites]
+        columns = ("site", "share of the loss", "SQNR", "clipped", "range used")
+        parts.append(_section(f"{title}: its {len(sites)} sites", columns, sites))
+    if found.advice:
+        parts.append(f"<section><h2>{escape(title)}: advice</h2>{_list(found.advice)}</section>")
     return "\n".join(parts)
 
 
@@ -234,8 +244,20 @@ def _factors(low: float, high: float) -> str:
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def _number(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.3f}" if not unit else f"{value:.1f}{unit}"
+def _number(value: float | None) -> str:
+    return f"{value:.4g}" if _known(value) else "-"
+
+
+def _share(value: float | None) -> str:
+    return f"{100 * value:.1f} %" if _known(value) else "-"
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if not _known(value) else f"{value:.1f} dB" if math.isfinite(value) else "exact"
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and not math.isnan(value)
 
 
 def _seconds(seconds: float) -> str:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
+from cptv_ao.diagnosed import Diagnosed, DiagnosedBlock
 from cptv_ao.report import Point, Report, SiteMove
 
 if TYPE_CHECKING:
@@ -25,30 +26,6 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8c9196"
 _WIDTH = 5.6  # inches, of a figure that is made here
 _MOST_BARS = 40
 _MOST_LABELS = 16
-
-
-class DiagnosedBlock(Protocol):
-    """What is drawn of a block: see `cptv_ao.diagnose`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def share(self) -> float: ...
-    @property
-    def loss_without(self) -> float: ...
-    @property
-    def sqnr(self) -> float | None: ...
-    @property
-    def cosine(self) -> float | None: ...
-
-
-class Diagnosed(Protocol):
-    """What is drawn of a diagnosis: see `cptv_ao.diagnose`."""
-
-    @property
-    def loss(self) -> float: ...
-    @property
-    def blocks(self) -> Sequence[DiagnosedBlock]: ...
 
 
 def losses(report: Report, ax: Axes | None = None, over: Literal["evaluations", "seconds"] = "evaluations") -> Axes:
@@ -86,6 +63,9 @@ def losses(report: Report, ax: Axes | None = None, over: Literal["evaluations", 
 def sensitivity(before: Diagnosed, after: Diagnosed | None = None, ax: Axes | None = None) -> Axes:
     """How much of the output loss each block causes: what goes when that block alone is float.
 
+    Blocks need not add up, and a bar may be below 0: a search makes scales fit each other, so that others make up for
+    the errors of a block, and the loss rises where only these are taken away.
+
     Args:
         before: what `cptv_ao.diagnose` says of a model.
         after: what it says of the refined model; drawn in the same unit, per cent of the loss *before*, so that the
@@ -104,19 +84,23 @@ def sensitivity(before: Diagnosed, after: Diagnosed | None = None, ax: Axes | No
     label = "as given" if after is not None else "share"
     first = [100 * block.share for block in shown]
     _bars(ax, first, -height / 2 if after is not None else 0.0, height, BLUE, label)
+    second: list[float] = []
     if after is not None:
-        unit = 100 / before.loss if before.loss > 0 else 0.0
-        caused = {block.name: unit * (after.loss - block.loss_without) for block in after.blocks}
-        second = [caused.get(block.name, 0.0) for block in shown]
+        whole = _excess(before)
+        unit = 100 * _excess(after) / whole if whole > 0 else math.nan
+        caused = {block.name: unit * block.share for block in after.blocks}
+        second = [caused.get(block.name, math.nan) for block in shown]
         _bars(ax, second, height / 2, height, ORANGE, "refined")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="lower right")
     ax.set_yticks(range(len(shown)), [_plain(block.name, 26) for block in shown])
     ax.invert_yaxis()
     ax.margins(x=0.14)
     ax.axvline(0, color=GREY, linewidth=0.8)
     left = f", the largest {len(shown)} of {len(blocks)}" if len(shown) < len(blocks) else ""
     ax.set_title(f"What each block costs{left}")
-    ax.set_xlabel("loss that goes when the block\nalone is float, %" + (" of the loss as given" if after else ""))
+    unit_of = "%" if after is None else "% of the loss as given"
+    below = "\n(below 0: other blocks make up for its errors)" if any(value < -1 for value in first + second) else ""
+    ax.set_xlabel(f"loss that goes when the block\nalone is float, {unit_of}{below}")
     _quiet(ax, "x")
     ax.spines["left"].set_visible(False)  # the line at 0 is there
     ax.tick_params(axis="y", length=0)
@@ -251,16 +235,22 @@ def _mark_blocks(ax: Axes, moves: Sequence[SiteMove]) -> None:
 
 def _largest(blocks: Sequence[DiagnosedBlock]) -> list[DiagnosedBlock]:
     """At most `_MOST_BARS` of the blocks, those that cost most, in the order that they have."""
-    limit = sorted((block.share for block in blocks), reverse=True)[:_MOST_BARS][-1]
-    return [block for block in blocks if block.share >= limit][:_MOST_BARS]
+    last = sorted(blocks, key=lambda block: -math.inf if math.isnan(block.share) else block.share)[:-_MOST_BARS]
+    return [block for block in blocks if block not in last]
+
+
+def _excess(found: Diagnosed) -> float:
+    """The loss that shares are of."""
+    return (found.loss if found.simulated is None else found.simulated) - found.least
 
 
 def _bars(ax: Axes, values: Sequence[float], shift: float, height: float, color: str, label: str) -> None:
     """A bar per row, and its value at its right, where no name of a block is."""
     ax.barh([row + shift for row in range(len(values))], values, height, color=color, label=label)
     for row, value in enumerate(values):
-        at = (max(value, 0.0), row + shift)
-        ax.annotate(f"{value:.1f} %", at, (3, 0), textcoords="offset points", va="center", fontsize="small")
+        at = (max(0.0, value), row + shift)  # 0 where it is NaN: not known
+        told = "-" if math.isnan(value) else f"{value:.1f} %"
+        ax.annotate(told, at, (3, 0), textcoords="offset points", va="center", fontsize="small")
 
 
 def _plain(text: str, longest: int) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     import os
 
-    from cptv_ao.plot import Diagnosed
+    from cptv_ao.diagnosed import Diagnosed
 
 META_KEY = "cptv_ao"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import ScalesFileError
-from cptv_ao.files import at_once
 from cptv_ao.sites import QParams, ScaleSite
 
 _KEY, _VERSION = "cptv_ao", 1
@@ -78,9 +79,18 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
 
 def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
     """Write tensors and JSON data under a name, at once: write, fsync, rename."""
-    text = json.dumps({"version": _VERSION, **data})
-    with at_once(path) as temporary:
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        text = json.dumps({"version": _VERSION, **data})
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {_KEY: text})
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -71,9 +72,18 @@ class Part:
         self.loss_without, self.cosine = 0.4 * (1 - share), 0.9712
 
 
+class Site:
+    """A site of a diagnosis."""
+
+    def __init__(self, name: str, share: float | None, sqnr: float | None) -> None:
+        self.name, self.share, self.sqnr, self.clipped, self.used = name, share, sqnr, 0.0123, 0.5
+
+
 class Diagnosis:
-    loss = 0.4
-    blocks = (Part("blocks.1", 0.431, 12.34), Part("head", -0.01, None))
+    loss, simulated, least = 0.4, None, 0.0
+    blocks = (Part("blocks.1", 0.431, 12.34), Part("head", -0.01, None), Part("tail", math.nan, math.inf))
+    sites = (Site("blocks.1.fc", 0.25, math.inf), Site("head.fc", None, None))
+    advice = ("Keep blocks.1 in float.",)
 
 
 @pytest.fixture
@@ -124,8 +134,12 @@ def test_it_says_what_the_report_says(report: cptv_ao.Report, tmp_path: Path) ->
             f"{visits[0].before:.4g}",
             f"{visits[-1].after:.4g}",
         ] in rows
-    assert ["blocks.1", "43.1 %", "0.2276", "12.3 dB", "0.971"] in rows
-    assert ["head", "-1.0 %", "0.404", "-", "0.971"] in rows
+    assert ["blocks.1", "43.1 %", "0.2276", "12.3 dB", "0.9712"] in rows
+    assert ["head", "-1.0 %", "0.404", "-", "0.9712"] in rows
+    assert ["tail", "-", "-", "exact", "0.9712"] in rows
+    assert ["blocks.1.fc", "25.0 %", "exact", "1.2 %", "50.0 %"] in rows
+    assert ["head.fc", "-", "-", "1.2 %", "50.0 %"] in rows
+    assert Diagnosis.advice[0] in words
     assert ["seed", "3", "changed"] in rows
     assert ["holdout", "0.25", "changed"] in rows
     assert ["racing", "True", ""] in rows
@@ -175,13 +189,13 @@ def test_it_is_the_same_each_time(report: cptv_ao.Report) -> None:
 def test_hostile_names_are_text(report: cptv_ao.Report) -> None:
     given = hostile(report)
     bad = Diagnosis()
-    bad.blocks = (Part(HOSTILE, 0.5, 1.0),)
+    bad.blocks, bad.sites, bad.advice = (Part(HOSTILE, 0.5, 1.0),), (Site(HOSTILE, 0.5, 1.0),), (HOSTILE,)
     text = page(given, bad)
     parsed = Parsed(text)
     assert {"script", "img"}.isdisjoint(parsed.tags)
     assert not any(name.startswith("on") for name, _ in parsed.attributes)
     firsts = [row[0] for row in parsed.rows]
-    assert firsts.count(HOSTILE) == 3, "of block visits, of the diagnosis, of the settings"
+    assert firsts.count(HOSTILE) == 4, "of block visits, of the diagnosis, of its sites, of the settings"
     assert all(HOSTILE + move.name in firsts for move in report.moves)
     assert parsed.words.count(HOSTILE) >= 3 + len(report.moves) + 4
     assert "<!--" not in text

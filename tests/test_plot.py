@@ -47,6 +47,10 @@ class Part:
 class Diagnosis:
     loss: float
     blocks: tuple[Part, ...]
+    simulated: float | None = None
+    least: float = 0.0
+    sites: tuple[Any, ...] = ()
+    advice: tuple[str, ...] = ()
 
 
 def diagnosis(loss: float, shares: dict[str, float]) -> Diagnosis:
@@ -115,6 +119,8 @@ def test_sensitivity_is_the_share_of_each_block() -> None:
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([100 * share for share in shares.values()])
     assert [label.get_text() for label in ax.get_yticklabels()] == list(shares)
     assert [text.get_text() for text in ax.texts] == ["2.0 %", "43.0 %", "31.0 %", "-1.0 %"]
+    assert "below 0" not in ax.get_xlabel()
+    assert "below 0" in plot.sensitivity(diagnosis(0.4, {"stem": 0.3, "head": -0.2})).get_xlabel()
     bottom, top = ax.get_ylim()
     assert bottom > top, "the first block is at the top"
 
@@ -125,6 +131,8 @@ def test_sensitivity_before_and_after_in_one_unit() -> None:
     after = diagnosis(0.04, {"head": 0.5, "stem": 0.1, "another": 0.9})
     ax = plot.sensitivity(before, after)
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([20, 60, 1, 5])
+    above = plot.sensitivity(replace(before, simulated=0.6, least=0.2), replace(after, simulated=0.4, least=0.2))
+    assert [bar.get_width() for bar in above.patches] == pytest.approx([20, 60, 5, 25])
     legend = ax.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["as given", "refined"]
@@ -138,6 +146,8 @@ def test_sensitivity_of_many_blocks_shows_the_largest() -> None:
     wanted = sorted(shares, key=lambda name: -shares[name])[:40]
     assert names == [name for name in shares if name in wanted]
     assert "the largest 40 of 100" in ax.get_title()
+    unknown = plot.sensitivity(diagnosis(1.0, {"stem": 0.5, "head": math.nan}), diagnosis(0.5, {"stem": 0.5}))
+    assert [text.get_text() for text in unknown.texts] == ["50.0 %", "-", "25.0 %", "-"]
     with pytest.raises(ValueError, match="a diagnosis with blocks"):
         plot.sensitivity(diagnosis(1.0, {}))
 
