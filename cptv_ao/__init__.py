@@ -6,6 +6,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cptv_ao import callbacks, plot
 from cptv_ao.blocks import Block, blocks_by_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.diagnose import diagnose
@@ -21,9 +22,9 @@ from cptv_ao.errors import (
     ScalesFileError,
     UnsupportedModelError,
 )
-from cptv_ao.loop import Event
+from cptv_ao.events import STOP, Event
 from cptv_ao.refine import refine
-from cptv_ao.report import Report, Status, report
+from cptv_ao.report import Point, Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 from cptv_ao.sources import find_sites
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
 
 __all__ = [
+    "STOP",
     "Block",
     "CalibrationDataError",
     "CptvError",
@@ -42,6 +44,7 @@ __all__ = [
     "FloatModelMismatchError",
     "InvalidScaleError",
     "NonFiniteError",
+    "Point",
     "QParams",
     "Recipe",
     "RefineConfig",
@@ -52,9 +55,11 @@ __all__ = [
     "Status",
     "UnsupportedModelError",
     "blocks_by_path",
+    "callbacks",
     "diagnose",
     "find_sites",
     "load_scales",
+    "plot",
     "qconfig_mapping",
     "recipe",
     "refine",

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from cptv_ao.errors import ScalesFileError
+from cptv_ao.files import sweep
 from cptv_ao.loop import Loop, Position
-from cptv_ao.report import BlockResult, Losses
-from cptv_ao.saved import parse_file, sweep, write_file
+from cptv_ao.report import BlockResult, Losses, Point
+from cptv_ao.saved import parse_file, write_file
 from cptv_ao.sites import QParams
 from cptv_ao.world import ALONE, World
 
@@ -137,6 +138,7 @@ def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "seconds": loop.budget.seconds,
         "results": [asdict(result) for result in loop.results],
         "stages": loop.stages,
+        "history": [asdict(point) for point in loop.history],
         "race": loop.search.race_state(),
     }
     return tensors, data
@@ -170,6 +172,7 @@ def _apply(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -
     loop.budget.started -= float(data["seconds"])
     loop.results += [BlockResult(**result) for result in data["results"]]
     loop.stages += data["stages"]
+    loop.history = [Point(**point) for point in data["history"]]
     loop.search.set_race_state(data["race"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -160,6 +160,11 @@ class RefineConfig:
             "epsilon": 1e-3 if weight_bits <= 4 else 1e-4,
         }
         return cls(**(settings | changes))
+
+    def told(self) -> dict[str, str]:
+        """Each setting in words, by name; functions by their name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(value, "__qualname__", repr(value)) for name, value in values.items()}
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -38,8 +37,7 @@ def _of_model(backend: Backend) -> str:
 
 def _of_config(config: RefineConfig) -> dict[str, str]:
     """Each setting in words; functions by their name."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
-    return {name: getattr(value, "__qualname__", repr(value)) for name, value in values.items()}
+    return {name: value for name, value in config.told().items() if name not in _FREE}
 
 
 def _of_data(batches: Iterable[Batch]) -> str:

@@ -3,75 +3,27 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import Block
+from cptv_ao.budget import Budget
 from cptv_ao.config import RefineConfig
 from cptv_ao.evaluator import Evaluator
+from cptv_ao.events import STOP, Callback, Event
 from cptv_ao.population import Proposal
-from cptv_ao.report import BlockResult, Losses, SiteMove
+from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Vector
 from cptv_ao.sites import ScaleSite
 from cptv_ao.space import ScaleSpace
 from cptv_ao.world import ALONE, World
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of a refine, as given to the callback.
-
-    `step`: a step of the descent on the twin (loss of its batch there); `proposal`: scales for the whole model were
-    scored; `candidate`: a vector was scored; `block`: a visit ended; `pass`: all blocks were visited. `loss` is that of
-    the step on the search images (inf: rejected early), `best` the best so far.
-    """
-
-    kind: Literal["step", "proposal", "candidate", "block", "pass"]
-    name: str
-    pass_index: int
-    evaluations: int
-    loss: float
-    best: float
-    seconds: float
-
-
-Callback = Callable[[Event], Any]
-
-
-@dataclass
-class Budget:
-    """Counts evaluations and seconds against the limits of the config; all ranks stop when one is asked to."""
-
-    max_evaluations: int | None
-    max_seconds: float | None
-    world: World = ALONE
-    started: float = field(default_factory=time.monotonic)
-    evaluations: int = 0
-    stopped: bool = False
-
-    def stop(self) -> None:
-        """End the search after what is running now."""
-        self.stopped = True
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    @property
-    def left(self) -> bool:
-        """Whether to go on; the ranks must ask together."""
-        stopped, seconds = self.world.most(float(self.stopped), self.seconds)
-        self.stopped = bool(stopped)
-        in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
-        return not self.stopped and in_count and (self.max_seconds is None or seconds < self.max_seconds)
 
 
 @dataclass(frozen=True)
@@ -114,6 +66,7 @@ class Loop:
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
         self.start = self._both(search.score())
+        self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
         search.keep()
         self.best = self.start
         self.rejected = False
@@ -182,12 +135,13 @@ class Loop:
         for block, space in self._spaces.items():
             for name in space.to_assignment(space.vector):
                 old, new = before[name], self.backend.read(name)
-                ratio = (new.scale / old.scale).log2().abs().reshape(-1)
-                step = (new.zero_point - old.zero_point).abs().max()
-                changed = int((ratio > 0).sum())
-                if changed or int(step):
-                    kind = self.backend.sites[name].kind
-                    moves.append(SiteMove(name, kind, block, ratio.numel(), changed, float(ratio.max()), int(step)))
+                ratio = (new.scale / old.scale).log2().reshape(-1)
+                step = int((new.zero_point - old.zero_point).abs().max())
+                changed = int((ratio != 0).sum())
+                if changed or step:
+                    kind, far = self.backend.sites[name].kind, float(ratio.abs().max())
+                    low, high = float(ratio.min()), float(ratio.max())
+                    moves.append(SiteMove(name, kind, block, ratio.numel(), changed, far, step, low, high))
         return tuple(moves)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
@@ -238,25 +192,28 @@ class Loop:
 
     def _keep(self) -> bool:
         """Remember the state that is in the model if it is the best accepted one, and say so."""
-        if self.loss >= self.best.search:
-            return False
-        losses = self._both(self.loss)
+        losses = self.best if self.loss >= self.best.search else self._both(self.loss)
+        kept = False
         if losses.holdout is not None and self.start.holdout is not None and losses.holdout > self.start.holdout:
             self.rejected = True
         elif losses.mean < self.best.mean:
             self.best = losses
             self.best_state = self.backend.snapshot()
-            return True
-        return False
+            kept = True
+        told = losses.holdout if losses.holdout is None or math.isfinite(losses.holdout) else None
+        self.history.append(Point(self.budget.evaluations, self.budget.seconds, self.loss, told, kept))
+        return kept
 
     def _both(self, search: float) -> Losses:
         return Losses(search, None if self._holdout is None else self._holdout.score())
 
     def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
         lowest = self.loss if best is None else best
-        event = Event(kind, name, pass_index, self.budget.evaluations, loss, lowest, self.budget.seconds)
+        budget, model = self.budget, self.backend.model
+        event = Event(kind, name, pass_index, budget.evaluations, loss, lowest, budget.seconds, model)
         for listener in self.listeners:
-            listener(event)
+            if listener(event) is STOP:
+                budget.stop(Status.CALLBACK)
 
 
 def _searched(backend: Backend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:

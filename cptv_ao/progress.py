@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from cptv_ao.loop import Event, Loop
+from cptv_ao.events import Event
+from cptv_ao.loop import Loop
 
 
 @contextmanager

@@ -25,10 +25,11 @@ from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CptvWarning, NonFiniteError, UnsupportedModelError
+from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
 from cptv_ao.keeping import saving_notes
-from cptv_ao.loop import Callback, Loop
+from cptv_ao.loop import Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
@@ -81,7 +82,8 @@ def refine(
             the teacher is the model itself with float activations, and weights stay as they are (but for those that
             the model holds in float: a reference model, a PT2E graph that is not folded).
         config: settings; the default is the recommended one.
-        callback: called with an `Event` after each step. It can watch, not select.
+        callback: called with an `Event` after each step. It watches; returning `cptv_ao.STOP` ends the search with the
+            best scales so far, which is all that it can decide. See `cptv_ao.callbacks`.
         progress: show a progress bar on stderr.
         checkpoint: path of a file that is written after the proposals and after each block. If it is there already,
             the search goes on from it, and ends with the very scales of one that was not interrupted (with
@@ -227,6 +229,8 @@ def _report(
         seed=config.seed,
         threads=torch.get_num_threads(),
         notes=tuple(notes),
+        history=tuple(loop.history),
+        settings=config.told(),
     )
 
 
@@ -253,7 +257,7 @@ def _proposer(
 
 def _status(loop: Loop, moved: bool) -> Status:
     if loop.budget.stopped:
-        return Status.STOPPED
+        return loop.budget.stopped
     if not loop.budget.left:
         return Status.BUDGET
     if moved:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from cptv_ao.table import table
+
+if TYPE_CHECKING:
+    import os
+
+    from cptv_ao.diagnosed import Diagnosed
 
 META_KEY = "cptv_ao"
 
@@ -22,12 +28,16 @@ class Status(Enum):
         "rejected: better in the search, worse on the held-out images or on the kernels; the model is as it was given"
     )
     STOPPED = "stopped by Ctrl-C: the best scales found until then are in the model"
+    CALLBACK = "stopped by the callback: the best scales found until then are in the model"
     BUDGET = "budget ended: the best scales found until then are in the model"
 
 
 @dataclass(frozen=True)
 class SiteMove:
-    """How far one site moved: largest |log2(new / old)| of its scales, largest zero_point step."""
+    """How far one site moved: largest |log2(new / old)| of its scales, largest zero_point step.
+
+    `low` and `high` are the least and the greatest log2(new / old) of its scales, with their signs.
+    """
 
     name: str
     kind: str
@@ -36,6 +46,8 @@ class SiteMove:
     moved: int
     log2: float
     zero_point: int
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,30 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Point:
+    """The search at one moment: at its start, after a proposal, or at the end of a block visit.
+
+    Attributes:
+        evaluations, seconds: spent until then.
+        search: the lowest loss on the search images so far.
+        holdout: the loss of the same scales on the held-out images; None without any, or where it is no number.
+        kept: whether these scales were accepted as the best state so far, held-out images included.
+    """
+
+    evaluations: int
+    seconds: float
+    search: float
+    holdout: float | None
+    kept: bool
+
+
+@dataclass(frozen=True)
 class Report:
-    """Result of one `refine`; `str()` is a table, `to_dict()` is JSON-safe."""
+    """Result of one `refine`; `str()` is a table, `to_dict()` is JSON-safe, `save_html()` writes a page with plots.
+
+    `history` is the search on what it ran on: with `score_on="simulation"` the losses of the simulation, where
+    `before` and `after` are those of the kernels. `settings` are those of the `RefineConfig`, in words.
+    """
 
     status: Status
     loss: str
@@ -82,6 +116,28 @@ class Report:
     seed: int
     threads: int
     notes: tuple[str, ...] = ()
+    history: tuple[Point, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def save_html(
+        self, path: str | os.PathLike[str], diagnosis: Diagnosed | None = None, after: Diagnosed | None = None
+    ) -> None:
+        """Write one page that opens without a network: losses, plots, tables, settings.
+
+        The file is written beside its name and then renamed: it is there whole, or not at all. Plots need matplotlib
+        (extra `plot`); without it the page has the tables only, and says so.
+
+        Args:
+            path: of the page, e.g. `report.html`.
+            diagnosis: what `cptv_ao.diagnose` said of the model as it was given.
+            after: what it says of the refined model.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from cptv_ao.page import write_page
+
+        write_page(self, path, diagnosis, after)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers."""
@@ -106,18 +162,8 @@ class Report:
         lines += ["", *self.stages] if self.stages else []
         if self.blocks:
             rows = [("block", "visits", "evaluations", "accepted", "loss before", "after")]
-            for name in dict.fromkeys(block.name for block in self.blocks):
-                visits = [block for block in self.blocks if block.name == name]
-                rows.append(
-                    (
-                        name,
-                        str(len(visits)),
-                        str(sum(v.evaluations for v in visits)),
-                        str(sum(v.accepted for v in visits)),
-                        f"{visits[0].before:.5g}",
-                        f"{visits[-1].after:.5g}",
-                    )
-                )
+            for name, visits, evaluations, accepted, before, after in per_block(self.blocks):
+                rows.append((name, str(visits), str(evaluations), str(accepted), f"{before:.5g}", f"{after:.5g}"))
             lines += ["", *table(rows)]
         lines += ["", f"{len(self.moves)} of {self.sites} sites moved"]
         if self.moves:
@@ -145,6 +191,16 @@ def report(model: nn.Module) -> Report:
     if not isinstance(found, Report):
         raise ValueError("no report: expected a model that cptv_ao.refine returned; call refine(model, ...) first")
     return found
+
+
+def per_block(blocks: Sequence[BlockResult]) -> list[tuple[str, int, int, int, float, float]]:
+    """The visits of each block together: name, visits, evaluations, accepted, loss before the first, after the last."""
+    rows = []
+    for name in dict.fromkeys(block.name for block in blocks):
+        visits = [block for block in blocks if block.name == name]
+        evaluations, accepted = (sum(getattr(v, part) for v in visits) for part in ("evaluations", "accepted"))
+        rows.append((name, len(visits), evaluations, accepted, visits[0].before, visits[-1].after))
+    return rows
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import ScalesFileError
+from cptv_ao.files import at_once
 from cptv_ao.guard import without_torch_floods
 from cptv_ao.sites import QParams, ScaleSite
 
 _KEY, _VERSION = "cptv_ao", 1
-#: ending of a file that is being written; one that is left over is of a process that was killed
-_PARTIAL = ".partial"
 
 
 def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
@@ -86,28 +84,11 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], data
     Raises:
         OSError: the disk is full, or the folder cannot be written; what was there before is as it was.
     """
-    target = Path(path)
     text = json.dumps({"version": _VERSION, **data})
     # Written here and not by safetensors, whose errors are no OSError.
     content = save({key: value.contiguous() for key, value in tensors.items()}, {_KEY: text})
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sweep(path: str | os.PathLike[str]) -> None:
-    """Remove what processes left beside a file that were killed while they wrote it."""
-    target = Path(path)
-    for found in target.parent.iterdir():
-        if found.name.startswith(f".{target.name}.") and found.name.endswith(_PARTIAL):
-            found.unlink(missing_ok=True)
+    with at_once(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -86,6 +86,11 @@ def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: d
     assert (found.after, found.blocks, found.stages, found.moves, found.evaluations) == (
         report.after, report.blocks, report.stages, report.moves, report.evaluations,
     )  # fmt: skip
+    assert [replace(point, seconds=0.0) for point in found.history] == [
+        replace(point, seconds=0.0) for point in report.history
+    ]
+    seconds = [point.seconds for point in found.history]
+    assert seconds == sorted(seconds), "the clock goes on where the file left it"
     assert len(seen) < len(events)
 
 

@@ -51,8 +51,8 @@ def made() -> Report:
             BlockResult("blocks.0", 1, 15, 2, 0.22, 0.2),
         ),
         moves=(
-            SiteMove("blocks.0.attn.qkv.weight", "weight", "blocks.0", 144, 7, 0.25, 0),
-            SiteMove("head.output", "activation", "head", 1, 1, 1.0, 3),
+            SiteMove("blocks.0.attn.qkv.weight", "weight", "blocks.0", 144, 7, 0.25, 0, -0.25, 0.125),
+            SiteMove("head.output", "activation", "head", 1, 1, 1.0, 3, 1.0, 1.0),
         ),
         stages=("gradient: accepted, loss 0.24",),
         sites=74,
@@ -93,9 +93,10 @@ def test_what_moved_is_what_differs(case: Case) -> None:
     assert {move.name for move in report.moves} == differ
     assert differ
     for move in report.moves:
-        ratio = (new.read(move.name).scale / old.read(move.name).scale).log2().abs()
-        assert move.log2 == pytest.approx(float(ratio.max()))
-        assert move.moved == int((ratio > 0).sum())
+        ratio = (new.read(move.name).scale / old.read(move.name).scale).log2()
+        assert move.log2 == pytest.approx(float(ratio.abs().max()))
+        assert (move.low, move.high) == pytest.approx((float(ratio.min()), float(ratio.max())))
+        assert move.moved == int((ratio != 0).sum())
         assert move.scales == old.sites[move.name].numel
 
 
@@ -113,6 +114,33 @@ def test_the_report_of_a_search_is_consistent(vit_w3: Case) -> None:
     assert str(report).startswith("cptv_ao.refine: improved")
 
 
+@pytest.mark.parametrize("changes", [{}, {"holdout": 0}, {"score_on": "simulation"}])
+def test_the_history_is_that_of_the_search(conv: Case, changes: dict[str, object]) -> None:
+    report = refined(conv, evaluations=6, passes=2, population=("output_error",), gradient_steps=8, **changes)
+    first, *rest = report.history
+    assert (first.evaluations, first.kept) == (0, True)
+    assert len(rest) == len(report.stages) + len(report.blocks)
+    assert [p.evaluations for p in report.history] == sorted(p.evaluations for p in report.history)
+    assert report.history[-1].evaluations == report.evaluations
+    searched = [p.search for p in report.history]
+    assert searched == sorted(searched, reverse=True), "the best so far never rises"
+    assert searched[-len(report.blocks) :] == [block.after for block in report.blocks]
+    for point in rest:
+        assert (point.holdout is None) == (report.before.holdout is None)
+        if point.kept and point.holdout is not None and first.holdout is not None:
+            assert point.holdout <= first.holdout
+    if not changes.get("score_on"):
+        last = [p for p in report.history if p.kept][-1]
+        assert (first.search, first.holdout) == (report.before.search, report.before.holdout)
+        assert (last.search, last.holdout) == (report.after.search, report.after.holdout)
+
+
+def test_the_settings_are_told(conv: Case) -> None:
+    settings = refined(conv, seed=5, blocks=cptv_ao.blocks_by_path).settings
+    assert settings.keys() == cptv_ao.RefineConfig.__dataclass_fields__.keys()
+    assert (settings["seed"], settings["loss"], settings["blocks"]) == ("5", "'kl'", "blocks_by_path")
+
+
 def test_it_is_json_safe(conv: Case) -> None:
     report = refined(conv, evaluations=4)
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -120,6 +148,7 @@ def test_it_is_json_safe(conv: Case) -> None:
     assert data["message"] == report.status.value
     assert data["before"] == {"search": report.before.search, "holdout": report.before.holdout}
     assert len(data["blocks"]) == len(report.blocks)
+    assert [p["search"] for p in data["history"]] == [p.search for p in report.history]
     assert [move["name"] for move in data["moves"]] == [move.name for move in report.moves]
 
 

@@ -1,0 +1,111 @@
+"""How often a site takes each of its codes: activations on images, weights as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.reference import is_reference, lower
+from cptv_ao.data import read_batches
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.guard import eval_mode
+from cptv_ao.sites import ScaleSite
+from cptv_ao.twin.saturation import ordered
+
+# Codes of quint8 and of qint8 fit into it.
+_LOWEST, _HIGHEST = -128, 255
+
+
+@dataclass(frozen=True)
+class CodeCounts:
+    """Codes of one site.
+
+    Attributes:
+        site: its description.
+        counts: how often each code occurs, from code `first` on, without gaps.
+        first: the lowest code that is counted: `site.qmin`, or below it where such a code occurs.
+        zero_point: the code that means zero; None where the channels differ.
+    """
+
+    site: ScaleSite
+    counts: tuple[int, ...]
+    first: int
+    zero_point: int | None
+
+    @property
+    def total(self) -> int:
+        """Values that were counted."""
+        return sum(self.counts)
+
+
+def count_codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | None = None) -> CodeCounts:
+    """Count the codes of a site.
+
+    Args:
+        model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned, refined or not; it is run on its
+            own kernels and left as it is.
+        site: its name, as in `cptv_ao.find_sites(model)`.
+        calib_loader: images as for `refine`; weights need none.
+
+    Raises:
+        ValueError: there is no such site, or an activation site was given no images.
+        UnsupportedModelError: the model is not converted, or the site holds no integer codes.
+    """
+    backend = Backend(lower(model) if is_reference(model) else model)
+    if site not in backend.sites:
+        near = get_close_matches(site, backend.sites, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no site {site!r} in this model; {hint}print(cptv_ao.find_sites(model)) lists them")
+    found = backend.sites[site]
+    if found.kind == "weight":
+        counts = _count(backend.weight(site), site)
+    elif calib_loader is None:
+        raise ValueError(f"{site} is an activation site: its codes are counted on images, pass calib_loader")
+    else:
+        counts = _of_activation(backend.model, found, calib_loader)
+    zero_points = set(backend.read(site).zero_point.reshape(-1).tolist())
+    seen = (counts > 0).nonzero().reshape(-1) + _LOWEST
+    first, last = min(found.qmin, int(seen.min())), max(found.qmax, int(seen.max()))
+    inside = counts[first - _LOWEST : last - _LOWEST + 1]
+    return CodeCounts(found, tuple(inside.tolist()), first, zero_points.pop() if len(zero_points) == 1 else None)
+
+
+def _of_activation(model: GraphModule, site: ScaleSite, calib_loader: Iterable[Any]) -> Tensor:
+    counter = _Counter(model, site)
+    with eval_mode(model), torch.no_grad():
+        for batch in read_batches(calib_loader):
+            counter.run(*ordered(model, batch))
+    if not int(counter.counts.sum()):
+        raise UnsupportedModelError(f"{site.name}: the model computed none of its nodes {site.nodes}", site.name)
+    return counter.counts
+
+
+class _Counter(Interpreter):
+    """Runs a model node by node and counts the codes of a site where they are computed."""
+
+    def __init__(self, model: GraphModule, site: ScaleSite) -> None:
+        super().__init__(model)
+        self._site = site
+        self.counts = torch.zeros(_HIGHEST - _LOWEST + 1, dtype=torch.int64)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._site.nodes:
+            self.counts += _count(value, self._site.name)
+        return value
+
+
+def _count(value: Any, site: str) -> Tensor:
+    """How often each code from `_LOWEST` to `_HIGHEST` occurs."""
+    codes = value.int_repr() if isinstance(value, Tensor) and value.is_quantized else value
+    if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.int8):
+        kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+        raise UnsupportedModelError(f"{site}: expected 8-bit codes, got {kind}", site)
+    return torch.bincount(codes.reshape(-1).int() - _LOWEST, minlength=_HIGHEST - _LOWEST + 1)

@@ -1,0 +1,53 @@
+"""What plots and pages need of a diagnosis, so that they need not know how it is made: see `cptv_ao.diagnose`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class DiagnosedBlock(Protocol):
+    """What is drawn of a block: see `cptv_ao.diagnose`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def loss_without(self) -> float: ...
+    @property
+    def sqnr(self) -> float | None: ...
+    @property
+    def cosine(self) -> float | None: ...
+
+
+class DiagnosedSite(Protocol):
+    """What is told of a site."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float | None: ...
+    @property
+    def sqnr(self) -> float | None: ...
+    @property
+    def clipped(self) -> float | None: ...
+    @property
+    def used(self) -> float | None: ...
+
+
+class Diagnosed(Protocol):
+    """What is drawn and told of a diagnosis: see `cptv_ao.diagnose`. Shares are of the simulated loss above `least`."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def simulated(self) -> float | None: ...
+    @property
+    def least(self) -> float: ...
+    @property
+    def blocks(self) -> Sequence[DiagnosedBlock]: ...
+    @property
+    def sites(self) -> Sequence[DiagnosedSite]: ...
+    @property
+    def advice(self) -> Sequence[str]: ...
