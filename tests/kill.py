@@ -169,7 +169,8 @@ def run(kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     ends = {name: load_file(folder / f"{name}.scales") for name in ("whole", "killed")}
     states = {name: read_file(folder / f"{name}.search")[1] for name in ends}
     for state in states.values():
-        del state["seconds"]
+        for record in (state, *state["history"]):
+            del record["seconds"]
     equal = ends["whole"].keys() == ends["killed"].keys()
     equal = equal and all(torch.equal(value, ends["killed"][key]) for key, value in ends["whole"].items())
     equal = equal and states["whole"] == states["killed"]
