@@ -112,7 +112,7 @@ def _diagnosis(
         survey = Survey(backend, blocks)
         with _progress_bar(steps(blocks), progress) as advance:
             measured = _measured(backend, teacher, images, blocks, survey, config, kernels.score(), advance)
-    causes = measured.causes
+    causes, outputs = measured.causes, kernels.outputs()
     notes = [measured.note] if measured.note else []
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
@@ -122,8 +122,8 @@ def _diagnosis(
         simulated=causes.whole if measured.on_twin else None,
         least=causes.least,
         floor=causes.floor,
-        sqnr=_fidelity(kernels.outputs(), images).sqnr,
-        agreement=_agreement(kernels.outputs(), images),
+        sqnr=_fidelity(outputs, images).sqnr,
+        agreement=_agreement(outputs, images),
         images=kernels.images,
         blocks=_blocks(blocks, measured, survey),
         sites=_sites(backend, blocks, measured),
