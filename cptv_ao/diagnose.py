@@ -53,9 +53,9 @@ def diagnose(
     where one block at a time computes in float: the table says which figure is which. Where the twin does not know an
     op, the float model's output of a block takes the place of the kernels' instead. The model is only read.
 
-    It takes the first 128 images (of a PT2E graph whole batches until these are there), so shuffle them. It costs
-    about `blocks / 2 + 16` forwards of the twin, each two or three times as long as the model's own: seconds for a
-    small network, minutes on one thread for a deit_tiny. Give fewer images to have it sooner.
+    It takes the first 128 images (of a PT2E graph whole batches until these are there), so shuffle them. It costs at
+    most `blocks / 2 + 32` forwards of the twin, each about three times as long as the model's own: seconds for a small
+    network, five minutes of one thread for a deit_tiny. Give fewer images to have it sooner.
 
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned, refined or not.
@@ -112,7 +112,7 @@ def _diagnosis(
         survey = Survey(backend, blocks)
         with _progress_bar(steps(blocks), progress) as advance:
             measured = _measured(backend, teacher, images, blocks, survey, config, kernels.score(), advance)
-    causes = measured.causes
+    causes, outputs = measured.causes, kernels.outputs()
     notes = [measured.note] if measured.note else []
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
@@ -122,8 +122,8 @@ def _diagnosis(
         simulated=causes.whole if measured.on_twin else None,
         least=causes.least,
         floor=causes.floor,
-        sqnr=_fidelity(kernels.outputs(), images).sqnr,
-        agreement=_agreement(kernels.outputs(), images),
+        sqnr=_fidelity(outputs, images).sqnr,
+        agreement=_agreement(outputs, images),
         images=kernels.images,
         blocks=_blocks(blocks, measured, survey),
         sites=_sites(backend, blocks, measured),

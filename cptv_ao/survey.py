@@ -20,7 +20,7 @@ _MOVING = {
     "contiguous", "clone", "detach", "flatten", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view",
     "expand", "repeat", "chunk", "split", "unbind", "getitem", "getattr", "size", "cat", "stack", "narrow", "slice",
     "select", "to", "float", "pad", "roll", "dropout", "Dropout", "Identity", "Flatten", "copy", "zeros", "ones",
-    "reshape_as",    "unflatten", "Unflatten", "movedim", "new_zeros", "alias", "t", "expand_as", "view_as",
+    "reshape_as", "unflatten", "Unflatten", "movedim", "new_zeros", "alias", "t", "expand_as", "view_as",
 }  # fmt: skip
 _LAYERS = {
     "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "linear",
@@ -111,6 +111,7 @@ class Survey:
     def before_wide_weights(self) -> set[str]:
         """Activation sites in front of weights whose codes are large enough to overflow a sum of two products."""
         found = set()
+        known = {node for node in self._nodes if node.name in self._activation}
         for node in self._nodes:
             weight = self._weight.get(node.name)
             ends = None if weight is None else self._code_ends(weight)
@@ -118,7 +119,6 @@ class Survey:
                 continue
             source: Any = node.args[0]
             source = source.args[0] if self._dequantizes(source) else source
-            known = {n for n in self._nodes if n.name in self._activation}
             site = self._activation.get(producer(source, known, self._modules).name)
             if site is not None and site.qmax == 255:
                 found.add(site.name)

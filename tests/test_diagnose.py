@@ -10,7 +10,6 @@ from typing import Any
 
 import nets
 import pytest
-import test_pt2e
 import torch
 import workloads
 from conftest import Case, _vit_case
@@ -107,22 +106,31 @@ def test_a_weight_with_few_bits_comes_first(vit: nn.Module, digits: workloads.Im
     assert (found.blocks[0].name, found.sites[0].name) == ("blocks.2", "blocks.2.mlp.fc1.weight")
 
 
-def test_in_a_pt2e_graph() -> None:
-    model, converted = pt2e_model()
+@pytest.fixture
+def pt2e() -> Any:
+    """The room of the PT2E tests: models, quantizers, batches."""
+    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+    import test_pt2e
+
+    return test_pt2e
+
+
+def test_in_a_pt2e_graph(pt2e: Any) -> None:
+    model, converted = pt2e_model(pt2e)
     name = "fc1.input"
     backend = Backend(converted)
     now = backend.read(name)
     backend.write(name, QParams(now.scale * 8, now.zero_point))
-    found = cptv_ao.diagnose(converted, test_pt2e.BATCHES, float_model=model, progress=False)
+    found = cptv_ao.diagnose(converted, pt2e.BATCHES, float_model=model, progress=False)
     assert found.sites[0].name == name
     assert found.sites[0].used < 0.2
     assert found.loss == pytest.approx(found.simulated, rel=1e-3)
     assert found.blocks[0].share > 0.9
 
 
-def pt2e_model() -> tuple[nn.Module, Any]:
-    model = nets.seeded(test_pt2e.Residual)
-    return model, test_pt2e.converted(model, test_pt2e.x86(), True)
+def pt2e_model(pt2e: Any) -> tuple[nn.Module, Any]:
+    model = nets.seeded(pt2e.Residual)
+    return model, pt2e.converted(model, pt2e.x86(), True)
 
 
 def reference_case() -> Case:
@@ -310,11 +318,11 @@ def test_the_model_is_only_read(case: Case) -> None:
     assert diagnosed(case) == first, "and the same again"
 
 
-def test_a_pt2e_graph_is_only_read() -> None:
-    model, converted = pt2e_model()
+def test_a_pt2e_graph_is_only_read(pt2e: Any) -> None:
+    model, converted = pt2e_model(pt2e)
     before = [str(node.args) for node in converted.graph.nodes]
     given = [everything(converted), everything(model)]
-    cptv_ao.diagnose(converted, test_pt2e.BATCHES, float_model=model, progress=False)
+    cptv_ao.diagnose(converted, pt2e.BATCHES, float_model=model, progress=False)
     assert [everything(converted), everything(model)] == given
     assert [str(node.args) for node in converted.graph.nodes] == before
 
@@ -545,3 +553,31 @@ def test_the_bar(conv: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     diagnosed(conv, progress=True)
     assert "diagnose: 100%" in capsys.readouterr().err
+
+
+def test_keyword_inputs_and_several_outputs() -> None:
+    model = nets.seeded(lambda: nets.TupleNet(True))
+    batches = list(nets.images(16, 6).split(4))
+    _, converted = nets.quantize(model, batches, weight_bits=3)
+    by_position = cptv_ao.diagnose(converted, batches, float_model=model, progress=False)
+    by_name = cptv_ao.diagnose(converted, [{"x": b} for b in batches], float_model=model, progress=False)
+    assert by_name == by_position
+    config = cptv_ao.RefineConfig(output=lambda found: found["hidden"])
+    hidden = cptv_ao.diagnose(converted, batches, float_model=model, config=config, progress=False)
+    assert hidden.loss != by_name.loss
+    assert site(hidden, "b.weight").share == 0, "the hidden layer comes before it"
+    assert site(by_name, "b.weight").share != 0
+
+
+def test_a_pt2e_graph_of_one_batch_size(pt2e: Any) -> None:
+    model = nets.seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5)))
+    batches = list(nets.images(300, 12).split(50))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        prepared = pt2e.pt2e.prepare_pt2e(torch.export.export(model, (batches[0],)).module(), pt2e.x86())
+        for batch in batches:
+            prepared(batch)
+        converted = pt2e.pt2e.convert_pt2e(prepared)
+    found = cptv_ao.diagnose(converted, batches, float_model=model, progress=False)
+    assert found.images == 150
+    assert found.findings.saturation_risk == ("0.input", "2.input")
