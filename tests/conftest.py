@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +121,12 @@ def functional(_small: dict[str, Case]) -> Case:
 def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
     """Each of the small networks and the ViT, at W3A8."""
     return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()
+
+
+@pytest.fixture
+def pt2e() -> Any:
+    """The room of the PT2E tests: models, quantizers, batches."""
+    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+    import test_pt2e
+
+    return test_pt2e
