@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from cptv_ao import plot
 from cptv_ao.config import RefineConfig
-from cptv_ao.diagnosed import Diagnosed
+from cptv_ao.diagnosis import Diagnosis
 from cptv_ao.files import at_once
 from cptv_ao.report import Report, Status, per_block
 from cptv_ao.style import CSS
@@ -35,7 +35,7 @@ _WIDTH = 4.9
 
 
 def write_page(
-    report: Report, path: str | os.PathLike[str], diagnosis: Diagnosed | None = None, after: Diagnosed | None = None
+    report: Report, path: str | os.PathLike[str], diagnosis: Diagnosis | None = None, after: Diagnosis | None = None
 ) -> None:
     """Write the page of a report; see `Report.save_html`."""
     text = page(report, diagnosis, after)
@@ -43,7 +43,7 @@ def write_page(
         temporary.write_text(text, encoding="utf-8")
 
 
-def page(report: Report, diagnosis: Diagnosed | None = None, after: Diagnosed | None = None) -> str:
+def page(report: Report, diagnosis: Diagnosis | None = None, after: Diagnosis | None = None) -> str:
     """The page of a report as text."""
     told, _, rest = report.status.value.partition(": ")
     parts = [
@@ -96,7 +96,7 @@ def _tile(report: Report, images: str, before: float, after: float) -> str:
     )
 
 
-def _plots(report: Report, diagnosis: Diagnosed | None, after: Diagnosed | None) -> str:
+def _plots(report: Report, diagnosis: Diagnosis | None, after: Diagnosis | None) -> str:
     drawings: list[tuple[str, Callable[[], Axes]]] = []
     if report.history:
         drawings.append(
@@ -176,7 +176,7 @@ def _blocks(report: Report) -> str:
     return _section("Block visits", ("block", "visits", "accepted", "loss before", "after"), rows)
 
 
-def _diagnosis(title: str, found: Diagnosed | None) -> str:
+def _diagnosis(title: str, found: Diagnosis | None) -> str:
     if found is None:
         return ""
     rows = [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
-from cptv_ao.diagnosed import Diagnosed, DiagnosedBlock
+from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis
 from cptv_ao.report import Point, Report, SiteMove
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def losses(report: Report, ax: Axes | None = None, over: Literal["evaluations", 
     return ax
 
 
-def sensitivity(before: Diagnosed, after: Diagnosed | None = None, ax: Axes | None = None) -> Axes:
+def sensitivity(before: Diagnosis, after: Diagnosis | None = None, ax: Axes | None = None) -> Axes:
     """How much of the output loss each block causes: what goes when that block alone is float.
 
     Blocks need not add up, and a bar may be below 0: a search makes scales fit each other, so that others make up for
@@ -233,13 +233,13 @@ def _mark_blocks(ax: Axes, moves: Sequence[SiteMove]) -> None:
     ax.set_xlim(-1, len(moves))
 
 
-def _largest(blocks: Sequence[DiagnosedBlock]) -> list[DiagnosedBlock]:
+def _largest(blocks: Sequence[BlockDiagnosis]) -> list[BlockDiagnosis]:
     """At most `_MOST_BARS` of the blocks, those that cost most, in the order that they have."""
     last = sorted(blocks, key=lambda block: -math.inf if math.isnan(block.share) else block.share)[:-_MOST_BARS]
     return [block for block in blocks if block not in last]
 
 
-def _excess(found: Diagnosed) -> float:
+def _excess(found: Diagnosis) -> float:
     """The loss that shares are of."""
     return (found.loss if found.simulated is None else found.simulated) - found.least
 

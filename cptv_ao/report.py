@@ -14,7 +14,7 @@ from cptv_ao.table import table
 if TYPE_CHECKING:
     import os
 
-    from cptv_ao.diagnosed import Diagnosed
+    from cptv_ao.diagnosis import Diagnosis
 
 META_KEY = "cptv_ao"
 
@@ -120,7 +120,7 @@ class Report:
     settings: dict[str, str] = field(default_factory=dict)
 
     def save_html(
-        self, path: str | os.PathLike[str], diagnosis: Diagnosed | None = None, after: Diagnosed | None = None
+        self, path: str | os.PathLike[str], diagnosis: Diagnosis | None = None, after: Diagnosis | None = None
     ) -> None:
         """Write one page that opens without a network: losses, plots, tables, settings.
 

@@ -47,14 +47,17 @@ def main() -> None:
     report = cptv_ao.report(refined)
     print(f"{report.status.value}; accuracy at each look: {', '.join(f'{value:.3f}' for _, value in stop.values)}")
 
+    before, after = (cptv_ao.diagnose(m, calibration, float_model=model, progress=False) for m in (given, refined))
+    print(f"\nbefore the search: {before.advice[0]}\n")
     drawn = {"losses": plot.losses(report), "movement": plot.movement(report)}
+    drawn["sensitivity"] = plot.sensitivity(before, after)
     # What 2-bit weights and saturated activations look like: a weight before and after, and the output of its layer.
     site = "blocks.0.mlp.fc1.weight"
     drawn["codes_given"], drawn["codes_refined"] = plot.codes(given, site), plot.codes(refined, site)
     drawn["codes_output"] = plot.codes(refined, site.replace("weight", "output"), calibration)
     for name, ax in drawn.items():
         ax.figure.savefig(args.out / f"{name}.png", dpi=150)
-    report.save_html(args.out / "report.html")
+    report.save_html(args.out / "report.html", before, after)
     print("\n".join(f"wrote {path}" for path in sorted(args.out.iterdir())))
 
 

@@ -274,10 +274,10 @@ def test_the_example_writes_what_it_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "here").iterdir()}
     assert files == {"report.html", "search.jsonl"} | {
-        f"{name}.png" for name in ("losses", "movement", "codes_given", "codes_refined", "codes_output")
+        f"{name}.png" for name in ("losses", "movement", "sensitivity", "codes_given", "codes_refined", "codes_output")
     }
     assert {f"wrote here/{name}" for name in files} <= set(done.stdout.splitlines())
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
     parsed = Parsed((tmp_path / "here" / "report.html").read_text(encoding="utf-8"))
-    assert parsed.tags.count("svg") == 2
+    assert parsed.tags.count("svg") == 3
     assert "blocks.0.attn.qkv.weight" in {row[0] for row in parsed.rows}
