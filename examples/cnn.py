@@ -19,7 +19,7 @@ import cptv_ao
 
 
 def main() -> None:
-    parser = options(__doc__, seconds=40)
+    parser = options(__doc__, seconds=30)
     parser.add_argument("--images", type=int, default=100, help="calibration crops, default %(default)s")
     parser.add_argument("--test-images", type=int, default=200, help="test crops, default %(default)s")
     args = parser.parse_args()

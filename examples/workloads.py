@@ -239,7 +239,7 @@ def quantize_exported(
 
 def logits(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
     """Outputs of a model on all images (N, C)."""
-    with torch.inference_mode():
+    with quietly(), torch.inference_mode():
         return torch.cat([model(part) for part in images.split(batch)])
 
 
