@@ -5,10 +5,12 @@ Test images are seen by no training and no search; calibration images come from 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gzip
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +151,14 @@ def with_outliers(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings: torch.ao warns about its own defaults, thousands of times."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def quantize(
     model: nn.Module,
     calibration: Iterable[Tensor],
@@ -171,8 +181,7 @@ def quantize(
     )
     activation = HistogramObserver.with_args(reduce_range=reduce_range)
     batches = list(calibration)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao warns about its own defaults, thousands of times
+    with quietly():
         torch.backends.quantized.engine = engine
         mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
         prepared = prepare_fx(model, mapping, (batches[0],))
@@ -218,8 +227,7 @@ def quantize_exported(
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
     )
     batches = list(calibration)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quietly(), torch.no_grad():
         dynamic = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},)
         exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic).module()
         quantizer = X86InductorQuantizer().set_global(QuantizationConfig(activation, None, weight, None))
@@ -231,7 +239,7 @@ def quantize_exported(
 
 def logits(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
     """Outputs of a model on all images (N, C)."""
-    with torch.inference_mode():
+    with quietly(), torch.inference_mode():
         return torch.cat([model(part) for part in images.split(batch)])
 
 
@@ -243,3 +251,31 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
 def agreement(outputs: Tensor, teacher: Tensor) -> float:
     """Share of the images on which two models choose the same class."""
     return float((outputs.argmax(1) == teacher.argmax(1)).float().mean())
+
+
+def shown(
+    models: Mapping[str, nn.Module], teacher: nn.Module, images: Tensor, labels: Tensor | None = None
+) -> list[float]:
+    """Print how models do on test images: their accuracy, and how often they choose what the teacher chooses.
+
+    Returns what is in the first column, model by model: accuracy, or agreement without labels.
+    """
+    wanted = logits(teacher, images)
+    print(f"{len(images)} test images" + ("" if labels is None else f"; float accuracy {accuracy(wanted, labels):.4f}"))
+    print("model                 " + ("" if labels is None else "accuracy  ") + "agrees with float")
+    found = []
+    for name, model in models.items():
+        outputs = logits(model, images)
+        same = agreement(outputs, wanted)
+        right = same if labels is None else accuracy(outputs, labels)
+        found.append(right)
+        print(f"{name:<20}  " + ("" if labels is None else f"{right:>8.4f}  ") + f"{same:>17.4f}", flush=True)
+    return found
+
+
+def options(text: str | None, *, seconds: float) -> argparse.ArgumentParser:
+    """The options that all examples have: `--seconds`, the limit of each search, and `--threads`."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=seconds, help="limit of each search, default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="default %(default)s")
+    return parser

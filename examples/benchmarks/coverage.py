@@ -175,7 +175,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "# Models of timm",
         "",
         f"{len(works)} of {len(results)} run end to end (traced, converted, refined on the int8 kernels of x86),",
-        f"{plain} of them with stock calls alone, the others with what [`cptv_ao.recipe`](../README.md) does.",
+        f"{plain} of them with stock calls alone, the others with what [`cptv_ao.recipe`](models.md) does.",
         "Written by `python examples/benchmarks/coverage.py` (random weights: code runs, nothing is said of accuracy).",
         "",
         "Columns: image size; what stock torch.ao says; sites of weights and activations, and linear and convolution",
