@@ -32,6 +32,11 @@ def saving_notes(model: GraphModule) -> list[str]:
             f"saving: torch.save(model) and pickle write a file that torch cannot load, because of "
             f"{_named(unpicklable)}: save with torch.jit.trace, or the state_dict, or the scales with save_scales"
         )
+    elif not _reduces(model):
+        notes.append(
+            "saving: torch.save(model) and pickle do not work with this torch, because of annotations that are strings "
+            "(from __future__ import annotations): save with torch.jit.trace, or the state_dict, or save_scales"
+        )
     forgotten = [f"{path} ({type(m).__name__})" for path, m in modules.items() if _forgets_scale(m)]
     if forgotten:
         notes.append(
@@ -51,6 +56,15 @@ def saving_notes(model: GraphModule) -> list[str]:
             "save_scales / load_scales need no pickle"
         )
     return notes
+
+
+def _reduces(model: GraphModule) -> bool:
+    """Whether torch can write down the code of a model; torch 2.13 cannot where an annotation is a string."""
+    try:
+        model.__reduce__()  # type: ignore[no-untyped-call]
+    except AttributeError:
+        return False
+    return True
 
 
 def _survives_pickle(module: nn.Module) -> bool:

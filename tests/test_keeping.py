@@ -220,7 +220,8 @@ def test_the_notes_name_the_modules() -> None:
 
 def test_quantized_convolutions_do_not_come_back_from_a_pickle(conv: Case) -> None:
     refined(conv)
-    with pytest.raises(AttributeError, match="has no attribute '_modules'"):
+    # torch 2.13 does not even write it: this network's annotations are strings
+    with pytest.raises(AttributeError, match="has no attribute '_(modules|_name__)'"):
         saved(conv.converted)
 
 
