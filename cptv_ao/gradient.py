@@ -185,10 +185,8 @@ class GradientDescent:
         (pull,) = torch.autograd.grad(loss, outputs)
         table = outputs.new_zeros(len(parts), sum(sizes))
         for index, graph in graphs.items():
-            found = torch.autograd.grad(graph, leaves, pull[parts[index][1]], allow_unused=True)
-            for cell, gradient in zip(torch.split(table[index], sizes), found, strict=True):
-                if gradient is not None:
-                    cell.copy_(gradient.reshape(-1))
+            found = torch.autograd.grad(graph, leaves, pull[parts[index][1]], materialize_grads=True)
+            table[index] = torch.cat([gradient.reshape(-1) for gradient in found])
         total = functools.reduce(torch.add, self._world.sum(table))
         # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
         for leaf, gradient in zip(leaves, torch.split(total.nan_to_num(0.0, 0.0, 0.0), sizes), strict=True):

@@ -19,6 +19,7 @@ import cptv_ao
 from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
 from cptv_ao.pieces import Pieces, storages
+from cptv_ao.scoring import Scoring
 from cptv_ao.simulated import SimulatedProposer
 from cptv_ao.twin import Twin
 from cptv_ao.twin.simulation import SimulatedBackend
@@ -168,7 +169,8 @@ def test_restored_on_any_exception(conv: Case, device: str, at: str, monkeypatch
     if at == "commit":
         monkeypatch.setattr(SimulatedBackend, "commit", lambda self: [*commit(self), fail()])
     if at == "kernels":
-        monkeypatch.setattr("cptv_ao.simulated._losses", fail)
+        losses, confirming = Scoring.losses, iter((False, True))
+        monkeypatch.setattr(Scoring, "losses", lambda self: fail() if next(confirming) else losses(self))
     with pytest.raises(KeyboardInterrupt):
         _refined(conv, _simulated(device, evaluations=8), callback=fail if at == "callback" else None)
     assert everything(conv.converted) == given
