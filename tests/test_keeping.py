@@ -221,7 +221,7 @@ def test_the_notes_name_the_modules() -> None:
 def test_quantized_convolutions_do_not_come_back_from_a_pickle(conv: Case) -> None:
     refined(conv)
     # torch 2.13 does not even write it: this network's annotations are strings
-    with pytest.raises(AttributeError, match="has no attribute '_(modules|_name__)'"):
+    with pytest.raises(AttributeError, match=r"has no attribute '_(modules|_name__)'"):
         saved(conv.converted)
 
 
