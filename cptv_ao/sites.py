@@ -157,3 +157,13 @@ class SiteTable(Mapping[str, ScaleSite]):
 
     def __repr__(self) -> str:
         return f"<SiteTable of {len(self)} sites; print() it for the table>"
+
+
+def output_name(path: str) -> str:
+    """Name of the activation site of the output of a module."""
+    return f"{path}.output"
+
+
+def weight_name(path: str) -> str:
+    """Name of the weight site of a module."""
+    return f"{path}.weight"

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import fused_weights
-from cptv_ao.backends.scan import weight_name
 from cptv_ao.errors import FloatModelMismatchError
-from cptv_ao.sites import ScaleSite
+from cptv_ao.sites import ScaleSite, weight_name
 
 # Half a step, plus what float32 rounding of w / s can add.
 _HALF_STEP = 0.5 + 2e-3

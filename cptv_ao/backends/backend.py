@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cptv_ao.backends.homes import Home, WeightHome
+from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
 from cptv_ao.errors import NonFiniteError
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
@@ -44,6 +44,7 @@ class Backend:
         #: pairs of sites, of the output and of an input of an add, whose scales the engine wants near each other
         self.sums = found.sums if torch.backends.quantized.engine == "qnnpack" else ()
         self._homes: dict[str, Home] = found.homes
+        self._remembered = found.remembered if torch.backends.quantized.engine == "qnnpack" else ()
         self._float_weights: dict[str, Tensor] = {}
         for name, home in self._homes.items():
             held = getattr(home, "float_weight", None)
@@ -68,6 +69,7 @@ class Backend:
             home.write_weight(round_weight(self._float_weights[name], checked, site), site, checked)
         else:
             home.write(checked)
+            self._renew(name)
 
     def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None) -> None:
         """Write qparams as they are, and the codes of a weight (int8), which are not rounded again.
@@ -82,6 +84,14 @@ class Backend:
                 home.write_weight(codes, site, qparams)
         elif not same:
             home.write(qparams)
+            self._renew(name)
+
+    def _renew(self, name: str) -> None:
+        """Pack again what remembers another scale or zero_point of this activation, or was this weight before."""
+        for weight in {weight for activation, weight in self._remembered if name in (activation, weight)}:
+            home = self._homes[weight]
+            if isinstance(home, PackedHome):
+                home.renew()
 
     def state(self, name: str) -> Any:
         """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
@@ -90,6 +100,7 @@ class Backend:
     def restore(self, name: str, state: Any) -> None:
         """Put back what `state` returned."""
         self._homes[name].restore(state)
+        self._renew(name)
 
     def snapshot(self) -> dict[str, Any]:
         """`state` of every site."""

@@ -57,7 +57,7 @@ def scan_exported(model: GraphModule) -> Found:
                 unknown.append(f"{node.name} ({node.target})")
             continue
         sites[name] = site
-    return Found(SiteTable(tuple(sites.values()), tuple(unknown)), homes, ())
+    return Found(SiteTable(tuple(sites.values()), tuple(unknown)), homes, (), ())
 
 
 class LiteralHome:

@@ -103,7 +103,43 @@ class WeightHome:
         self._set(weight)
 
 
-class ModuleWeightHome(WeightHome):
+class PackedHome(WeightHome):
+    """A weight inside a ScriptObject; subclasses say where that is kept."""
+
+    _renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
+
+    def _packed(self) -> Any:
+        raise NotImplementedError
+
+    def _put(self, packed: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def pads(self) -> bool:
+        """Whether it is of a convolution that pads its input."""
+        packed = self._packed()
+        return hasattr(packed, "padding") and any(packed.padding())
+
+    def state(self) -> Any:
+        packed = self._packed()
+        return self._renewed[1] if self._renewed is not None and packed is self._renewed[0] else packed
+
+    def restore(self, state: Any) -> None:
+        self._put(state)
+
+    def renew(self) -> None:
+        """Pack the same weight once more, for QNNPACK forgets nothing (torch 2.13 to 2.15); `state` is as before.
+
+        It works out its multipliers from the scales of input and output when an object is first used, and again when
+        the input's scale is another, never when the output's is. And it fills its buffer of padding when an object is
+        first used (or with more images than before) with the zero_point that its input has then.
+        """
+        kept = self.state()
+        self._set(self.weight())
+        self._renewed = self._packed(), kept
+
+
+class ModuleWeightHome(PackedHome):
     """The packed weight of an `nnq` Linear or Conv module."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -115,33 +151,33 @@ class ModuleWeightHome(WeightHome):
     def weight(self) -> Tensor:
         return cast(Tensor, self._module.weight())
 
-    def state(self) -> Any:
+    def _packed(self) -> Any:
         return self._owner._packed_params
 
-    def restore(self, state: Any) -> None:
-        self._owner._packed_params = state
+    def _put(self, packed: Any) -> None:
+        self._owner._packed_params = packed
 
     def _set(self, weight: Tensor) -> None:
         self._module.set_weight_bias(weight, self._module._weight_bias()[1])
 
 
-class PackedWeightHome(WeightHome):
+class PackedWeightHome(PackedHome):
     """A packed weight on the root (`_packed_weight_0`), used by functional linear and conv."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         self._owner, self._attribute = owner, attribute
 
     def weight(self) -> Tensor:
-        return cast(Tensor, self.state().unpack()[0])
+        return cast(Tensor, self._packed().unpack()[0])
 
-    def state(self) -> Any:
+    def _packed(self) -> Any:
         return getattr(self._owner, self._attribute)
 
-    def restore(self, state: Any) -> None:
-        setattr(self._owner, self._attribute, state)
+    def _put(self, packed: Any) -> None:
+        setattr(self._owner, self._attribute, packed)
 
     def _set(self, weight: Tensor) -> None:
-        packed = self.state()
+        packed = self._packed()
         bias = packed.unpack()[1]
         ops = torch.ops.quantized
         if hasattr(packed, "stride"):
@@ -163,6 +199,8 @@ class Found:
     homes: dict[str, Home]
     sums: tuple[tuple[str, str], ...]
     """Sites of the output and of an input of each quantized.add."""
+    remembered: tuple[tuple[str, str], ...]
+    """Sites of activations of which QNNPACK keeps something in a packed weight, each with the site of that weight."""
 
 
 def infer_range(weight: Tensor) -> tuple[int, int]:

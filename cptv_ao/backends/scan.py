@@ -18,6 +18,7 @@ from cptv_ao.backends.homes import (
     Found,
     Home,
     ModuleWeightHome,
+    PackedHome,
     PackedWeightHome,
     WeightHome,
     infer_range,
@@ -25,7 +26,7 @@ from cptv_ao.backends.homes import (
 from cptv_ao.backends.passing import op_name, producer
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import Scopes, fetch
-from cptv_ao.sites import ScaleSite, SiteTable
+from cptv_ao.sites import ScaleSite, SiteTable, output_name, weight_name
 
 _QUANTIZED_NAMESPACE = "torch.ao.nn."
 # Quantized ops without a scale of their own: the output inherits its input's, or the constant's product with it.
@@ -74,16 +75,6 @@ def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Fo
     return found
 
 
-def output_name(path: str) -> str:
-    """Name of the activation site of the output of a module."""
-    return f"{path}.output"
-
-
-def weight_name(path: str) -> str:
-    """Name of the weight site of a module."""
-    return f"{path}.weight"
-
-
 class _Scanner:
     def __init__(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> None:
         self._model = model
@@ -97,6 +88,7 @@ class _Scanner:
         self._unknown: list[str] = []
         self._weight_only: list[str] = []
         self._sums: list[Node] = []
+        self._weighted: list[tuple[Node, str]] = []  # nodes with a weight site
         self._cats: list[Node] = []
 
     def visit(self, node: Node) -> None:
@@ -109,7 +101,7 @@ class _Scanner:
         for node in self._cats:
             self._tie(node)
         table = SiteTable(tuple(self._sites.values()), tuple(self._unknown), tuple(self._weight_only))
-        return Found(table, self._homes, tuple(self._pairs()))
+        return Found(table, self._homes, tuple(self._pairs()), tuple(self._remembered()))
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for node in self._sums:
@@ -117,6 +109,18 @@ class _Scanner:
                 source = producer(given, self._by_node, self._modules) if isinstance(given, Node) else None
                 if source in self._by_node and node in self._by_node:
                     yield self._by_node[node], self._by_node[source]
+
+    def _remembered(self) -> Iterator[tuple[str, str]]:
+        """The output of each packed weight's op, and the input of each convolution that pads."""
+        for node, name in self._weighted:
+            home, given = self._homes[name], node.args[0]
+            if not isinstance(home, PackedHome):
+                continue
+            if node in self._by_node:
+                yield self._by_node[node], name
+            source = producer(given, self._by_node, self._modules) if isinstance(given, Node) and home.pads else None
+            if source in self._by_node:
+                yield self._by_node[source], name
 
     @property
     def is_reference(self) -> bool:
@@ -228,6 +232,7 @@ class _Scanner:
 
     def _add_weight(self, node: Node, name: str, op: str, scope: str, home: WeightHome, fixed: str) -> None:
         if name in self._sites:
+            self._weighted.append((node, name))
             self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
             return
         weight = home.weight()
@@ -244,6 +249,7 @@ class _Scanner:
             axis = weight.q_per_channel_axis() if per_channel else None
             shape = (weight.shape[axis],) if axis is not None else ()
             qmin, qmax = self._ranges.get(name) or infer_range(weight)
+        self._weighted.append((node, name))
         self._homes[name] = home
         self._sites[name] = ScaleSite(
             name, "weight", op, scope, shape, axis, qmin, qmax, False, (node.name,), name, fixed
