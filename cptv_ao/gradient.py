@@ -26,6 +26,9 @@ from cptv_ao.twin import Twin
 #: A zero_point moves by this many codes where a log scale moves by 1.
 _CODES_PER_LOG = 20.0
 _WARM_UP = 0.1
+# Weights of more codes than this (to one side of 0) move at a lower rate, so that a step moves an outer code no farther
+# than it does here. At 8 bits a step of full size would move it by four codes: noise that other images pay for.
+_FULL_RATE_CODES = 12.7
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
 
@@ -83,7 +86,8 @@ class GradientDescent:
         twin: the twin of the model with the scales to start from.
         groups: the tied groups that are searched, by the name of their leader.
         loss, select: as for the evaluator.
-        activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself.
+        activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
+            those of many codes slower.
         rng: draws the order of the batches.
     """
 
@@ -143,11 +147,12 @@ class GradientDescent:
                 yield f"gradient, {self.steps} steps", self.assignment
 
     def _parameters(self, activation_rate: float) -> list[dict[str, Any]]:
-        """Adam's parameter groups: weights, then activations at their multiple of the learning rate."""
-        weights = [g.log_scale for g in self._groups if g.offset is None]
-        activations = [leaf for g in self._groups if g.offset is not None for leaf in (g.log_scale, g.offset)]
-        groups = ({"params": weights, "factor": 1.0}, {"params": activations, "factor": activation_rate})
-        return [group for group in groups if group["params"]]
+        """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
+        by_rate: dict[float, list[Tensor]] = {}
+        for group in self._groups:
+            rate = _weight_rate(group.sites[0]) if group.offset is None else activation_rate
+            by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
+        return [{"params": leaves, "factor": rate} for rate, leaves in by_rate.items()]
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
@@ -172,6 +177,11 @@ class GradientDescent:
             for leaf in group["params"]:
                 if leaf.grad is not None:
                     leaf.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _weight_rate(site: ScaleSite) -> float:
+    """Multiple of the learning rate at which the scales of a weight move."""
+    return min(1.0, 2 * _FULL_RATE_CODES / (site.qmax - site.qmin))
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:
