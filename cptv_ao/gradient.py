@@ -26,9 +26,9 @@ from cptv_ao.twin import Twin
 #: A zero_point moves by this many codes where a log scale moves by 1.
 _CODES_PER_LOG = 20.0
 _WARM_UP = 0.1
-# Weights of more codes than this (to one side of 0) move at a lower rate, so that a step moves an outer code no farther
-# than it does here. At 8 bits a step of full size would move it by four codes: noise that other images pay for.
-_FULL_RATE_CODES = 12.7
+# Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
+# moves an outer code by more than one. At 8 bits it would be four: noise that the weights take in and other images show.
+_FULL_RATE_CODES = 33
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
 
