@@ -27,7 +27,7 @@ from cptv_ao.twin import Twin
 _CODES_PER_LOG = 20.0
 _WARM_UP = 0.1
 # Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
-# moves an outer code by more than one. At 8 bits it would be four: noise that the weights take in and other images show.
+# moves an outer code by more than one. At 8 bits it would be four: noise that fits these images and no others.
 _FULL_RATE_CODES = 33
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
