@@ -30,7 +30,7 @@ class RefineConfig:
             least change each layer's output; `ranges`, the activations' whole container and half of it.
         gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
             0 for none. Proposals enter only where the model's own kernels confirm them.
-        learning_rate: of those steps, on the logarithm of the scales.
+        learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.

@@ -31,6 +31,9 @@ _WARM_UP = 0.1
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
 # depends on the batch alone, never on how many ranks there are.
 _PART_NUMBERS = 2**20
+# Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
+# moves an outer code by more than one. At 8 bits it would be four: noise that fits these images and no others.
+_FULL_RATE_CODES = 33
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
 
@@ -92,7 +95,8 @@ class GradientDescent:
         twin: the twin of the model with the scales to start from.
         groups: the tied groups that are searched, by the name of their leader.
         loss, select: as for the evaluator.
-        activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself.
+        activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
+            those of many codes slower.
         rng: draws the order of the batches.
         world: the ranks that share the images of a step.
     """
@@ -154,11 +158,12 @@ class GradientDescent:
                 yield f"gradient, {self.steps} steps", self.assignment
 
     def _parameters(self, activation_rate: float) -> list[dict[str, Any]]:
-        """Adam's parameter groups: weights, then activations at their multiple of the learning rate."""
-        weights = [g.log_scale for g in self._groups if g.offset is None]
-        activations = [leaf for g in self._groups if g.offset is not None for leaf in (g.log_scale, g.offset)]
-        groups = ({"params": weights, "factor": 1.0}, {"params": activations, "factor": activation_rate})
-        return [group for group in groups if group["params"]]
+        """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
+        by_rate: dict[float, list[Tensor]] = {}
+        for group in self._groups:
+            rate = _weight_rate(group.sites[0]) if group.offset is None else activation_rate
+            by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
+        return [{"params": leaves, "factor": rate} for rate, leaves in by_rate.items()]
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
@@ -206,6 +211,11 @@ def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
     numbers = sum(value.numel() for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
     parts = batch.parts(round(numbers / _PART_NUMBERS))
     return [(batch.rows(p.start, p.stop), p) for p in parts] if len(parts) > 1 else [(batch, slice(None))]
+
+
+def _weight_rate(site: ScaleSite) -> float:
+    """Multiple of the learning rate at which the scales of a weight move."""
+    return min(1.0, 2 * _FULL_RATE_CODES / (site.qmax - site.qmin))
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:

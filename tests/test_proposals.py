@@ -92,6 +92,23 @@ def test_a_descent_lowers_the_loss_on_the_kernels(vit_w2: Case) -> None:
     assert evaluator.score() < 0.5 * before
 
 
+@pytest.mark.parametrize(("bits", "share"), [(3, 1.0), (4, 1.0), (8, 0.26)])
+def test_weights_of_many_codes_move_slower(vit: nn.Module, digits: workloads.Images, bits: int, share: float) -> None:
+    images = digits.train[:20]
+    prepared, converted = workloads.quantize(vit, [images], weight_bits=bits)
+    backend = backend_of(Case(vit, prepared, converted, [images]))
+    batches = [Batch((images,), {}, len(images))]
+    rng = np.random.default_rng(0)
+    descent = GradientDescent(Twin(backend), backend.movable(), kl, first_floating, activation_rate=3.0, rng=rng)
+    next(iter(descent.run(batches, teacher_outputs(vit, batches), Schedule(2, 0.03, proposals=2))))
+    moved = {"weight": 0.0, "activation": 0.0}
+    for name, qparams in descent.assignment().items():
+        step = (qparams.scale / backend.read(name).scale).log().abs().max()
+        kind = backend.sites[name].kind
+        moved[kind] = max(moved[kind], float(step))
+    assert moved["weight"] == pytest.approx(moved["activation"] * share / 3, rel=0.02)  # Adam's first step is the rate
+
+
 def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
     steps = Schedule(10, 0.1)
     assert [steps.progress(i) for i in (0, 5, 10)] == [0.0, 0.5, 1.0]
