@@ -95,6 +95,7 @@ def test_a_descent_lowers_the_loss_on_the_kernels(vit_w2: Case) -> None:
 @pytest.mark.parametrize(("bits", "share"), [(3, 1.0), (4, 1.0), (8, 0.26)])
 def test_weights_of_many_codes_move_slower(vit: nn.Module, digits: workloads.Images, bits: int, share: float) -> None:
     images = digits.train[:20]
+    vit = copy.deepcopy(vit)  # prepare_fx leaves its qconfig on the modules
     prepared, converted = workloads.quantize(vit, [images], weight_bits=bits)
     backend = backend_of(Case(vit, prepared, converted, [images]))
     batches = [Batch((images,), {}, len(images))]
