@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, percent, some
+from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess, percent, some
 
 # Outputs this near to the float model's (in dB) leave nothing to gain.
 _NEAR = 25.0
@@ -24,10 +24,10 @@ def advise(found: Diagnosis, refined: bool) -> tuple[str, ...]:
         refined: `refine` was run on this model already.
     """
     told = _repairs(found.findings) + _from_blocks(found, refined) + _remarks(found.findings)
-    excess = (found.loss if found.simulated is None else found.simulated) - found.least
-    if found.floor is not None and excess > 0 and found.floor - found.least > _UNEXPLAINED * excess:
+    whole = excess(found)
+    if found.floor is not None and whole > 0 and found.floor - found.least > _UNEXPLAINED * whole:
         told.append(
-            f"{percent((found.floor - found.least) / excess)} of the loss is in no site: it stays when all of them are "
+            f"{percent((found.floor - found.least) / whole)} of the loss is in no site: it stays when all of them are "
             "in float (embeddings, dynamic layers, fixed qparams), and no scale can give it back"
         )
     return tuple(told)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import is_reference, lower
 from cptv_ao.data import read_batches
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.guard import eval_mode
+from cptv_ao.measures import Watcher
 from cptv_ao.sites import ScaleSite
-from cptv_ao.twin.saturation import ordered
 
 # Codes of quint8 and of qint8 fit into it.
 _LOWEST, _HIGHEST = -128, 255
@@ -78,28 +78,20 @@ def count_codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | Non
 
 
 def _of_activation(model: GraphModule, site: ScaleSite, calib_loader: Iterable[Any]) -> Tensor:
-    counter = _Counter(model, site)
-    with eval_mode(model), torch.no_grad():
-        for batch in read_batches(calib_loader):
-            counter.run(*ordered(model, batch))
-    if not int(counter.counts.sum()):
-        raise UnsupportedModelError(f"{site.name}: the model computed none of its nodes {site.nodes}", site.name)
-    return counter.counts
+    counts = torch.zeros(_HIGHEST - _LOWEST + 1, dtype=torch.int64)
 
-
-class _Counter(Interpreter):
-    """Runs a model node by node and counts the codes of a site where they are computed."""
-
-    def __init__(self, model: GraphModule, site: ScaleSite) -> None:
-        super().__init__(model)
-        self._site = site
-        self.counts = torch.zeros(_HIGHEST - _LOWEST + 1, dtype=torch.int64)
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._site.nodes:
-            self.counts += _count(value, self._site.name)
+    def see(node: Node, value: Any) -> Any:
+        if node.name in site.nodes:
+            counts.add_(_count(value, site.name))
         return value
+
+    watcher = Watcher(model)
+    with eval_mode(model):
+        for batch in read_batches(calib_loader):
+            watcher.watch(batch, see)
+    if not int(counts.sum()):
+        raise UnsupportedModelError(f"{site.name}: the model computed none of its nodes {site.nodes}", site.name)
+    return counts
 
 
 def _count(value: Any, site: str) -> Tensor:

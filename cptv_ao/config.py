@@ -161,6 +161,11 @@ class RefineConfig:
         }
         return cls(**(settings | changes))
 
+    @property
+    def loss_name(self) -> str:
+        """What a report calls the loss."""
+        return self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "loss")
+
     def told(self) -> dict[str, str]:
         """Each setting in words, by name; functions by their name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -108,17 +108,18 @@ def _diagnosis(
     with as_float(teacher):
         images = Images.of(batches, teacher, config)
         kernels = Scoring(backend.model, images, Images((), ()), config).search
+        loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
         survey = Survey(backend, blocks)
         with _progress_bar(steps(blocks), progress) as advance:
-            measured = _measured(backend, teacher, images, blocks, survey, config, kernels.score(), advance)
+            measured = _measured(backend, teacher, images, blocks, survey, config, loss, advance)
     causes, outputs = measured.causes, kernels.outputs()
     notes = [measured.note] if measured.note else []
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
     return Diagnosis(
-        loss_name=config.loss if isinstance(config.loss, str) else getattr(config.loss, "__name__", "loss"),
-        loss=kernels.score(),
+        loss_name=config.loss_name,
+        loss=loss,
         simulated=causes.whole if measured.on_twin else None,
         least=causes.least,
         floor=causes.floor,

@@ -225,3 +225,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def excess(found: Diagnosis) -> float:
+    """The loss that shares are of."""
+    return (found.loss if found.simulated is None else found.simulated) - found.least

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
-from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis
+from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, excess
 from cptv_ao.report import Point, Report, SiteMove
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def sensitivity(before: Diagnosis, after: Diagnosis | None = None, ax: Axes | No
     _bars(ax, first, -height / 2 if after is not None else 0.0, height, BLUE, label)
     second: list[float] = []
     if after is not None:
-        whole = _excess(before)
-        unit = 100 * _excess(after) / whole if whole > 0 else math.nan
+        whole = excess(before)
+        unit = 100 * excess(after) / whole if whole > 0 else math.nan
         caused = {block.name: unit * block.share for block in after.blocks}
         second = [caused.get(block.name, math.nan) for block in shown]
         _bars(ax, second, height / 2, height, ORANGE, "refined")
@@ -237,11 +237,6 @@ def _largest(blocks: Sequence[BlockDiagnosis]) -> list[BlockDiagnosis]:
     """At most `_MOST_BARS` of the blocks, those that cost most, in the order that they have."""
     last = sorted(blocks, key=lambda block: -math.inf if math.isnan(block.share) else block.share)[:-_MOST_BARS]
     return [block for block in blocks if block not in last]
-
-
-def _excess(found: Diagnosis) -> float:
-    """The loss that shares are of."""
-    return (found.loss if found.simulated is None else found.simulated) - found.least
 
 
 def _bars(ax: Axes, values: Sequence[float], shift: float, height: float, color: str, label: str) -> None:

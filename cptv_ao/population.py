@@ -72,7 +72,7 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     The error of channel c is sum((x * (s round(w / s) - w))^2) over the inputs x that the layer sees (the Gram
     matrix of the inputs, without forming it).
     """
-    with torch.no_grad(), twin.float_mode():
+    with torch.no_grad(), twin.in_float(twin.names):
         inputs = twin.layer_inputs(batch.few(_IMAGES))
     return {
         layer.weight.site.name: _least_error(layer, value if isinstance(value, Tensor) else value.dequantize())

@@ -215,7 +215,7 @@ def _report(
     moves = loop.moves(given)
     return Report(
         status=_status(loop, bool(moves)),
-        loss=config.loss if isinstance(config.loss, str) else getattr(config.loss, "__name__", "loss"),
+        loss=config.loss_name,
         before=loop.start,
         after=loop.best,
         blocks=tuple(loop.results),

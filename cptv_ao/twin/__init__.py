@@ -145,17 +145,6 @@ class Twin:
             self._sites[name].site = replace(self._sites[name].site, qmax=qmax)
 
     @contextmanager
-    def float_mode(self) -> Iterator[None]:
-        """Compute in float while the context lasts: no rounding of activations, float weights where they are known."""
-        before = [(module, module.rounding) for module in self._sites.values()]
-        self.set_rounding("none")
-        try:
-            yield
-        finally:
-            for module, rounding in before:
-                module.rounding = rounding
-
-    @contextmanager
     def in_float(self, names: Iterable[str]) -> Iterator[None]:
         """Compute these sites in float while the context lasts: activations are not rounded, float weights are used
         where they are known; the codes of other weights stay."""
