@@ -102,6 +102,17 @@ def test_the_tables_are_those_of_the_benchmark(cells: list[dict[str, Any]], monk
     assert tables in PAGES["docs/benchmarks.md"]
 
 
+def test_the_table_of_other_tools_is_that_of_the_benchmark(
+    cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from rivals import ROWS, table
+
+    others: list[dict[str, Any]] = json.loads((BENCHMARKS / "results" / "rivals.json").read_text())
+    assert {cell["workload"] for cell in others} == set(ROWS)
+    assert table([*others, *cells]) in PAGES["docs/benchmarks.md"]
+
+
 def test_the_short_table_is_that_of_the_benchmark(cells: list[dict[str, Any]]) -> None:
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)[^|]* \| ([\d.]+) \|$", README, re.MULTILINE)
     assert len(rows) == 6

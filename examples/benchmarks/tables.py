@@ -32,12 +32,16 @@ def recovery_table(cells: Cells, workloads: Sequence[str], methods: Sequence[str
     return "\n\n".join(parts)
 
 
+def top1(found: Cells) -> str:
+    """Test top-1 in %, mean and spread over the seeds."""
+    values = [100 * c["top1"] for c in found]
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}, 1 seed"
+
+
 def _top1(found: Cells, start: Cells) -> str:
     if not found:
         return "-"
-    values = [100 * c["top1"] for c in found]
-    text = f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}, 1 seed"
-    return text + (f" ({100 * mean(c['clamped'] for c in found):.2f})" if "clamped" in found[0] else "")
+    return top1(found) + (f" ({100 * mean(c['clamped'] for c in found):.2f})" if "clamped" in found[0] else "")
 
 
 def _closed(found: Cells, start: Cells) -> str:

@@ -1,0 +1,155 @@
+"""What other tools make of the same float networks: `pip install '.[rivals]'; python examples/benchmarks/rivals.py`.
+
+NNCF and AIMET quantize the float network themselves, with the calibration images and the bits of the accuracy
+benchmark (`recovery.py`), and return a simulation in float, which is judged as it is; ours is a converted model that
+runs on int8 kernels. NNCF quantizes to 8 bits. AIMET leaves what timm's LayerNorm gives in float, so transformers are
+not compared. Each cell is a file, as there. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from cases import SEEDS, WORKLOADS, Case, unit_threads
+from recovery import RESULTS, judge
+from tables import Cells, top1
+from torch import Tensor, nn
+
+CELLS = RESULTS / "rivals"
+
+
+class _Whole(nn.Module):
+    """NNCF adds a module of its own to the network, which a Sequential would run."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.network(images)
+        return found
+
+
+def nncf(case: Case) -> nn.Module:
+    """NNCF's post-training quantization: SmoothQuant on transformers, its bias correction."""
+    import nncf
+
+    transformer = any("attn" in name for name, _ in case.float_model.named_modules())
+    images = [image[None] for batch in case.calibration for image in batch]
+    return nncf.quantize(
+        _Whole(case.float_model),
+        nncf.Dataset(images),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        subset_size=len(images),
+    )
+
+
+def _simulation(case: Case, model: nn.Module) -> nn.Module:
+    from aimet_torch.quantsim import QuantizationSimModel
+
+    return QuantizationSimModel(
+        model, case.calibration[0][:1], quant_scheme="tf_enhanced", default_param_bw=case.weight_bits
+    )
+
+
+def _prepared(case: Case) -> nn.Module:
+    """The float network as AIMET wants it: functions as modules, batch norms folded."""
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.model_preparer import prepare_model
+
+    model = prepare_model(case.float_model)
+    fold_all_batch_norms(model, tuple(case.calibration[0][:1].shape))
+    return model
+
+
+def _calibrate(case: Case) -> Callable[[nn.Module], None]:
+    def run(model: nn.Module) -> None:
+        for batch in case.calibration:
+            model(batch)
+
+    return run
+
+
+def sequential_mse(case: Case) -> nn.Module:
+    """AIMET: per weight the range whose layer output is nearest to float, layer by layer."""
+    from aimet_torch.seq_mse import apply_seq_mse
+
+    sim = _simulation(case, _prepared(case))
+    apply_seq_mse(sim, list(case.calibration))
+    sim.compute_encodings(_calibrate(case))
+    return sim.model
+
+
+METHODS: dict[str, Callable[[Case], nn.Module]] = {"NNCF": nncf, "AIMET sequential MSE": sequential_mse}
+ROWS = {
+    "outlier ViT W8A8": ("NNCF",),
+    "fashion CNN W8A8": tuple(METHODS),
+    "fashion CNN W4A8": ("AIMET sequential MSE",),
+    "EfficientNet-Lite0 W8A8": tuple(METHODS),
+}
+
+
+def cell(name: str, method: str, seed: int) -> Path:
+    """Where a cell is kept."""
+    return CELLS / f"{name} {method} {seed}.json".replace(" ", "_")
+
+
+def run_cell(name: str, method: str, seed: int) -> None:
+    """One cell, in a process of its own: NNCF changes functions of torch for good."""
+    unit_threads()
+    case = WORKLOADS[name].make(seed)
+    started = time.monotonic()
+    model = METHODS[method](case)
+    result = {"workload": name, "method": method, "seed": seed, "seconds": time.monotonic() - started}
+    result |= judge(case, model)
+    CELLS.mkdir(parents=True, exist_ok=True)
+    cell(name, method, seed).write_text(json.dumps(result, indent=1))
+
+
+def table(cells: Cells) -> str:
+    """Test top-1 in % over the seeds, KL on unseen images and seconds, in Markdown, with ours from `recovery.py`."""
+    lines = ["| workload | method | test top-1, % | KL on unseen images | seconds |", "|---|---|---|---|---|"]
+    for name, methods in ROWS.items():
+        for method in (*methods, "ours"):
+            found = [c for c in cells if (c["workload"], c["method"]) == (name, method)]
+            if found:
+                kl, seconds = mean(c["kl"] for c in found), mean(c["seconds"] for c in found)
+                lines.append(f"| {name} | {method} | {top1(found)} | {kl:.4f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="workloads whose name holds this")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
+    parser.add_argument("--table", action="store_true", help="print the table of the cells that are there")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.cell:
+        name, method, seed = args.cell
+        return run_cell(name, method, int(seed))
+    if not args.table:
+        for name, methods in ROWS.items():
+            for method in methods if args.only.lower() in name.lower() else ():
+                for seed in SEEDS[: args.seeds]:
+                    if not cell(name, method, seed).exists():
+                        subprocess.run([sys.executable, __file__, "--cell", name, method, str(seed)], check=True)
+    cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
+    if cells:
+        (RESULTS / "rivals.json").write_text(json.dumps(cells, indent=1))
+    ours = json.loads((RESULTS / "recovery.json").read_text())
+    print(table([*json.loads((RESULTS / "rivals.json").read_text()), *ours]))
+    return None
+
+
+if __name__ == "__main__":
+    main()
