@@ -49,10 +49,14 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
     )
 
 
+def has_attention(case: Case) -> bool:
+    """Whether its network is a transformer, by the names of its modules."""
+    return any("attn" in name for name, _ in case.float_model.named_modules())
+
+
 def paper(case: Case, seconds: float, seed: int) -> RefineConfig:
     """The published settings, repeated for as long as the budget lasts; all weights where there is no attention."""
-    attention = any("attn" in name for name, _ in case.float_model.named_modules())
-    include = ("*attn*",) if attention else ("*",)
+    include = ("*attn*",) if has_attention(case) else ("*",)
     return RefineConfig.paper(case.weight_bits, include=include, passes=_FOREVER, max_seconds=seconds, seed=seed)
 
 
@@ -106,9 +110,9 @@ def clamped(case: Case) -> GraphModule:
     return model
 
 
-def cell(name: str, method: str, seed: int) -> Path:
+def cell(name: str, method: str, seed: int, folder: Path = CELLS) -> Path:
     """Where a cell is kept."""
-    return CELLS / f"{name} {method} {seed}.json".replace(" ", "_")
+    return folder / f"{name} {method} {seed}.json".replace(" ", "_")
 
 
 def tuned(name: str) -> Path:

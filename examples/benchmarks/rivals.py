@@ -15,12 +15,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import mean
 
 from cases import SEEDS, WORKLOADS, Case, unit_threads
-from recovery import RESULTS, judge
-from tables import Cells, top1
+from recovery import RESULTS, cell, has_attention, judge
+from tables import Cells, markdown, top1
 from torch import Tensor, nn
 
 CELLS = RESULTS / "rivals"
@@ -42,12 +41,11 @@ def nncf(case: Case) -> nn.Module:
     """NNCF's post-training quantization: SmoothQuant on transformers, its bias correction."""
     import nncf
 
-    transformer = any("attn" in name for name, _ in case.float_model.named_modules())
     images = [image[None] for batch in case.calibration for image in batch]
     return nncf.quantize(
         _Whole(case.float_model),
         nncf.Dataset(images),
-        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        model_type=nncf.ModelType.TRANSFORMER if has_attention(case) else None,
         subset_size=len(images),
     )
 
@@ -97,13 +95,8 @@ ROWS = {
 }
 
 
-def cell(name: str, method: str, seed: int) -> Path:
-    """Where a cell is kept."""
-    return CELLS / f"{name} {method} {seed}.json".replace(" ", "_")
-
-
 def run_cell(name: str, method: str, seed: int) -> None:
-    """One cell, in a process of its own: NNCF changes functions of torch for good."""
+    """One cell; it has a process of its own, so that no tool meets what another left behind."""
     unit_threads()
     case = WORKLOADS[name].make(seed)
     started = time.monotonic()
@@ -111,19 +104,19 @@ def run_cell(name: str, method: str, seed: int) -> None:
     result = {"workload": name, "method": method, "seed": seed, "seconds": time.monotonic() - started}
     result |= judge(case, model)
     CELLS.mkdir(parents=True, exist_ok=True)
-    cell(name, method, seed).write_text(json.dumps(result, indent=1))
+    cell(name, method, seed, CELLS).write_text(json.dumps(result, indent=1))
 
 
 def table(cells: Cells) -> str:
     """Test top-1 in % over the seeds, KL on unseen images and seconds, in Markdown, with ours from `recovery.py`."""
-    lines = ["| workload | method | test top-1, % | KL on unseen images | seconds |", "|---|---|---|---|---|"]
+    rows = [["workload", "method", "test top-1, %", "KL on unseen images", "seconds"]]
     for name, methods in ROWS.items():
         for method in (*methods, "ours"):
             found = [c for c in cells if (c["workload"], c["method"]) == (name, method)]
             if found:
                 kl, seconds = mean(c["kl"] for c in found), mean(c["seconds"] for c in found)
-                lines.append(f"| {name} | {method} | {top1(found)} | {kl:.4f} | {seconds:.0f} |")
-    return "\n".join(lines)
+                rows.append([name, method, top1(found), f"{kl:.4f}", f"{seconds:.0f}"])
+    return markdown(rows)
 
 
 def main() -> None:
@@ -141,7 +134,7 @@ def main() -> None:
         for name, methods in ROWS.items():
             for method in methods if args.only.lower() in name.lower() else ():
                 for seed in SEEDS[: args.seeds]:
-                    if not cell(name, method, seed).exists():
+                    if not cell(name, method, seed, CELLS).exists():
                         subprocess.run([sys.executable, __file__, "--cell", name, method, str(seed)], check=True)
     cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
     if cells:

@@ -28,7 +28,7 @@ def recovery_table(cells: Cells, workloads: Sequence[str], methods: Sequence[str
             if start:
                 columns = [show(by_key.get((name, m), []), start) for m in methods]
                 rows.append([name, f"{100 * mean(c['float'] for c in start):.2f}", *columns])
-        parts.append(f"**{title}**\n\n" + _markdown(rows))
+        parts.append(f"**{title}**\n\n" + markdown(rows))
     return "\n\n".join(parts)
 
 
@@ -65,7 +65,8 @@ def _cost(found: Cells, start: Cells) -> str:
     return f"{mean(c['seconds'] for c in found):.0f} / {mean(c['image_forwards'] for c in found) / 1000:.0f}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table; the first one is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)
