@@ -66,7 +66,9 @@ def _why(site: SiteDiagnosis) -> str:
     if site.clipped is not None and site.clipped > _CLIPS:
         return f", which clips {percent(site.clipped)} of its values"
     if site.kind == "activation" and 0 < outliers <= 8:
-        return f", whose range is set by {outliers} outlier channel{'s' if outliers > 1 else ''} ({site.outlier:.0f}x)"
+        told = f", whose range is set by {outliers} outlier channel{'s' if outliers > 1 else ''} ({site.outlier:.0f}x)"
+        movable = site.op.lower().removeprefix("quantized.").replace("_", "") == "layernorm"
+        return told + (", which cptv_ao.recipe moves into the layers behind it" if movable else "")
     if site.kind == "activation" and site.used is not None and site.used < _NARROW:
         return f", which uses {percent(site.used)} of its code range"
     if site.sqnr is not None and site.sqnr < _COARSE:

@@ -145,13 +145,15 @@ def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _moved(loop: Loop, prefix: str) -> dict[str, Tensor]:
-    """Qparams of the sites that are not as they were given."""
+    """Qparams of the sites that are not as they were given, by what they are."""
     tensors: dict[str, Tensor] = {}
     for name, given in loop.given_state.items():
         if not _same(loop.backend.state(name), given):
             qparams = loop.backend.read(name)
             tensors[f"{prefix}/{name}/scale"] = qparams.scale
             tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
+            if qparams.shift is not None:
+                tensors[f"{prefix}/{name}/shift"] = qparams.shift.clone()  # "now" and "best" may hold the same
     return tensors
 
 
@@ -180,11 +182,12 @@ def _write(loop: Loop, tensors: Mapping[str, Tensor], prefix: str) -> None:
     for name in loop.given_state:
         scale = tensors.get(f"{prefix}/{name}/scale")
         if scale is not None:
-            loop.backend.write(name, QParams(scale, tensors[f"{prefix}/{name}/zero_point"]))
+            zero_point, shift = tensors[f"{prefix}/{name}/zero_point"], tensors.get(f"{prefix}/{name}/shift")
+            loop.backend.write(name, QParams(scale, zero_point, shift))
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     if isinstance(a, tuple):
         return all(_same(x, y) for x, y in zip(a, b, strict=True))

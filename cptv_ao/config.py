@@ -32,6 +32,8 @@ class RefineConfig:
             0 for none. Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
+        rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
+            (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
@@ -65,6 +67,7 @@ class RefineConfig:
     gradient_steps: int = 600
     learning_rate: float = 0.03
     activation_rate: float = 3.0
+    rounding_rate: float = 0.1
     passes: int = 2
     evaluations: int = 20
     include: tuple[str, ...] = ("*",)
@@ -102,6 +105,8 @@ class RefineConfig:
         for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
+        rate = self.rounding_rate
+        _expect(_is_number(rate) and 0 <= rate < math.inf, "rounding_rate", "a finite number >= 0", rate)
         for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):
             value = getattr(self, name)
             _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)

@@ -1,4 +1,5 @@
-"""Scales proposed by gradient descent on the float twin: Adam on log scales, straight through the rounding.
+"""Scales proposed by gradient descent on the float twin: Adam on log scales, straight through the rounding, and on
+which way each weight is rounded.
 
 The twin cannot see what only the kernels do (saturation), so what comes from here is a proposal: the loop accepts
 it where the kernels confirm it.
@@ -6,7 +7,6 @@ it where the kernels confirm it.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +20,10 @@ from torch import Tensor
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Select
 from cptv_ao.losses import Loss
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
+from cptv_ao.twin.modules import whole_parts
 from cptv_ao.world import ALONE, World
 
 #: A zero_point moves by this many codes where a log scale moves by 1.
@@ -40,27 +41,37 @@ _BACK_OFF = 0.5
 
 @dataclass
 class _Group:
-    """Leaves of one tied group: the logarithm of its scales, and its zero_point in units of `_CODES_PER_LOG`."""
+    """Leaves of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a
+    weight what is added to each of its steps before rounding."""
 
     sites: tuple[ScaleSite, ...]
     log_scale: Tensor
     offset: Tensor | None
+    shift: Tensor | None
 
-    def values(self) -> tuple[Tensor, Tensor | None]:
-        return self.log_scale.exp(), None if self.offset is None else self.offset * _CODES_PER_LOG
+    def values(self) -> dict[str, Tensor]:
+        """Buffers of the twin's sites."""
+        found = {"scale": self.log_scale.exp()}
+        if self.offset is not None:
+            found["zero_point"] = self.offset * _CODES_PER_LOG
+        if self.shift is not None:
+            found["shift"] = self.shift
+        return found
 
     def set(self, qparams: QParams) -> None:
         """Put the leaves where these qparams are."""
         self.log_scale.copy_(qparams.scale.log())
         if self.offset is not None:
             self.offset.copy_(qparams.zero_point / _CODES_PER_LOG)
+        if self.shift is not None:
+            self.shift.copy_(_steps(self.shift, qparams))
 
     def qparams(self, site: ScaleSite, now: QParams) -> QParams:
-        scale, zero_point = self.values()
-        if zero_point is None:
-            return QParams(scale.detach().double().cpu(), now.zero_point)
-        whole = zero_point.detach().round().clamp(site.qmin, site.qmax).long().cpu()
-        return QParams(scale.detach().double().cpu(), whole)
+        scale, zero_point = self.log_scale.detach().exp().double().cpu(), now.zero_point
+        if self.offset is not None:
+            codes = (self.offset.detach() * _CODES_PER_LOG).round()
+            zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
+        return QParams(scale, zero_point, None if self.shift is None else whole_parts(self.shift))
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ class GradientDescent:
         loss, select: as for the evaluator.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
             those of many codes slower.
+        rounding_rate: multiple of the learning rate at which the shifts of the weights move, slower ones of many codes;
+            0: weights are rounded as they are.
         rng: draws the order of the batches.
         world: the ranks that share the images of a step.
     """
@@ -109,14 +122,17 @@ class GradientDescent:
         select: Select,
         *,
         activation_rate: float = 1.0,
+        rounding_rate: float = 0.0,
         rng: np.random.Generator,
         world: World = ALONE,
     ) -> None:
         known = set(twin.names)
         twin.reround_weights()
         self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
-        self._groups = [_leaves(twin, group) for group in groups.values() if all(site.name in known for site in group)]
-        self._adam = torch.optim.Adam(self._parameters(activation_rate), lr=1.0, betas=(0.9, 0.95), fused=True)
+        shifts = rounding_rate > 0
+        self._groups = [_leaves(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
+        rates = self._parameters(activation_rate, rounding_rate)
+        self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
         self._caution = 1.0
         #: steps so far, and the images that went through this rank
         self.steps, self.images = 0, 0
@@ -157,12 +173,15 @@ class GradientDescent:
                 due += 1
                 yield f"gradient, {self.steps} steps", self.assignment
 
-    def _parameters(self, activation_rate: float) -> list[dict[str, Any]]:
+    def _parameters(self, activation_rate: float, rounding_rate: float) -> list[dict[str, Any]]:
         """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
         by_rate: dict[float, list[Tensor]] = {}
         for group in self._groups:
-            rate = _weight_rate(group.sites[0]) if group.offset is None else activation_rate
+            weight_rate = _weight_rate(group.sites[0])
+            rate = weight_rate if group.offset is None else activation_rate
             by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
+            if group.shift is not None:
+                by_rate.setdefault(rounding_rate * weight_rate, []).append(group.shift)
         return [{"params": leaves, "factor": rate} for rate, leaves in by_rate.items()]
 
     def assignment(self) -> Assignment:
@@ -188,15 +207,19 @@ class GradientDescent:
         with torch.enable_grad():
             loss = self._loss(outputs, teacher)
         (pull,) = torch.autograd.grad(loss, outputs)
-        table = outputs.new_zeros(len(parts), sum(sizes))
-        for index, graph in graphs.items():
-            found = torch.autograd.grad(graph, leaves, pull[parts[index][1]], materialize_grads=True)
-            table[index] = torch.cat([gradient.reshape(-1) for gradient in found])
-        total = functools.reduce(torch.add, self._world.sum(table))
+        total = outputs.new_zeros(sum(sizes))
+        for first in range(0, len(parts), self._world.size):
+            around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
+            found = {i: _gradient(graphs.pop(i), leaves, pull[parts[i][1]]) for i in around if i in graphs}
+            for index in around:
+                total += self._world.sum(found[index] if index in found else torch.zeros_like(total))
         # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
-        for leaf, gradient in zip(leaves, torch.split(total.nan_to_num(0.0, 0.0, 0.0), sizes), strict=True):
+        for leaf, gradient in zip(leaves, torch.split(total.nan_to_num_(0.0, 0.0, 0.0), sizes), strict=True):
             leaf.grad = gradient.reshape(leaf.shape)
         self._adam.step()
+        for group in self._groups:
+            if group.shift is not None:
+                group.shift.clamp_(-0.5, 0.5)
         self.steps += 1
         return float(loss.detach())
 
@@ -213,14 +236,29 @@ def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
     return [(batch.rows(p.start, p.stop), p) for p in parts] if len(parts) > 1 else [(batch, slice(None))]
 
 
+def _gradient(graph: Tensor, leaves: Sequence[Tensor], pull: Tensor) -> Tensor:
+    """What the outputs of a part pull at all leaves, one after another."""
+    found = torch.autograd.grad(graph, leaves, pull, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1) for gradient in found])
+
+
 def _weight_rate(site: ScaleSite) -> float:
-    """Multiple of the learning rate at which the scales of a weight move."""
+    """Multiple of the learning rate at which the scales of a weight, and how it is rounded, move."""
     return min(1.0, 2 * _FULL_RATE_CODES / (site.qmax - site.qmin))
 
 
-def _leaves(twin: Twin, group: tuple[ScaleSite, ...]) -> _Group:
+def _steps(weight: Tensor, qparams: QParams) -> Tensor:
+    """The shift of qparams in steps, of a weight's shape."""
+    if qparams.shift is None:
+        return torch.zeros_like(weight)
+    return qparams.shift.to(weight.device, torch.float32) / SHIFT_PARTS
+
+
+def _leaves(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> _Group:
     lead = group[0]
     now = twin.get(lead.name)
     log_scale = now.scale.float().log().to(twin.device).requires_grad_()
     offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
-    return _Group(group, log_scale, offset)
+    weight = twin.shiftable_weight(lead.name) if shifts else None
+    shift = None if weight is None else _steps(weight, now).requires_grad_()
+    return _Group(group, log_scale, offset, shift)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.backend import Backend, count_shifted
 from cptv_ao.blocks import Block
 from cptv_ao.budget import Budget
 from cptv_ao.config import RefineConfig
@@ -21,8 +22,8 @@ from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Vector
-from cptv_ao.sites import ScaleSite
-from cptv_ao.space import ScaleSpace
+from cptv_ao.sites import ScaleSite, same
+from cptv_ao.space import Assignment, ScaleSpace
 from cptv_ao.world import ALONE, World
 
 
@@ -88,21 +89,31 @@ class Loop:
             if not self.budget.left:
                 return
             self._whole.refresh()
-            before = self._whole.vector
-            proposed = self._whole.repair(self._whole.from_assignment(scales()))
+            assignment = scales()
+            proposed = self._whole.repair(self._whole.from_assignment(assignment))
             proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
-            self._whole.write(proposed)
+            self._whole.write(proposed, self._shifts(assignment))
             loss = self._score(proposed, self.loss)
             better = loss < self.loss
             if better:
                 self.loss = loss
                 self.search.keep()
             else:
-                self._whole.write(before)
+                self._whole.undo()
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
             self._keep()
         self.save()
+
+    def _shifts(self, assignment: Assignment) -> dict[str, Tensor | None]:
+        """Those of an assignment that are others than in the model, from rank 0."""
+        found: dict[str, Tensor | None] = {}
+        for name, qparams in assignment.items():
+            if qparams.shift is not None:
+                found[name] = self._world.from_first(qparams.shift)
+            elif self.backend.read(name).shift is not None:
+                found[name] = None
+        return found
 
     def step(self, loss: float) -> None:
         """Tell the listeners of a step of the descent."""
@@ -134,14 +145,18 @@ class Loop:
         moves = []
         for block, space in self._spaces.items():
             for name in space.to_assignment(space.vector):
-                old, new = before[name], self.backend.read(name)
+                old, new, site = before[name], self.backend.read(name), self.backend.sites[name]
                 ratio = (new.scale / old.scale).log2().reshape(-1)
                 step = int((new.zero_point - old.zero_point).abs().max())
                 changed = int((ratio != 0).sum())
-                if changed or step:
-                    kind, far = self.backend.sites[name].kind, float(ratio.abs().max())
-                    low, high = float(ratio.min()), float(ratio.max())
-                    moves.append(SiteMove(name, kind, block, ratio.numel(), changed, far, step, low, high))
+                if not same(old, new):
+                    far, low, high = float(ratio.abs().max()), float(ratio.min()), float(ratio.max())
+                    weight = self.backend.float_weights.get(name)
+                    turned = 0 if weight is None else count_shifted(weight, new, site)
+                    codes = 0 if weight is None else weight.numel()
+                    moves.append(
+                        SiteMove(name, site.kind, block, ratio.numel(), changed, far, step, low, high, codes, turned)
+                    )
         return tuple(moves)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.data import Batch
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.twin.saturation import ordered
@@ -19,10 +19,8 @@ from cptv_ao.twin.values import QTensor
 
 # Codes above this one overflow where kernels add pairs of products in 16 bits: 2 * 130 * 127 > 2^15.
 _NARROW = 129
-# A channel is an outlier where its largest value is this many times that of the median channel.
-_OUTLIER = 4.0
-# Float32 roundings of w / s may add this much to half a step.
-_HALF_STEP = 0.5 + 2e-3
+#: A channel is an outlier where its largest value is this many times that of the median channel.
+OUTLIER = 4.0
 _LAST = ("Linear", "LayerNorm", "quantized.linear", "quantized.layer_norm")
 
 
@@ -113,7 +111,7 @@ class ActivationMeter:
             found |= {"sqnr": decibels(self.signal, self.noise), "clipped": self.beyond / self.count}
         if self.channels is not None and (median := float(self.channels.median())):
             ratio = self.channels / median
-            found |= {"outlier": float(ratio.max()), "outlier_channels": int((ratio > _OUTLIER).sum())}
+            found |= {"outlier": float(ratio.max()), "outlier_channels": int((ratio > OUTLIER).sum())}
         return found
 
 
@@ -133,7 +131,9 @@ def measured_weight(backend: Backend, site: ScaleSite) -> dict[str, Any]:
     shape = [-1 if d == site.axis else 1 for d in range(codes.dim())]
     scale, zero_point = qparams.scale.reshape(shape), qparams.zero_point.reshape(shape)
     wanted = float_weight.double()
-    clipped = (wanted / scale + zero_point - codes).abs() > _HALF_STEP  # rounding alone stays within half a step
+    off = wanted / scale + zero_point - codes
+    lowest, highest = codes.min(), codes.max()
+    clipped = ((codes == highest) & (off > HALF_STEP)) | ((codes == lowest) & (off < -HALF_STEP))
     noise = float(((codes - zero_point) * scale - wanted).square().sum())
     found["sqnr"] = decibels(float(wanted.square().sum()), noise)
     return {**found, "clipped": float(clipped.double().mean())}

@@ -78,6 +78,9 @@ def _losses(report: Report) -> str:
     if report.before.holdout is not None and report.after.holdout is not None:
         tiles.append(_tile(report, f"{report.images[1]} held-out images", report.before.holdout, report.after.holdout))
     moved = f"<b>{len(report.moves)}</b> of {report.sites} sites moved"
+    turned = sum(m.turned for m in report.moves)
+    if turned:
+        moved += f", <b>{turned / sum(m.codes for m in report.moves):.1%}</b> of the weight codes rounded the other way"
     cost = f"<b>{report.evaluations:,}</b> candidates scored, <b>{report.image_forwards:,}</b> image-forwards"
     machine = f"{report.threads} thread{'s' if report.threads != 1 else ''}, seed {report.seed}"
     facts = f"<p>{moved}; {cost}, <b>{_seconds(report.seconds)}</b>, {machine}.</p>"

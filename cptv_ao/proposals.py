@@ -124,6 +124,7 @@ class Proposer:
             get_loss(config.loss, config.temperature),
             config.output or first_floating,
             activation_rate=config.activation_rate,
+            rounding_rate=config.rounding_rate,
             rng=np.random.default_rng(config.seed),
             world=self._world,
         )

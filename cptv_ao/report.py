@@ -36,7 +36,8 @@ class Status(Enum):
 class SiteMove:
     """How far one site moved: largest |log2(new / old)| of its scales, largest zero_point step.
 
-    `low` and `high` are the least and the greatest log2(new / old) of its scales, with their signs.
+    `low` and `high` are the least and the greatest log2(new / old) of its scales, with their signs. Of a weight's
+    `codes`, `turned` are not the nearest ones to the float weight, but those on its other side.
     """
 
     name: str
@@ -48,6 +49,8 @@ class SiteMove:
     zero_point: int
     low: float
     high: float
+    codes: int = 0
+    turned: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,9 @@ class Report:
             moved = [("site", "scales moved", "largest factor", "zero_point step")]
             moved += [(m.name, f"{m.moved} of {m.scales}", f"{2**m.log2:.3f}", str(m.zero_point)) for m in far]
             lines += table(moved)
+        codes, turned = (sum(getattr(m, part) for m in self.moves) for part in ("codes", "turned"))
+        if turned:
+            lines += ["", f"{turned} of {codes} weight codes ({turned / codes:.1%}) are rounded the other way"]
         lines += ["", *self.notes] if self.notes else []
         lines.append("")
         lines.append(

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.evaluator import flatten
+from cptv_ao.smoothing import smooth
 from cptv_ao.tracing import WEIGHTED_FUNCTIONS, graph_of, is_float_interpolation, rewrite, undo
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -71,6 +72,7 @@ class Rewriter:
             if not reason or path in self._rewritten:
                 self._leave_integers_out(run, tracer)
                 self._open_fusions(graph)
+                self._smooth(run)
                 return
             self._adapt(path, reason)
 
@@ -94,6 +96,21 @@ class Rewriter:
             after = modules.get(user.target) if user.op == "call_module" else user.target
             if isinstance(before, _FUSED) and (isinstance(after, nn.ReLU) or after in _RELUS):
                 self._replace(str(node.target), Through())
+
+    def _smooth(self, run: _Run) -> None:
+        """Move the outliers of norms into the weights that read them, as the example shows them."""
+        before, self.model = self.model, self._copy()
+        count = smooth(self.model, run.graph, run.env)
+        try:
+            for inputs, outputs in self._expected:
+                _compare(self._copy(), inputs, outputs)
+        except RuntimeError:  # a float model that its own roundings would change
+            self.model = before
+            return
+        if count:
+            self.notes.append(
+                f"{count} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
+            )
 
     def _leave_integers_out(self, run: _Run, tracer: QuantizationTracer) -> None:
         """Keep prepare_fx from quantizing what is done to integers and masks."""

@@ -57,12 +57,23 @@ class ScaleSite:
         return self.shape[0] if self.shape else 1
 
 
+#: A shift is counted in these parts of a step: -127..127 is half a step down to half a step up.
+SHIFT_PARTS = 254
+
+
 @dataclass(frozen=True)
 class QParams:
-    """A scale and its zero_point: float64 and int64 tensors of the site's shape, on the CPU."""
+    """What makes the codes of a value: round(value / scale + shift / SHIFT_PARTS) + zero_point, clamped.
+
+    Attributes:
+        scale, zero_point: float64 and int64 tensors of the site's shape, on the CPU.
+        shift: of a weight only, int8 of the weight's own shape: rounds it up or down where that is better than to the
+            nearest code (AdaRound, arXiv 2004.10568); None: all to the nearest.
+    """
 
     scale: Tensor
     zero_point: Tensor
+    shift: Tensor | None = None
 
     def checked(self, site: ScaleSite) -> QParams:
         """Round the scale to float32, so that a state_dict keeps it, and refuse what no kernel can use.
@@ -92,7 +103,17 @@ class QParams:
                 f"{site.name}: zero_point must be in {site.qmin}..{site.qmax}, got {int(zero_point.reshape(-1)[0])}",
                 site.name,
             )
-        return QParams(scale, zero_point)
+        return QParams(scale, zero_point, self.shift)
+
+
+def same(a: QParams, b: QParams) -> bool:
+    """Whether two qparams make the same codes of every value."""
+    shifts = (a.shift, b.shift)
+    if not (torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)):
+        return False
+    if a.shift is None or b.shift is None:
+        return not any(bool(shift.any()) for shift in shifts if shift is not None)
+    return torch.equal(a.shift, b.shift)
 
 
 class SiteTable(Mapping[str, ScaleSite]):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.search.protocol import Group, Layout, Vector
@@ -98,10 +100,16 @@ class ScaleSpace:
             return float(vector[self._slices[lead]][0])
         return float(self._backend.read(lead).scale)
 
-    def write(self, vector: Vector) -> None:
-        """Write a repaired vector into the model."""
+    def write(self, vector: Vector, shifts: Mapping[str, Tensor | None] | None = None) -> None:
+        """Write a repaired vector into the model, and other shifts of some weights, by site name."""
+        shifts = shifts or {}
         for group in self.layout.groups:
             parts = [group.scales] if group.zero_points is None else [group.scales, group.zero_points]
+            if group.name in shifts:
+                site = self._groups[group.name][0]
+                self._backend.write(site.name, replace(self._qparams(vector, group, site), shift=shifts[site.name]))
+                self._current[group.scales] = vector[group.scales]
+                continue
             if all(np.array_equal(vector[p], self._current[p]) for p in parts):
                 continue
             at_base = all(np.array_equal(vector[p], self._base[p]) for p in parts)
@@ -112,6 +120,12 @@ class ScaleSpace:
                     self._backend.write(site.name, self._qparams(vector, group, site))
             for part in parts:
                 self._current[part] = vector[part]
+
+    def undo(self) -> None:
+        """Put the base back, shifts included."""
+        for name, state in self._states.items():
+            self._backend.restore(name, state)
+        self._current = self._base.copy()
 
     def from_assignment(self, values: Mapping[str, QParams]) -> Vector:
         """The vector of these scales; sites that are not named keep the scales that are in the model."""
@@ -144,7 +158,7 @@ class ScaleSpace:
     def _qparams(self, vector: Vector, group: Group, site: ScaleSite) -> QParams:
         scale = torch.from_numpy(vector[group.scales].copy()).reshape(site.shape)
         if group.zero_points is None:
-            return QParams(scale, self._backend.read(site.name).zero_point)
+            return replace(self._backend.read(site.name), scale=scale)
         return QParams(scale, torch.from_numpy(vector[group.zero_points].copy()).to(torch.int64).reshape(site.shape))
 
 

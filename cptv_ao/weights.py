@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,13 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.backends.exported import fused_weights
 from cptv_ao.errors import FloatModelMismatchError
 from cptv_ao.sites import ScaleSite, weight_name
 
-# Half a step, plus what float32 rounding of w / s can add.
-_HALF_STEP = 0.5 + 2e-3
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -41,7 +40,8 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
     """Give the backend the float weight of each of its weight sites.
 
     A weight is found by module path, fused with a batch norm where that is what was quantized; the weight of a
-    functional op by its values. Each is checked: |w / s - code| within half a step, clipped codes aside.
+    functional op by its values. Each is checked, clipped codes aside: |w / s - code| within half a step, or within a
+    whole one where a refine has rounded weights up or down.
 
     Raises:
         FloatModelMismatchError: naming the first module that differs.
@@ -64,19 +64,24 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
                 path,
             )
         shapes = set()
+        nearest = math.inf, weight
         for candidate in candidates:
             shapes.add(tuple(candidate.shape))
-            if candidate.numel() == weight.numel() and _fits(candidate.detach(), weight, site):
-                backend.set_float_weight(site.name, candidate)
-                break
-        else:
+            if candidate.numel() == weight.numel():
+                steps = _distance(candidate.detach(), weight, site)
+                if steps < nearest[0]:
+                    nearest = steps, candidate
+                if steps <= HALF_STEP:
+                    break
+        if nearest[0] > 2 * HALF_STEP:
             _refuse(path, weight, shapes)
+        backend.set_float_weight(site.name, nearest[1])
 
 
 def _refuse(path: str, weight: Tensor, shapes: set[tuple[int, ...]]) -> None:
     expected = tuple(weight.shape)
     if expected in shapes:
-        reason = "its weights are not those that were quantized (farther than half a step from the codes)"
+        reason = "its weights are not those that were quantized (farther than a step from the codes)"
     else:
         reason = f"expected a weight of shape {expected}, got {sorted(shapes) or 'none'}"
     raise FloatModelMismatchError(
@@ -117,8 +122,8 @@ def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
 
 
-def _fits(weight: Tensor, quantized: Tensor, site: ScaleSite) -> bool:
-    """Whether the codes are the rounded weight; codes at the ends of the range may stand for anything beyond."""
+def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
+    """How many steps a weight is from its codes, at most; the codes at the ends may stand for anything beyond."""
     codes = quantized.int_repr().float()
     shape = [1] * quantized.dim()
     if site.axis is None:
@@ -132,7 +137,7 @@ def _fits(weight: Tensor, quantized: Tensor, site: ScaleSite) -> bool:
     off = ratio - codes
     highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
     clipped = ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
-    return bool(((off.abs() <= _HALF_STEP) | clipped).all())
+    return float(off.abs().masked_fill_(clipped, 0.0).max())
 
 
 @contextmanager

@@ -186,24 +186,26 @@ def test_gradients_of_the_unrounded_path_are_those_of_finite_differences(small: 
     twin.set_rounding("clamp")
     batch = _double(twin, small.batches[0])
     generator = torch.Generator().manual_seed(0)
-    values: dict[str, tuple[Tensor, Tensor | None]] = {}
+    values: dict[str, dict[str, Tensor]] = {}
     for name in twin.names:
         now, affine = twin.get(name), backend.sites[name].affine
         # Without rounding a scale matters where codes are clipped; one factor for all would put sums on the very edge.
         factor = 0.4 + 0.4 * torch.rand((), generator=generator, dtype=torch.float64)
         scale = (now.scale * factor).requires_grad_()
-        values[name] = (scale, (now.zero_point.double() + 0.3).requires_grad_() if affine else None)
+        values[name] = {"scale": scale}
+        if affine:
+            values[name]["zero_point"] = (now.zero_point.double() + 0.3).requires_grad_()
     direction = torch.randn(twin(batch).shape, generator=generator, dtype=torch.float64)
 
     def loss() -> Tensor:
         return (twin.call(values, batch) * direction).sum()
 
-    leaves = {(name, k): leaf for name, pair in values.items() for k, leaf in enumerate(pair) if leaf is not None}
+    leaves = {(name, kind): leaf for name, buffers in values.items() for kind, leaf in buffers.items()}
     gradients = torch.autograd.grad(loss(), list(leaves.values()), allow_unused=True)
     checked = 0
     for ((name, kind), leaf), gradient in zip(leaves.items(), gradients, strict=True):
         along = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-        along = along * leaf.detach() if kind == 0 else along
+        along = along * leaf.detach() if kind == "scale" else along
         expected = _slope(leaf, along, loss)
         got = 0.0 if gradient is None else float((gradient * along).sum())
         assert got == pytest.approx(expected, rel=2e-3, abs=2e-4), (name, kind)
@@ -295,11 +297,12 @@ def test_straight_through_gradients_are_near_those_of_the_unrounded_path(vit_w3:
     target = vit_w3.float_model(vit_w3.batches[0]).detach().to(device)
     for rounding in ("round", "clamp"):
         twin.set_rounding(rounding)  # type: ignore[arg-type]
-        values = {n: (twin.get(n).scale.float().to(device).requires_grad_(), None) for n in twin.names}
+        scales = {n: twin.get(n).scale.float().to(device).requires_grad_() for n in twin.names}
+        values = {n: {"scale": scale} for n, scale in scales.items()}
         loss = nn.functional.mse_loss(twin.call(values, batch) * 3, target)  # off by a factor: a clear direction
         loss.backward()
         found.append(
-            torch.cat([s.grad.flatten() * s.detach().flatten() for s, _ in values.values() if s.grad is not None])
+            torch.cat([s.grad.flatten() * s.detach().flatten() for s in scales.values() if s.grad is not None])
         )
     assert float(nn.functional.cosine_similarity(found[0], found[1], dim=0)) > 0.5
 
@@ -347,7 +350,7 @@ def test_search_on_the_twin_then_commit(vit_w3: Case, device: str) -> None:
     name = next(s.name for s in backend.sites.values() if s.kind == "weight")
     simulated.write(name, QParams(simulated.read(name).scale * 1.1, simulated.read(name).zero_point))
     expected = evaluator.score()
-    assert backend.snapshot()[name] is kernels[name]
+    assert backend.snapshot()[name][0] is kernels[name][0]
     assert simulated.commit() == [name]
     again = Evaluator(Twin(backend).to(device).module, batches, teacher, get_loss("kl", 1.0))
     assert again.score() == expected

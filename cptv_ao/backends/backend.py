@@ -14,6 +14,7 @@ of the two it works on.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from torch.fx import GraphModule
 from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
 from cptv_ao.errors import NonFiniteError
-from cptv_ao.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
+
+# Half a step, plus what float32 rounding of w / s can add.
+HALF_STEP = 0.5 + 2e-3
 
 
 class Backend:
@@ -46,17 +50,18 @@ class Backend:
         self._homes: dict[str, Home] = found.homes
         self._remembered = found.remembered if torch.backends.quantized.engine == "qnnpack" else ()
         self._float_weights: dict[str, Tensor] = {}
+        self._shifts: dict[str, Tensor | None] = {}
         for name, home in self._homes.items():
             held = getattr(home, "float_weight", None)
             if held is not None:
                 self.set_float_weight(name, held)
 
     def read(self, name: str) -> QParams:
-        """Scale and zero_point as they are in the model now (float64, int64; copies)."""
-        return self._homes[name].read()
+        """Scale and zero_point as they are in the model now (float64, int64; copies), and how a weight is rounded."""
+        return replace(self._homes[name].read(), shift=self._shifts.get(name))
 
     def write(self, name: str, qparams: QParams) -> None:
-        """Write a scale; a weight is re-rounded from its float weight and clamped to qmin..qmax.
+        """Write a scale; a weight is re-rounded from its float weight, as `shift` says, and clamped to qmin..qmax.
 
         Raises:
             InvalidScaleError: see `QParams.checked`; the model is untouched.
@@ -67,6 +72,7 @@ class Backend:
         home = self._homes[name]
         if isinstance(home, WeightHome):
             home.write_weight(round_weight(self._float_weights[name], checked, site), site, checked)
+            self._shifts[name] = checked.shift
         else:
             home.write(checked)
             self._renew(name)
@@ -95,11 +101,12 @@ class Backend:
 
     def state(self, name: str) -> Any:
         """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
-        return self._homes[name].state()
+        return self._homes[name].state(), self._shifts.get(name)
 
     def restore(self, name: str, state: Any) -> None:
         """Put back what `state` returned."""
-        self._homes[name].restore(state)
+        held, self._shifts[name] = state
+        self._homes[name].restore(held)
         self._renew(name)
 
     def snapshot(self) -> dict[str, Any]:
@@ -116,9 +123,20 @@ class Backend:
         return self._weight_home(name).weight()
 
     def set_float_weight(self, name: str, weight: Tensor) -> None:
-        """Give the float weight from which the codes of a weight site are re-rounded."""
-        shape = self._weight_home(name).weight().shape  # a functional conv1d is packed as a conv2d
-        self._float_weights[name] = weight.detach().to("cpu", torch.float32).reshape(shape).contiguous()
+        """Give the float weight from which the codes of a weight site are re-rounded.
+
+        Where codes are not the nearest, since the model was refined before, they are what a re-rounding keeps.
+        """
+        quantized = self._weight_home(name).weight()
+        # A functional conv1d is packed as a conv2d.
+        given = weight.detach().to("cpu", torch.float32).reshape(quantized.shape).contiguous()
+        self._float_weights[name] = given
+        if self.shiftable(name):
+            self._shifts[name] = shift_of(given, quantized.int_repr(), self._homes[name].read(), self.sites[name])
+
+    def shiftable(self, name: str) -> bool:
+        """Whether a weight may have other codes than the nearest: not where the graph rounds a float weight itself."""
+        return getattr(self._homes[name], "float_weight", None) is None
 
     @property
     def float_weights(self) -> Mapping[str, Tensor]:
@@ -157,10 +175,40 @@ class Backend:
 
 
 def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:
-    """Codes of a float weight at a scale: round half to even, clamped to the nominal range; int8, weight's shape."""
-    shape = [1] * weight.dim()
+    """Codes of a float weight at a scale: shifted, rounded half to even, clamped to the nominal range; int8, weight's
+    shape."""
+    scale, zero_point = _along_axis(qparams, site, weight.dim())
+    steps = weight / scale
+    if qparams.shift is not None:
+        steps += qparams.shift.to(torch.float32) / SHIFT_PARTS
+    codes = torch.round(steps) + zero_point
+    return codes.clamp_(site.qmin, site.qmax).to(torch.int8)
+
+
+def count_shifted(weight: Tensor, qparams: QParams, site: ScaleSite) -> int:
+    """How many codes of a float weight are not the nearest."""
+    if qparams.shift is None:
+        return 0
+    nearest = round_weight(weight, replace(qparams, shift=None), site)
+    return int((round_weight(weight, qparams, site) != nearest).sum())
+
+
+def shift_of(weight: Tensor, codes: Tensor, qparams: QParams, site: ScaleSite) -> Tensor | None:
+    """The least shift that rounds a float weight to codes that are at most a step away from it, or None where these
+    are the nearest ones (ties may go either way). Codes that are clipped count as what they are clipped from."""
+    scale, zero_point = _along_axis(qparams, site, weight.dim())
+    steps = weight / scale + zero_point
+    missing = codes.clamp(site.qmin, site.qmax) - steps.clamp(site.qmin, site.qmax)
+    if not bool((missing.abs() > HALF_STEP).any()):
+        return None
+    beyond = (missing.abs() - 0.5).clamp_min_(0.0)
+    parts = torch.ceil(beyond * SHIFT_PARTS + (beyond > 0)).mul_(missing.sign())
+    return parts.clamp_(-SHIFT_PARTS // 2, SHIFT_PARTS // 2).to(torch.int8)
+
+
+def _along_axis(qparams: QParams, site: ScaleSite, dims: int) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero_point in a shape that meets a weight of so many dimensions."""
+    shape = [1] * dims
     if site.axis is not None:
         shape[site.axis] = -1
-    scale = qparams.scale.to(torch.float32).reshape(shape)
-    codes = torch.round(weight / scale) + qparams.zero_point.reshape(shape)
-    return codes.clamp_(site.qmin, site.qmax).to(torch.int8)
+    return qparams.scale.to(torch.float32).reshape(shape), qparams.zero_point.reshape(shape)

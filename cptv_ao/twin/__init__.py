@@ -19,7 +19,7 @@ from cptv_ao.pieces import clone
 from cptv_ao.sites import QParams
 from cptv_ao.twin.build import Builder
 from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
-from cptv_ao.twin.modules import Weighted, WeightQuantizer
+from cptv_ao.twin.modules import Weighted, WeightQuantizer, whole_parts
 from cptv_ao.twin.values import QTensor, Rounding
 
 __all__ = ["Twin", "disagreement", "moved", "unquantized"]
@@ -58,21 +58,22 @@ class Twin:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def call(self, values: Mapping[str, tuple[Tensor, Tensor | None]], *args: Any, **kwargs: Any) -> Any:
-        """Run with other scales and zero_points (differentiable; the buffers stay as they are)."""
+    def call(self, values: Mapping[str, Mapping[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        """Run with others in the place of some of the buffers `scale`, `zero_point` and `shift` (of a weight) of sites.
+
+        Differentiable; the buffers stay as they are.
+        """
         with self._replaced(values):
             return self.module(*args, **kwargs)
 
     @contextmanager
-    def _replaced(self, values: Mapping[str, tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    def _replaced(self, values: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
         """Other tensors in the place of the buffers. `torch.func.functional_call` does the same, but its checks take a
         tenth of a step on small networks."""
         kept = [(buffers, dict(buffers)) for buffers in (self._sites[name]._buffers for name in values)]
         try:
-            for (buffers, _), (scale, zero_point) in zip(kept, values.values(), strict=True):
-                buffers["scale"] = scale
-                if zero_point is not None:
-                    buffers["zero_point"] = zero_point
+            for (buffers, _), others in zip(kept, values.values(), strict=True):
+                buffers.update(others)
             yield
         finally:
             for buffers, before in kept:
@@ -97,9 +98,14 @@ class Twin:
         return seen
 
     def get(self, name: str) -> QParams:
-        """Scale and zero_point of a site."""
+        """Scale and zero_point of a site, and how a weight is rounded."""
         site = self._sites[name]
-        return QParams(site.scale.double().cpu(), site.zero_point.round().long().cpu())
+        shift = site.shift if isinstance(site, WeightQuantizer) else None
+        return QParams(
+            site.scale.double().cpu(),
+            site.zero_point.round().long().cpu(),
+            None if shift is None else whole_parts(shift),
+        )
 
     def set(self, name: str, qparams: QParams) -> None:
         """Write a site. The codes of a weight whose float weight is known are re-rounded.
@@ -108,25 +114,32 @@ class Twin:
         """
         module = self._sites[name]
         zero_point = qparams.zero_point.clamp(max=module.site.qmax) if module.site.affine else qparams.zero_point
-        checked = QParams(qparams.scale, zero_point).checked(module.site)
+        checked = replace(qparams, zero_point=zero_point).checked(module.site)
         module.scale.copy_(checked.scale)
         module.zero_point.copy_(checked.zero_point)
         if isinstance(module, WeightQuantizer):
+            module.set_shift(checked.shift)
             module.refresh()
 
-    def state(self, name: str) -> tuple[Tensor, ...]:
-        """Copies of what is held for a site, for `restore`."""
+    def shiftable_weight(self, name: str) -> Tensor | None:
+        """The float weight of a site whose codes need not be the nearest; None where there is none."""
         module = self._sites[name]
-        held = (module.scale, module.zero_point, *((module.codes,) if isinstance(module, WeightQuantizer) else ()))
-        return tuple(tensor.clone() for tensor in held)
+        return module.weight if isinstance(module, WeightQuantizer) and module.shiftable else None
 
-    def restore(self, name: str, state: tuple[Tensor, ...]) -> None:
+    def state(self, name: str) -> tuple[Tensor | None, ...]:
+        """What is held for a site, for `restore`: copies, but of the shift of a weight, which nobody writes into."""
+        module = self._sites[name]
+        held = module.scale.clone(), module.zero_point.clone()
+        return (*held, module.codes.clone(), module.shift) if isinstance(module, WeightQuantizer) else held
+
+    def restore(self, name: str, state: tuple[Any, ...]) -> None:
         """Put back what `state` returned."""
         module = self._sites[name]
         module.scale.copy_(state[0])
         module.zero_point.copy_(state[1])
         if isinstance(module, WeightQuantizer):
             module.codes.copy_(state[2])
+            module.shift = state[3]
 
     def reround_weights(self, enabled: bool = True) -> None:
         """Take weight codes from the float weights at the present scales (True), or as they are in the model."""

@@ -173,7 +173,7 @@ class Builder:
             codes = self._backend.weight(name).int_repr()
             weight = self._backend.float_weights.get(name)
             qparams = self._backend.read(name)
-            self.sites[name] = WeightQuantizer(self._backend.sites[name], qparams, codes, weight)
+            self.sites[name] = WeightQuantizer(self._backend.sites[name], qparams, codes, weight, True)
         return cast(WeightQuantizer, self.sites[name])
 
     def _unsupported(self, node: Node, op: str) -> UnsupportedModelError:

@@ -137,7 +137,8 @@ class ExportedBuilder:
     def _weight(self, name: str) -> WeightQuantizer:
         if name not in self.sites:
             codes, weight = self._backend.weight(name).int_repr(), self._backend.float_weights.get(name)
-            self.sites[name] = WeightQuantizer(self._backend.sites[name], self._backend.read(name), codes, weight)
+            site, shiftable = self._backend.sites[name], self._backend.shiftable(name)
+            self.sites[name] = WeightQuantizer(site, self._backend.read(name), codes, weight, shiftable)
         return cast(WeightQuantizer, self.sites[name])
 
     def _call(self, node: Node, module: nn.Module, args: Any) -> None:

@@ -44,23 +44,28 @@ class Quantize(torch.autograd.Function):
 
 
 class RoundWeight(torch.autograd.Function):
-    """codes = fit(weight / scale) along the channel axis. The weight itself gets no gradient."""
+    """codes = fit(weight / scale + shift) along the channel axis. The weight itself gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, shape: Sequence[int], limits: Limits) -> Tensor:
-        u = weight / scale.reshape(shape)
-        ctx.save_for_backward(u, scale)
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, shape: Sequence[int], limits: Limits, shift: Tensor | None = None
+    ) -> Tensor:
+        steps = weight / scale.reshape(shape)
+        u = steps if shift is None else steps + shift
+        ctx.save_for_backward(steps, u, scale)
         ctx.shape, ctx.limits = shape, limits
         return limits.fit(u)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        u, scale = ctx.saved_tensors
-        product = ctx.limits.inside(gradient, u).mul_(u)
+        steps, u, scale = ctx.saved_tensors
+        d_shift = ctx.limits.inside(gradient, u)
+        product = d_shift * steps
         kept = [d for d, size in enumerate(ctx.shape) if size != 1]
         dims = [d for d in range(u.dim()) if d not in kept]
-        return None, -product.sum(dims).reshape(scale.shape) / scale, None, None
+        d_scale = -product.sum(dims).reshape(scale.shape) / scale
+        return None, d_scale, None, None, d_shift if ctx.needs_input_grad[4] else None
 
 
 class Clamp(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite
 from cptv_ao.twin.functions import Add, Product, Quantize, RoundWeight, Weigh
 from cptv_ao.twin.norm import LayerNorm
 from cptv_ao.twin.values import Limits, QTensor, Rounding, straight_through_round
@@ -55,8 +55,11 @@ class WeightQuantizer(SiteModule):
 
     codes: Tensor
     weight: Tensor | None
+    shift: Tensor | None
 
-    def __init__(self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None) -> None:
+    def __init__(
+        self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None, shiftable: bool
+    ) -> None:
         super().__init__(site, qparams)
         self._shape = [1] * codes.dim()
         if site.axis is not None:
@@ -64,8 +67,17 @@ class WeightQuantizer(SiteModule):
         self._symmetric = not bool(self.zero_point.any())
         self.register_buffer("codes", codes.to(torch.float32) - self.zero_point.reshape(self._shape))
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
+        #: in steps, -0.5 to 0.5; see `QParams`
+        self.register_buffer("shift", None)
+        self.set_shift(qparams.shift)
+        #: whether weights may be rounded to other codes than the nearest
+        self.shiftable = shiftable and float_weight is not None
         #: take the codes from `codes` (True) or from the float weight at the present scale (False)
         self.keep_codes = True
+
+    def set_shift(self, shift: Tensor | None) -> None:
+        """Round as the shift of qparams says."""
+        self.shift = None if shift is None else shift.to(self.scale.device, torch.float32) / SHIFT_PARTS
 
     def forward(self) -> Tensor:
         """Centred codes (C, ...)."""
@@ -97,8 +109,14 @@ class WeightQuantizer(SiteModule):
             limits = Limits.of(self.zero_point.reshape(self._shape), site.qmin, site.qmax, self.rounding)
         if self.rounding == "none":
             limits = Limits.of(self.scale, site.qmin, site.qmax, "none")
-        codes: Tensor = RoundWeight.apply(self.weight, self.scale, self._shape, limits)
+        shift = self.shift if self.rounding == "round" else None
+        codes: Tensor = RoundWeight.apply(self.weight, self.scale, self._shape, limits, shift)
         return codes
+
+
+def whole_parts(shift: Tensor) -> Tensor:
+    """A shift in steps as that of qparams."""
+    return (shift.detach() * SHIFT_PARTS).round().to("cpu", torch.int8)
 
 
 class Weighted(nn.Module):

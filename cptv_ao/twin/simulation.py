@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
-from cptv_ao.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.sites import QParams, ScaleSite, SiteTable, same
 from cptv_ao.twin import Twin, moved
 
 
@@ -98,7 +98,7 @@ class SimulatedBackend:
         moved_sites = []
         for name, given in self._given.items():
             now = self.twin.get(name)
-            if not (torch.equal(now.scale, given.scale) and torch.equal(now.zero_point, given.zero_point)):
+            if not same(now, given):
                 self._backend.write(name, now)
                 moved_sites.append(name)
         return moved_sites

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import photos
 from workloads import NETWORKS, quantize, quantize_exported, trained, with_outliers
+
+import cptv_ao
 
 # Calibration draws of the tuning and of the table never meet: their seeds differ.
 SEEDS = (0, 1, 2)
@@ -55,10 +58,13 @@ def _small(
     reduce_range: bool = True,
     engine: str = "x86",
     change: Callable[[nn.Module], nn.Module] | None = None,
+    ready: bool = False,
 ) -> Callable[[int], Case]:
     def make(seed: int) -> Case:
         data = NETWORKS[network][1]()
         model = trained(network) if change is None else change(trained(network))
+        if ready:
+            model = cptv_ao.recipe(model, (data.calibration(100, seed),)).model
         count = 900 if network.startswith("digits") else 1000
         drawn = data.calibration(min(2 * count, len(data.train)), seed)
         calibration = drawn[:count].split(100)
@@ -81,9 +87,11 @@ def _exported(bits: int) -> Callable[[int], Case]:
     return make
 
 
-def _photographs(seed: int) -> Case:
-    model = photos.efficientnet()
+def _photographs(seed: int, ready: bool = False) -> Case:
+    model: nn.Module = photos.efficientnet()
     calibration = photos.crops(photos.CALIBRATION, 250, seed).split(25)
+    if ready:
+        model = cptv_ao.recipe(model, (calibration[0],)).model
     unseen = photos.crops(photos.CALIBRATION, 100, 1000 + seed)
     test = photos.crops(photos.TEST, 400, 2000)
     _, quantized = quantize(model, calibration)
@@ -100,6 +108,7 @@ WORKLOADS: dict[str, Workload] = {
     "fashion ViT W4A8": Workload(_small("fashion_vit", 4), 25),
     "fashion ViT W8A8 saturating": Workload(_saturating, 25, isa="AVX2"),
     "outlier ViT W8A8": Workload(_small("fashion_vit", 8, change=with_outliers), 25),
+    "outlier ViT W8A8, recipe": Workload(_small("fashion_vit", 8, change=with_outliers, ready=True), 25),
     "digits ViT W2A8": Workload(_small("digits_vit", 2), 60),
     "digits ViT W3A8": Workload(_small("digits_vit", 3), 25),
     "fashion CNN W8A8": Workload(_small("fashion_cnn", 8), 25),
@@ -107,6 +116,7 @@ WORKLOADS: dict[str, Workload] = {
     "fashion ViT PT2E W4A4": Workload(_exported(4), 60),
     "fashion ViT PT2E W3A3": Workload(_exported(3), 60),
     "EfficientNet-Lite0 W8A8": Workload(_photographs, 180),
+    "EfficientNet-Lite0 W8A8, recipe": Workload(partial(_photographs, ready=True), 180),
 }
 
 

@@ -41,6 +41,7 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
     return RefineConfig(
         population=(),
         activation_rate=1.0,
+        rounding_rate=0.0,
         gradient_steps=_FOREVER,
         passes=0,
         max_seconds=seconds,

@@ -1,0 +1,101 @@
+"""Outliers of norms moved into the weights that read them, before a model is quantized; its function stays the same.
+
+A few channels behind a norm of a large transformer carry values tens of times larger than the others, and one scale
+for all of them leaves the others few codes. Dividing such a channel's weight and bias of the norm, and multiplying the
+columns of the linear layers that read it, is the equivalent transformation of SmoothQuant (arXiv 2211.10438). Here a
+column never becomes larger than the largest one of its layer, so that weights lose nothing, whatever their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.nn import functional
+
+from cptv_ao.measures import OUTLIER
+from cptv_ao.scopes import fetch
+
+
+def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
+    """Divide the outlier channels of every norm that only linear layers read; returns how many there were.
+
+    Args:
+        model: a float model; the weights of its norms and linear layers are written.
+        graph: as traced from it; norms may be modules or functions, linear layers are modules.
+        values: what the nodes of the graph gave on example images.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = 0
+    with torch.no_grad():
+        for node in graph.nodes:
+            norm = _parameters(node, model, modules, graph)
+            layers = _readers(node, modules, graph, values)
+            value = values.get(node)
+            if norm is not None and layers and isinstance(value, Tensor) and norm[0].shape == value.shape[-1:]:
+                found += _divide(norm, layers, value)
+    return found
+
+
+def _divide(norm: tuple[Tensor, Tensor | None], layers: list[nn.Linear], value: Tensor) -> int:
+    peaks = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
+    columns = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
+    usual = peaks.median()
+    factors = torch.minimum(peaks / usual, columns.max() / columns)
+    outliers = (peaks > OUTLIER * usual) & (factors > 1) & torch.isfinite(factors) & (usual > 0)
+    factors = torch.where(outliers, factors, 1.0)
+    for parameter in norm:
+        if parameter is not None:
+            parameter /= factors
+    for layer in layers:
+        layer.weight *= factors
+    return int(outliers.sum())
+
+
+def _parameters(
+    node: Node, model: nn.Module, modules: Mapping[str, nn.Module], graph: Graph
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a norm over the last dimension, where nothing else uses them."""
+    if node.op == "call_module":
+        norm = modules[str(node.target)]
+        alone = _uses(graph, str(node.target)) == 1
+        return (
+            (norm.weight, norm.bias) if alone and isinstance(norm, nn.LayerNorm) and norm.weight is not None else None
+        )
+    if node.target is not functional.layer_norm:
+        return None
+    given = dict(zip(("input", "normalized_shape", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    weight, bias = (_held(given.get(name), model, graph) for name in ("weight", "bias"))
+    if weight is None or (bias is None and given.get("bias") is not None):
+        return None
+    return weight, bias
+
+
+def _held(source: Any, model: nn.Module, graph: Graph) -> Tensor | None:
+    """A tensor of the model that one node of the graph reads once."""
+    if not isinstance(source, Node) or source.op != "get_attr" or len(source.users) != 1:
+        return None
+    found: Tensor = fetch(model, str(source.target))
+    return found if _uses(graph, str(source.target)) == 1 else None
+
+
+def _readers(node: Node, modules: Mapping[str, nn.Module], graph: Graph, values: Mapping[Node, Any]) -> list[nn.Linear]:
+    """The linear layers that read a value, if nothing else does (but its shape) and they read nothing else."""
+    layers = []
+    for user in node.users:
+        if user in values and not isinstance(values[user], Tensor):
+            continue  # its shape
+        layer = modules.get(str(user.target)) if user.op == "call_module" else None
+        if type(layer) is not nn.Linear or _uses(graph, str(user.target)) != 1:
+            return []
+        if sum(module is layer or getattr(module, "weight", None) is layer.weight for module in modules.values()) > 1:
+            return []  # shared
+        layers.append(layer)
+    return layers
+
+
+def _uses(graph: Graph, target: str) -> int:
+    return sum(str(node.target) == target for node in graph.nodes)
