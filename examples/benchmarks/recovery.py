@@ -180,7 +180,7 @@ def main() -> None:
     if args.unit:
         return tune_unit(args.unit) if args.tune else run_unit(args.unit, args.seed, methods)
     with ThreadPoolExecutor(args.jobs) as pool:
-        if not args.table:
+        if args.tune or ("gradient" in methods and not args.table):
             list(pool.map(lambda name: start_unit(name, "--tune"), names))
         if not (args.table or args.tune):
             units = [(name, seed) for seed in SEEDS for name in names]
