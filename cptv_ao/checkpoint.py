@@ -145,7 +145,7 @@ def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _moved(loop: Loop, prefix: str) -> dict[str, Tensor]:
-    """Qparams of the sites that are not as they were given, by what they are."""
+    """Qparams of the sites that are not as they were given."""
     tensors: dict[str, Tensor] = {}
     for name, given in loop.given_state.items():
         if not _same(loop.backend.state(name), given):

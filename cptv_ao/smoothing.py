@@ -41,6 +41,7 @@ def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
 
 
 def _divide(norm: tuple[Tensor, Tensor | None], layers: list[nn.Linear], value: Tensor) -> int:
+    """Make outlier channels of a norm as large as the median one, as far as the layers allow; returns their number."""
     peaks = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
     columns = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
     usual = peaks.median()
@@ -61,10 +62,9 @@ def _parameters(
     """Weight and bias of a norm over the last dimension, where nothing else uses them."""
     if node.op == "call_module":
         norm = modules[str(node.target)]
-        alone = _uses(graph, str(node.target)) == 1
-        return (
-            (norm.weight, norm.bias) if alone and isinstance(norm, nn.LayerNorm) and norm.weight is not None else None
-        )
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or _uses(graph, str(node.target)) != 1:
+            return None
+        return norm.weight, norm.bias
     if node.target is not functional.layer_norm:
         return None
     given = dict(zip(("input", "normalized_shape", "weight", "bias"), node.args, strict=False)) | node.kwargs

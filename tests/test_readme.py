@@ -124,6 +124,9 @@ def test_the_short_table_is_that_of_the_benchmark(cells: list[dict[str, Any]]) -
     gaps = {}
     for cell in (cell for cell in cells if cell["method"] == "start"):
         gaps.setdefault(cell["workload"], []).append(cell["float"] - cell["top1"])
+    gaps = {
+        workload: gap for workload, gap in gaps.items() if not workload.endswith(", recipe")
+    }  # not what stock gives
     widest = sorted(gaps, key=lambda workload: -mean(gaps[workload]))[:6]
     assert [row[0].split(" (")[0] for row in rows] == widest
     for (_, _, *figures), workload in zip(rows, widest, strict=True):
