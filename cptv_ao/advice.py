@@ -67,7 +67,7 @@ def _why(site: SiteDiagnosis) -> str:
         return f", which clips {percent(site.clipped)} of its values"
     if site.kind == "activation" and 0 < outliers <= 8:
         told = f", whose range is set by {outliers} outlier channel{'s' if outliers > 1 else ''} ({site.outlier:.0f}x)"
-        movable = site.op.lower().removeprefix("quantized.").replace("_", "") == "layernorm"
+        movable = site.op in ("LayerNorm", "quantized.layer_norm")
         return told + (", which cptv_ao.recipe moves into the layers behind it" if movable else "")
     if site.kind == "activation" and site.used is not None and site.used < _NARROW:
         return f", which uses {percent(site.used)} of its code range"
