@@ -20,7 +20,7 @@ from torch import Tensor
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Select
 from cptv_ao.losses import Loss
-from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite
+from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.modules import whole_parts
@@ -248,10 +248,9 @@ def _weight_rate(site: ScaleSite) -> float:
 
 
 def _steps(weight: Tensor, qparams: QParams) -> Tensor:
-    """The shift of qparams in steps, of a weight's shape."""
-    if qparams.shift is None:
-        return torch.zeros_like(weight)
-    return qparams.shift.to(weight.device, torch.float32) / SHIFT_PARTS
+    """The shift of qparams in steps, of a weight's shape and on its device."""
+    shift = qparams.shift_steps
+    return torch.zeros_like(weight) if shift is None else shift.to(weight.device)
 
 
 def _leaves(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> _Group:

@@ -75,6 +75,11 @@ class QParams:
     zero_point: Tensor
     shift: Tensor | None = None
 
+    @property
+    def shift_steps(self) -> Tensor | None:
+        """The shift in steps, -0.5 to 0.5 (float32)."""
+        return None if self.shift is None else self.shift.to(torch.float32) / SHIFT_PARTS
+
     def checked(self, site: ScaleSite) -> QParams:
         """Round the scale to float32, so that a state_dict keeps it, and refuse what no kernel can use.
 

@@ -179,8 +179,8 @@ def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:
     shape."""
     scale, zero_point = _along_axis(qparams, site, weight.dim())
     steps = weight / scale
-    if qparams.shift is not None:
-        steps += qparams.shift.to(torch.float32) / SHIFT_PARTS
+    if (shift := qparams.shift_steps) is not None:
+        steps += shift
     codes = torch.round(steps) + zero_point
     return codes.clamp_(site.qmin, site.qmax).to(torch.int8)
 

@@ -118,7 +118,7 @@ class Twin:
         module.scale.copy_(checked.scale)
         module.zero_point.copy_(checked.zero_point)
         if isinstance(module, WeightQuantizer):
-            module.set_shift(checked.shift)
+            module.set_shift(checked)
             module.refresh()
 
     def shiftable_weight(self, name: str) -> Tensor | None:

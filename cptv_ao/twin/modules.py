@@ -69,15 +69,16 @@ class WeightQuantizer(SiteModule):
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
         #: in steps, -0.5 to 0.5; see `QParams`
         self.register_buffer("shift", None)
-        self.set_shift(qparams.shift)
+        self.set_shift(qparams)
         #: whether weights may be rounded to other codes than the nearest
         self.shiftable = shiftable and float_weight is not None
         #: take the codes from `codes` (True) or from the float weight at the present scale (False)
         self.keep_codes = True
 
-    def set_shift(self, shift: Tensor | None) -> None:
+    def set_shift(self, qparams: QParams) -> None:
         """Round as the shift of qparams says."""
-        self.shift = None if shift is None else shift.to(self.scale.device, torch.float32) / SHIFT_PARTS
+        shift = qparams.shift_steps
+        self.shift = None if shift is None else shift.to(self.scale.device)
 
     def forward(self) -> Tensor:
         """Centred codes (C, ...)."""
