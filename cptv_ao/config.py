@@ -34,6 +34,8 @@ class RefineConfig:
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
             (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.
+        feature_weight: what the steps add to the loss: the distance of each layer's input from that in the float
+            network, squared, as a share of its variance, the mean over the layers, times this; 0: nothing.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
@@ -68,6 +70,7 @@ class RefineConfig:
     learning_rate: float = 0.03
     activation_rate: float = 3.0
     rounding_rate: float = 0.1
+    feature_weight: float = 1.0
     passes: int = 2
     evaluations: int = 20
     include: tuple[str, ...] = ("*",)
@@ -105,8 +108,9 @@ class RefineConfig:
         for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
             value = getattr(self, name)
             _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
-        rate = self.rounding_rate
-        _expect(_is_number(rate) and 0 <= rate < math.inf, "rounding_rate", "a finite number >= 0", rate)
+        for name in ("rounding_rate", "feature_weight"):
+            value = getattr(self, name)
+            _expect(_is_number(value) and 0 <= value < math.inf, name, "a finite number >= 0", value)
         for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):
             value = getattr(self, name)
             _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Select
+from cptv_ao.features import Features, distance
 from cptv_ao.losses import Loss
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
@@ -75,6 +76,22 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class _Graph:
+    """Of a part of a batch: its outputs (N, C), and what its layer inputs add to the loss ()."""
+
+    outputs: Tensor
+    features: Tensor | None
+
+    def gradient(self, leaves: Sequence[Tensor], pull: Tensor) -> Tensor:
+        """With respect to all leaves, one after another, where the loss pulls so much at the outputs."""
+        ends, pulls = [self.outputs], [pull]
+        if self.features is not None and self.features.requires_grad:
+            ends, pulls = [*ends, self.features], [*pulls, torch.ones_like(self.features)]
+        found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
+        return torch.cat([gradient.reshape(-1) for gradient in found])
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How long a descent lasts: `steps` steps, or `seconds` if these are over first, with `proposals` on the way."""
 
@@ -110,6 +127,8 @@ class GradientDescent:
             those of many codes slower.
         rounding_rate: multiple of the learning rate at which the shifts of the weights move, slower ones of many codes;
             0: weights are rounded as they are.
+        feature_weight: what the distance of the layer inputs from those of the float network counts beside the loss.
+        cache_bytes: what may be kept of the layer inputs in float.
         rng: draws the order of the batches.
         world: the ranks that share the images of a step.
     """
@@ -123,19 +142,28 @@ class GradientDescent:
         *,
         activation_rate: float = 1.0,
         rounding_rate: float = 0.0,
+        feature_weight: float = 0.0,
+        cache_bytes: int = 0,
         rng: np.random.Generator,
         world: World = ALONE,
     ) -> None:
         known = set(twin.names)
         twin.reround_weights()
         self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
+        self._feature_weight, self._features = feature_weight, Features(twin, cache_bytes)
         shifts = rounding_rate > 0
         self._groups = [_leaves(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
         rates = self._parameters(activation_rate, rounding_rate)
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
         self._caution = 1.0
-        #: steps so far, and the images that went through this rank
-        self.steps, self.images = 0, 0
+        self._images = 0
+        #: steps so far
+        self.steps = 0
+
+    @property
+    def image_forwards(self) -> int:
+        """Images that went through the twin on this rank; forward and backward count as three."""
+        return 3 * self._images + self._features.image_forwards
 
     def go_on_from(self, scales: Callable[[str], QParams], slower: bool) -> None:
         """Go on from other scales (by site name); `slower`: at half the learning rate."""
@@ -166,7 +194,7 @@ class GradientDescent:
             index = order.pop()
             for group in self._adam.param_groups:
                 group["lr"] = schedule.rate(progress) * group["factor"] * self._caution
-            loss = self._step(batches[index], teacher[index])
+            loss = self._step(index, batches[index], teacher[index])
             if on_step is not None:
                 on_step(loss)
             if schedule.progress(self.steps) >= due / schedule.proposals:
@@ -188,7 +216,7 @@ class GradientDescent:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
 
-    def _step(self, batch: Batch, teacher: Tensor) -> float:
+    def _step(self, index: int, batch: Batch, teacher: Tensor) -> float:
         """Each part of the batch runs on one rank; the loss is that of the whole batch, on every rank.
 
         Gradients are summed part by part in a fixed order, so they do not depend on which rank had which part.
@@ -196,13 +224,12 @@ class GradientDescent:
         leaves = [leaf for group in self._adam.param_groups for leaf in group["params"]]
         sizes = [leaf.numel() for leaf in leaves]
         parts = _parts(batch)
-        graphs: dict[int, Tensor] = {}
+        graphs: dict[int, _Graph] = {}
         outputs = torch.zeros_like(teacher)
-        for index, (part, rows) in enumerate(parts):
-            if self._world.mine(index):
-                graphs[index] = self._forward(part)
-                outputs[rows] = graphs[index].detach()
-                self.images += part.images
+        for number, (part, rows) in enumerate(parts):
+            if self._world.mine(number):
+                graphs[number] = self._forward((index, number), part, part.images / batch.images)
+                outputs[rows] = graphs[number].outputs.detach()
         outputs = self._world.sum(outputs).requires_grad_()
         with torch.enable_grad():
             loss = self._loss(outputs, teacher)
@@ -210,9 +237,9 @@ class GradientDescent:
         total = outputs.new_zeros(sum(sizes))
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
-            found = {i: _gradient(graphs.pop(i), leaves, pull[parts[i][1]]) for i in around if i in graphs}
-            for index in around:
-                total += self._world.sum(found[index] if index in found else torch.zeros_like(total))
+            found = {i: graphs.pop(i).gradient(leaves, pull[parts[i][1]]) for i in around if i in graphs}
+            for number in around:
+                total += self._world.sum(found[number] if number in found else torch.zeros_like(total))
         # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
         for leaf, gradient in zip(leaves, torch.split(total.nan_to_num_(0.0, 0.0, 0.0), sizes), strict=True):
             leaf.grad = gradient.reshape(leaf.shape)
@@ -223,10 +250,16 @@ class GradientDescent:
         self.steps += 1
         return float(loss.detach())
 
-    def _forward(self, part: Batch) -> Tensor:
+    def _forward(self, key: tuple[int, int], part: Batch, share: float) -> _Graph:
+        """Of a part that is so much of its batch."""
+        self._images += part.images
+        wanted = self._features.wanted(key, part) if self._feature_weight else None
         with torch.enable_grad():
             values = {site.name: group.values() for group in self._groups for site in group.sites}
-            return self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
+            with self._twin.seeing_inputs() as inputs:
+                outputs = self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
+            features = None if wanted is None else distance(inputs, wanted) * (share * self._feature_weight)
+        return _Graph(outputs, features)
 
 
 def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
@@ -234,12 +267,6 @@ def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
     numbers = sum(value.numel() for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
     parts = batch.parts(round(numbers / _PART_NUMBERS))
     return [(batch.rows(p.start, p.stop), p) for p in parts] if len(parts) > 1 else [(batch, slice(None))]
-
-
-def _gradient(graph: Tensor, leaves: Sequence[Tensor], pull: Tensor) -> Tensor:
-    """What the outputs of a part pull at all leaves, one after another."""
-    found = torch.autograd.grad(graph, leaves, pull, materialize_grads=True)
-    return torch.cat([gradient.reshape(-1) for gradient in found])
 
 
 def _weight_rate(site: ScaleSite) -> float:

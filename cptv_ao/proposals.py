@@ -60,7 +60,7 @@ class Proposer:
         self._batches, self._teacher = _steps(batches, teacher)
         self._twin = Twin(backend)
         self._twin.reround_weights()
-        #: images run through the twin; a step forward and backward counts as three
+        #: images run through the twin; forward and backward count as three
         self.image_forwards = 0
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
@@ -125,6 +125,8 @@ class Proposer:
             config.output or first_floating,
             activation_rate=config.activation_rate,
             rounding_rate=config.rounding_rate,
+            feature_weight=config.feature_weight,
+            cache_bytes=config.cache_bytes,
             rng=np.random.default_rng(config.seed),
             world=self._world,
         )
@@ -132,7 +134,7 @@ class Proposer:
         seconds = math.inf if config.max_seconds is None else share * config.max_seconds
         schedule = Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world)
         for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step, self.going):
-            self.image_forwards = 3 * descent.images
+            self.image_forwards = descent.image_forwards
             before = self._scales()
             yield proposal
             confirmed = not torch.equal(self._scales(), before)

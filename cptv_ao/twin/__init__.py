@@ -22,7 +22,10 @@ from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
 from cptv_ao.twin.modules import Weighted, WeightQuantizer, whole_parts
 from cptv_ao.twin.values import QTensor, Rounding
 
-__all__ = ["Twin", "disagreement", "moved", "unquantized"]
+__all__ = ["LayerInputs", "Twin", "disagreement", "moved", "unquantized"]
+
+#: what weighted layers are given, by layer
+LayerInputs = dict[Weighted | FloatWeighted, QTensor | Tensor]
 
 
 class Twin:
@@ -79,9 +82,16 @@ class Twin:
             for buffers, before in kept:
                 buffers.update(before)
 
-    def layer_inputs(self, batch: Batch) -> dict[Weighted | FloatWeighted, QTensor | Tensor]:
+    def layer_inputs(self, batch: Batch) -> LayerInputs:
         """What each weighted layer is given when the twin runs on a batch, which is left as it is."""
-        seen: dict[Weighted | FloatWeighted, QTensor | Tensor] = {}
+        with torch.no_grad(), self.seeing_inputs() as seen:
+            self(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
+        return seen
+
+    @contextmanager
+    def seeing_inputs(self) -> Iterator[LayerInputs]:
+        """What each weighted layer is given (the last time, where it runs more than once) while the context lasts."""
+        seen: LayerInputs = {}
 
         def see(layer: Any, args: tuple[Any, ...]) -> None:
             seen[layer] = args[0]
@@ -90,12 +100,10 @@ class Twin:
             m.register_forward_pre_hook(see) for m in self.module.modules() if isinstance(m, (Weighted, FloatWeighted))
         ]
         try:
-            with torch.no_grad():
-                self(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
+            yield seen
         finally:
             for hook in hooks:
                 hook.remove()
-        return seen
 
     def get(self, name: str) -> QParams:
         """Scale and zero_point of a site, and how a weight is rounded."""

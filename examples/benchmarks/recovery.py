@@ -42,6 +42,7 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
         population=(),
         activation_rate=1.0,
         rounding_rate=0.0,
+        feature_weight=0.0,
         gradient_steps=_FOREVER,
         passes=0,
         max_seconds=seconds,

@@ -1,0 +1,188 @@
+"""The features that a descent follows: what layers are given in the float network, and the distance from it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import workloads
+from conftest import Case
+from small import small_config
+from torch import Tensor, nn
+
+import cptv_ao
+from cptv_ao.backends.backend import Backend
+from cptv_ao.data import Batch
+from cptv_ao.evaluator import first_floating, teacher_outputs
+from cptv_ao.features import Features, distance
+from cptv_ao.gradient import GradientDescent, Schedule
+from cptv_ao.losses import kl
+from cptv_ao.sites import QParams
+from cptv_ao.twin import LayerInputs, Twin
+from cptv_ao.twin.values import QTensor
+from cptv_ao.weights import find_float_weights, weight_ranges
+
+
+def twin_of(model: Any, float_model: nn.Module) -> Twin:
+    backend = Backend(model, weight_ranges(float_model))
+    find_float_weights(backend, float_model)
+    twin = Twin(backend)
+    twin.reround_weights()
+    return twin
+
+
+def batch_of(images: Tensor) -> Batch:
+    return Batch((images,), {}, len(images))
+
+
+def refined(case: Case, **changes: Any) -> cptv_ao.Report:
+    """The descent only."""
+    config = small_config(**{"passes": 0, "learning_rate": 0.03, **changes})
+    cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
+    return cptv_ao.report(case.converted)
+
+
+def values(inputs: LayerInputs) -> dict[str, Tensor]:
+    """By the name of the layer's weight."""
+    return {
+        layer.weight.site.name: value.dequantize() if isinstance(value, QTensor) else value
+        for layer, value in inputs.items()
+    }
+
+
+def given_in_float(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    """What the layers of these names are given in the float network."""
+    seen: dict[str, Tensor] = {}
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def noise_to_signal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    ratios = [((found[n] - w).double().square().sum() / w.double().square().sum()) for n, w in wanted.items()]
+    return float(torch.stack(ratios).mean())
+
+
+def test_the_inputs_are_those_of_the_float_network(vit_w3: Case) -> None:
+    images = vit_w3.batches[0]
+    inputs = values(Features(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(images)))
+    wanted = given_in_float(vit_w3.float_model, list(inputs), images)
+    assert len(wanted) > 10
+    for name, value in wanted.items():
+        assert torch.allclose(inputs[name], value, atol=1e-4), name
+
+
+def test_inputs_are_kept_while_they_fit_and_are_the_same_if_not(vit_w3: Case) -> None:
+    """Whatever became of the twin's scales: ranks keep different parts, and must agree bit for bit."""
+    twin, parts = twin_of(vit_w3.converted, vit_w3.float_model), [batch_of(x) for x in vit_w3.batches[:2]]
+    size = sum(v.numel() * 4 for v in values(Features(twin, 0).wanted((0, 0), parts[0])).values())
+    features, sites = Features(twin, size), cptv_ao.find_sites(vit_w3.converted)
+    first = [features.wanted((0, i), part) for i, part in enumerate(parts)]
+    for name in twin.names:
+        now = twin.get(name)
+        zero_point = now.zero_point + 3 if sites[name].affine else now.zero_point
+        twin.set(name, QParams(now.scale * 1.1, zero_point.clamp(max=sites[name].qmax)))
+    again = [features.wanted((0, i), part) for i, part in enumerate(parts)]
+    assert features.image_forwards == 3 * len(vit_w3.batches[0])
+    assert again[0] is first[0]
+    for name, value in values(again[1]).items():
+        assert torch.equal(value, values(first[1])[name]), name
+
+
+def test_the_distance_and_its_gradient(vit_w3: Case) -> None:
+    """Against the definition, in float64 and with autograd."""
+    batch, twin = batch_of(vit_w3.batches[0]), twin_of(vit_w3.converted, vit_w3.float_model)
+    wanted = Features(twin, 0).wanted((0, 0), batch)
+    assert float(distance(wanted, wanted)) == 0.0
+    leaves = {name: twin.get(name).scale.float().log().requires_grad_() for name in twin.names}
+
+    def found() -> LayerInputs:
+        with twin.seeing_inputs() as inputs:
+            twin.call({name: {"scale": leaf.exp()} for name, leaf in leaves.items()}, *batch.args)
+        return inputs
+
+    got, given = distance(found(), wanted), values(found())
+    pairs = [(given[name], target) for name, target in values(wanted).items()]
+    mean = torch.stack([(f - t).square().sum() / t.square().sum() for f, t in pairs]).mean()
+    assert float(got.detach()) == pytest.approx(float(mean.detach()), rel=1e-5)
+    both = (torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True) for loss in (got, mean))
+    for ours, theirs in zip(*both, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()) + 1e-7)
+
+
+def test_layers_without_a_signal_do_not_count(vit_w3: Case) -> None:
+    layers = list(
+        Features(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(vit_w3.batches[0]))
+    )
+    found: LayerInputs = dict.fromkeys(layers, torch.full((3,), 2.0))
+    targets = [torch.zeros(3), torch.tensor([1.0, 1.0, float("inf")]), torch.ones(3)]
+    assert float(distance(found, dict(zip(layers, targets, strict=False)))) == pytest.approx(1.0)
+    assert float(distance(found, {layers[0]: targets[0]})) == 0.0
+
+
+def test_scales_and_roundings_move_inside_refine(vit_w2: Case) -> None:
+    """`refine` runs without gradients: each leaf must be made where they are enabled."""
+    moves = refined(vit_w2, gradient_steps=8).moves
+    assert {move.kind for move in moves} == {"weight", "activation"}
+    assert any(move.turned for move in moves)
+
+
+def descend(case: Case, **changes: Any) -> GradientDescent:
+    """Two looks at each batch."""
+    twin, batches = twin_of(case.converted, case.float_model), [batch_of(x) for x in case.batches]
+    groups = {name: (site,) for name, site in cptv_ao.find_sites(case.converted).items() if site.kind == "weight"}
+    descent = GradientDescent(twin, groups, kl, first_floating, rng=np.random.default_rng(0), **changes)
+    schedule = Schedule(2 * len(batches), 0.03, proposals=1)
+    *_, _ = descent.run(batches, teacher_outputs(case.float_model, batches), schedule)
+    return descent
+
+
+def test_the_cache_saves_forwards_and_changes_nothing(vit_w2: Case) -> None:
+    images = sum(len(x) for x in vit_w2.batches)
+    plain, asking, keeping = (
+        descend(vit_w2, **changes)
+        for changes in ({}, {"feature_weight": 1.0}, {"feature_weight": 1.0, "cache_bytes": 2**30})
+    )
+    assert plain.image_forwards == 6 * images
+    assert asking.image_forwards == 8 * images
+    assert keeping.image_forwards == 7 * images
+    assert asking.assignment().keys() == keeping.assignment().keys()
+    for name, qparams in asking.assignment().items():
+        assert torch.equal(qparams.scale, keeping.assignment()[name].scale), name
+    assert any(not torch.equal(q.scale, plain.assignment()[n].scale) for n, q in asking.assignment().items())
+
+
+def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> None:
+    """On images that no search has seen."""
+    drawn = digits.calibration(1000, seed=5)
+    vit_w2.batches, images = list(drawn[:600].split(100)), drawn[600:]
+
+    def loss(feature_weight: float) -> float:
+        case = vit_w2.copy()
+        refined(case, gradient_steps=200, feature_weight=feature_weight)
+        with torch.inference_mode():
+            return float(kl(case.converted(images), case.float_model(images)))
+
+    assert loss(1.0) < 0.9 * loss(0.0)
+
+
+def test_a_pt2e_graph_has_features(digits: workloads.Images) -> None:
+    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+    images, model = digits.train[:40], workloads.trained("digits_vit")
+    graph = workloads.quantize_exported(copy.deepcopy(model), [images], weight_bits=4, activation_bits=4)
+    twin = twin_of(graph, model)
+    wanted = Features(twin, 0).wanted((0, 0), batch_of(images))
+    with torch.no_grad():
+        found = twin.layer_inputs(batch_of(images))
+    assert len(wanted) > 10
+    assert float(distance(found, wanted)) == pytest.approx(noise_to_signal(values(found), values(wanted)), rel=1e-5)
