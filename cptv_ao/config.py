@@ -34,8 +34,8 @@ class RefineConfig:
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
             (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.
-        feature_weight: what the steps add to the loss: the distance of each layer's input from that in the float
-            network, squared, as a share of its variance, the mean over the layers, times this; 0: nothing.
+        feature_weight: what the gradient steps add to the loss: noise to signal of the layer inputs, |quantized -
+            float|^2 / |float|^2, mean over the weighted layers, times this; 0: nothing. Chosen with the loss `kl`.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
@@ -53,7 +53,8 @@ class RefineConfig:
         device: where the simulation runs, e.g. `cuda`.
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
             have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
-        cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate.
+        cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate. Before,
+            in the gradient steps, the same for layer inputs of the float network, which are else computed each time.
         distributed: None: where a `torch.distributed` process group is initialised, all its ranks search together and
             each must call `refine`; True: raise where there is none; False: this process searches on its own.
         seed: of the search; no global generator is read or changed.
