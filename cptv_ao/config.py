@@ -71,7 +71,7 @@ class RefineConfig:
     learning_rate: float = 0.03
     activation_rate: float = 3.0
     rounding_rate: float = 0.1
-    feature_weight: float = 1.0
+    feature_weight: float = 3.0
     passes: int = 2
     evaluations: int = 20
     include: tuple[str, ...] = ("*",)

@@ -125,8 +125,8 @@ class GradientDescent:
         loss, select: as for the evaluator.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
             those of many codes slower.
-        rounding_rate: multiple of the learning rate at which the shifts of the weights move, slower ones of many codes;
-            0: weights are rounded as they are.
+        rounding_rate: multiple of the learning rate at which the shifts of the weights move; 0: weights are rounded as
+            they are.
         feature_weight: what the distance of the layer inputs from those of the float network counts beside the loss.
         cache_bytes: what may be kept of the layer inputs in float.
         rng: draws the order of the batches.
@@ -205,11 +205,10 @@ class GradientDescent:
         """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
         by_rate: dict[float, list[Tensor]] = {}
         for group in self._groups:
-            weight_rate = _weight_rate(group.sites[0])
-            rate = weight_rate if group.offset is None else activation_rate
+            rate = _weight_rate(group.sites[0]) if group.offset is None else activation_rate
             by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
             if group.shift is not None:
-                by_rate.setdefault(rounding_rate * weight_rate, []).append(group.shift)
+                by_rate.setdefault(rounding_rate, []).append(group.shift)
         return [{"params": leaves, "factor": rate} for rate, leaves in by_rate.items()]
 
     def assignment(self) -> Assignment:
@@ -270,7 +269,7 @@ def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
 
 
 def _weight_rate(site: ScaleSite) -> float:
-    """Multiple of the learning rate at which the scales of a weight, and how it is rounded, move."""
+    """Multiple of the learning rate at which the scales of a weight move."""
     return min(1.0, 2 * _FULL_RATE_CODES / (site.qmax - site.qmin))
 
 
