@@ -17,16 +17,16 @@ from cptv_ao.data import Batch
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted
-from cptv_ao.twin.values import Apart, QTensor, dot
+from cptv_ao.twin.values import Apart, QTensor
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What a layer is given in float, codes times scale, and |codes * scale|^2."""
+    """What a layer is given in float, codes times scale, and what a squared error counts, by channel."""
 
     codes: Tensor
     scale: Tensor
-    signal: float
+    weight: Tensor
 
 
 #: by layer; without those whose input says nothing: all zero, or infinite padding
@@ -56,8 +56,8 @@ class Features:
         with torch.no_grad(), self._twin.in_float(self._twin.names), self._twin.seeing_inputs() as inputs:
             self._twin.call(self._steps, *part.args, **part.kwargs)
         self.image_forwards += part.images
-        targets = {layer: _target(*_scaled(value)) for layer, value in inputs.items()}
-        targets = {layer: target for layer, target in targets.items() if 0 < target.signal < math.inf}
+        found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}
+        targets = {layer: target for layer, target in found.items() if target is not None}
         size = sum(target.codes.numel() * target.codes.element_size() for target in targets.values())
         if size <= self._left:
             self._left -= size
@@ -66,16 +66,29 @@ class Features:
 
 
 def distance(found: LayerInputs, wanted: Targets) -> Tensor:
-    """Noise to signal of the layer inputs, |found - wanted|^2 / |wanted|^2: mean over the layers (), differentiable."""
+    """Noise to signal of the layer inputs: mean over the layers (), differentiable.
+
+    Of each layer the mean of |found - wanted|^2 / |signal|^2, where the signal is that of the channel, or of the median
+    channel if that is more: a few channels that are a hundred times as large as the others would else be all that
+    counts, and silent ones would.
+    """
     ratios = [
-        Apart.apply(*_scaled(found[layer]), target.codes, target.scale) / target.signal
+        Apart.apply(*_scaled(found[layer]), target.codes, target.scale, target.weight)
         for layer, target in wanted.items()
     ]
     return torch.stack(ratios).mean() if ratios else torch.zeros(())
 
 
-def _target(codes: Tensor, scale: Tensor) -> Target:
-    return Target(codes, scale, float(dot(codes, codes) * scale.square()))
+def _target(codes: Tensor, scale: Tensor, channel_dim: int) -> Target | None:
+    shape = [1] * codes.dim()
+    shape[channel_dim] = -1
+    others = [d for d in range(codes.dim()) if shape[d] == 1]
+    signal = codes.square().mean(others) * scale.square()
+    usual = signal.median()
+    signal = signal.clamp_min(float(usual if usual > 0 else signal.mean()))
+    if not (float(signal.min()) > 0 and math.isfinite(float(signal.max()))):
+        return None
+    return Target(codes, scale, (1 / (signal * codes.numel())).reshape(shape))
 
 
 def _scaled(value: QTensor | Tensor) -> tuple[Tensor, Tensor]:

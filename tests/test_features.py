@@ -18,7 +18,7 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating, teacher_outputs
-from cptv_ao.features import Features, Targets, distance
+from cptv_ao.features import Features, Targets, _target, distance
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.losses import kl
 from cptv_ao.sites import QParams
@@ -69,9 +69,15 @@ def given_in_float(model: nn.Module, names: list[str], images: Tensor) -> dict[s
     return seen
 
 
-def noise_to_signal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    ratios = [((found[n] - w).double().square().sum() / w.double().square().sum()) for n, w in wanted.items()]
-    return float(torch.stack(ratios).mean())
+def noise_to_signal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+    """By the definition, in float64."""
+    ratios = []
+    for name, target in wanted.items():
+        dim = 1 if target.dim() == 4 else -1
+        error, target = (found[name] - target).double().movedim(dim, 0).flatten(1), target.double().movedim(dim, 0)
+        signal = target.flatten(1).square().mean(1)
+        ratios.append((error.square().mean(1) / signal.clamp_min(float(signal.median()))).mean())
+    return torch.stack(ratios).mean()
 
 
 def test_the_inputs_are_those_of_the_float_network(vit_w3: Case) -> None:
@@ -113,9 +119,7 @@ def test_the_distance_and_its_gradient(vit_w3: Case) -> None:
             twin.call({name: {"scale": leaf.exp()} for name, leaf in leaves.items()}, *batch.args)
         return inputs
 
-    got, given = distance(found(), wanted), values(found())
-    pairs = [(given[name], target) for name, target in values(wanted).items()]
-    mean = torch.stack([(f - t).square().sum() / t.square().sum() for f, t in pairs]).mean()
+    got, mean = distance(found(), wanted), noise_to_signal(values(found()), values(wanted))
     assert float(got.detach()) == pytest.approx(float(mean.detach()), rel=1e-5)
     both = (torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True) for loss in (got, mean))
     for ours, theirs in zip(*both, strict=True):
@@ -138,6 +142,23 @@ def test_layers_without_a_signal_do_not_count() -> None:
     wanted = Features(twin_of(model, float_model), 0).wanted((0, 0), batch_of(images))
     assert set(values(wanted)) == {"first.weight"}
     assert float(distance({}, {})) == 0.0
+
+
+def test_a_channel_of_outliers_counts_as_much_as_another(vit_w3: Case) -> None:
+    """The same function, with a channel that is a hundred times as large behind a norm: the same distance."""
+
+    def found(factor: float) -> float:
+        images = vit_w3.batches[0]
+        wanted = Features(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(images))
+        layer, target = next((k, t) for k, t in wanted.items() if k.weight.site.name == "blocks.0.attn.qkv.weight")
+        value = target.codes * target.scale
+        grown = torch.ones(value.shape[-1]).index_fill_(0, torch.tensor(3), factor)
+        noise = 0.1 * value * nets.images(*value.shape)
+        grown_target = _target(value * grown, torch.ones(()), -1)
+        assert grown_target is not None
+        return float(distance({layer: (value + noise) * grown}, {layer: grown_target}))
+
+    assert found(100.0) == pytest.approx(found(1.0), rel=0.05)
 
 
 def test_scales_and_roundings_move_inside_refine(vit_w2: Case) -> None:
@@ -195,4 +216,6 @@ def test_a_pt2e_graph_has_features(digits: workloads.Images) -> None:
     with torch.no_grad():
         found = twin.layer_inputs(batch_of(images))
     assert len(wanted) > 10
-    assert float(distance(found, wanted)) == pytest.approx(noise_to_signal(values(found), values(wanted)), rel=1e-5)
+    assert float(distance(found, wanted)) == pytest.approx(
+        float(noise_to_signal(values(found), values(wanted))), rel=1e-5
+    )

@@ -56,6 +56,11 @@ class FloatWeighted(nn.Module):
             return nn.functional.linear(value, self.weight.dequantize(), bias)
         return torch.convolution(value, self.weight.dequantize(), bias, *self._product.settings)
 
+    @property
+    def channel_dim(self) -> int:
+        """As of `Weighted`."""
+        return self._product.channel_dim
+
     def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
         """As of `Weighted`."""
         return self._product.error(value, self.weight.error(scale))

@@ -148,6 +148,11 @@ class Weighted(nn.Module):
         given = (value.codes, value.scale, self.weight(), self.weight.scale, self.bias, like.scale, like.zero_point)
         return like.with_codes(Weigh.apply(*given, self._product, self._whole_bias, limits))
 
+    @property
+    def channel_dim(self) -> int:
+        """Where the channels of the input, and of the output, are."""
+        return self._product.channel_dim
+
     def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
         """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
         return self._product.error(value, self.weight.error(scale))

@@ -159,17 +159,18 @@ class _Scale(torch.autograd.Function):
 
 
 class Apart(torch.autograd.Function):
-    """sum((a s_a - b s_b)^2), a scalar. Arguments: a, s_a (), b, s_b (); only the first two get a gradient."""
+    """sum(w (a s_a - b s_b)^2), a scalar. Arguments: a, s_a (), b, s_b (), w; only the first two get a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, weight: Tensor) -> Tensor:
         apart = torch.addcmul(a, b, b_scale / a_scale, value=-1)
-        ctx.save_for_backward(apart, a, a_scale)
-        return dot(apart, apart) * a_scale.square()
+        weighted = apart * weight
+        ctx.save_for_backward(weighted, a, a_scale)
+        return dot(apart, weighted) * a_scale.square()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        apart, a, scale = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weighted, a, scale = ctx.saved_tensors
         twice = 2 * gradients[0] * scale
-        d_scale = dot(apart, a) * twice if ctx.needs_input_grad[1] else None
-        return apart * (twice * scale) if ctx.needs_input_grad[0] else None, d_scale, None, None
+        d_scale = dot(weighted, a) * twice if ctx.needs_input_grad[1] else None
+        return weighted * (twice * scale) if ctx.needs_input_grad[0] else None, d_scale, None, None, None
