@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.data import Batch
+from cptv_ao.measures import OUTLIER
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted
@@ -68,9 +69,8 @@ class Features:
 def distance(found: LayerInputs, wanted: Targets) -> Tensor:
     """Noise to signal of the layer inputs: mean over the layers (), differentiable.
 
-    Of each layer the mean of |found - wanted|^2 / |signal|^2, where the signal is that of the channel, or of the median
-    channel if that is more: a few channels that are a hundred times as large as the others would else be all that
-    counts, and silent ones would.
+    Of each layer |found - wanted|^2 / |wanted|^2, where channels of outliers (over `OUTLIER` times as large as the
+    median channel) count as if they were just not: they would else be all that counts.
     """
     ratios = [
         Apart.apply(*_scaled(found[layer]), target.codes, target.scale, target.weight)
@@ -84,11 +84,12 @@ def _target(codes: Tensor, scale: Tensor, channel_dim: int) -> Target | None:
     shape[channel_dim] = -1
     others = [d for d in range(codes.dim()) if shape[d] == 1]
     signal = codes.square().mean(others) * scale.square()
-    usual = signal.median()
-    signal = signal.clamp_min(float(usual if usual > 0 else signal.mean()))
-    if not (float(signal.min()) > 0 and math.isfinite(float(signal.max()))):
+    usual = OUTLIER**2 * float(signal.median())
+    capped = signal.clamp_max(usual) if usual > 0 else signal
+    if not (float(capped.sum()) > 0 and math.isfinite(float(signal.sum()))):
         return None
-    return Target(codes, scale, (1 / (signal * codes.numel())).reshape(shape))
+    counts = torch.where(signal > 0, capped / signal, 1.0)
+    return Target(codes, scale, (counts / (capped.mean() * codes.numel())).reshape(shape))
 
 
 def _scaled(value: QTensor | Tensor) -> tuple[Tensor, Tensor]:
