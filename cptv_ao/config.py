@@ -34,8 +34,9 @@ class RefineConfig:
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
             (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.
-        feature_weight: what the gradient steps add to the loss: noise to signal of the layer inputs, |quantized -
-            float|^2 / |float|^2, mean over the weighted layers, times this (3.0 was chosen with the loss `kl`); 0: nothing.
+        feature_weight: what the gradient steps add to the loss: noise to signal of the layer inputs, the squared error
+            against those of the float network over their square, mean over the weighted layers, times this (3.0 was
+            chosen with the loss `kl`); 0: nothing.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
