@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from cptv_ao.features import Features, distance
 from cptv_ao.losses import Loss
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
-from cptv_ao.twin import Twin
+from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.twin.modules import whole_parts
 from cptv_ao.world import ALONE, World
 
@@ -253,9 +254,11 @@ class GradientDescent:
         """Of a part that is so much of its batch."""
         self._images += part.images
         wanted = self._features.wanted(key, part) if self._feature_weight else None
+        watching: AbstractContextManager[LayerInputs]
+        watching = nullcontext({}) if wanted is None else self._twin.seeing_inputs()
         with torch.enable_grad():
             values = {site.name: group.values() for group in self._groups for site in group.sites}
-            with self._twin.seeing_inputs() as inputs:
+            with watching as inputs:
                 outputs = self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
             features = None if wanted is None else distance(inputs, wanted) * (share * self._feature_weight)
         return _Graph(outputs, features)

@@ -51,6 +51,7 @@ class Twin:
         self.module = builder.build()
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
+        self._weighted = [m for m in self.module.modules() if isinstance(m, (Weighted, FloatWeighted))]
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
 
     @property
@@ -96,9 +97,7 @@ class Twin:
         def see(layer: Any, args: tuple[Any, ...]) -> None:
             seen[layer] = args[0]
 
-        hooks = [
-            m.register_forward_pre_hook(see) for m in self.module.modules() if isinstance(m, (Weighted, FloatWeighted))
-        ]
+        hooks = [layer.register_forward_pre_hook(see) for layer in self._weighted]
         try:
             yield seen
         finally:
