@@ -173,7 +173,7 @@ def test_refine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_seconds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--seconds", "0.5", "--out", "scales"]
+    given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--seconds", "0.01", "--out", "scales"]
     assert main([*given, "--quiet", "--json", "r.json"]) == 0
     assert capsys.readouterr().out.startswith("cptv_ao.refine: ")
     assert json.loads((here / "r.json").read_text())["status"] == "BUDGET"
