@@ -21,73 +21,33 @@ from torch import Tensor
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Select
 from cptv_ao.features import Features, distance
+from cptv_ao.leaves import Leaves
 from cptv_ao.losses import Loss
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
-from cptv_ao.twin.modules import whole_parts
 from cptv_ao.world import ALONE, World
 
-#: A zero_point moves by this many codes where a log scale moves by 1.
-_CODES_PER_LOG = 20.0
 _WARM_UP = 0.1
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
 # depends on the batch alone, never on how many ranks there are.
 _PART_NUMBERS = 2**20
-# Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
-# moves an outer code by more than one. At 8 bits it would be four: noise that fits these images and no others.
-_FULL_RATE_CODES = 33
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
 
 
-@dataclass
-class _Group:
-    """Leaves of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a
-    weight what is added to each of its steps before rounding."""
-
-    sites: tuple[ScaleSite, ...]
-    log_scale: Tensor
-    offset: Tensor | None
-    shift: Tensor | None
-
-    def values(self) -> dict[str, Tensor]:
-        """Buffers of the twin's sites."""
-        found = {"scale": self.log_scale.exp()}
-        if self.offset is not None:
-            found["zero_point"] = self.offset * _CODES_PER_LOG
-        if self.shift is not None:
-            found["shift"] = self.shift
-        return found
-
-    def set(self, qparams: QParams) -> None:
-        """Put the leaves where these qparams are."""
-        self.log_scale.copy_(qparams.scale.log())
-        if self.offset is not None:
-            self.offset.copy_(qparams.zero_point / _CODES_PER_LOG)
-        if self.shift is not None:
-            self.shift.copy_(_steps(self.shift, qparams))
-
-    def qparams(self, site: ScaleSite, now: QParams) -> QParams:
-        scale, zero_point = self.log_scale.detach().exp().double().cpu(), now.zero_point
-        if self.offset is not None:
-            codes = (self.offset.detach() * _CODES_PER_LOG).round()
-            zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
-        return QParams(scale, zero_point, None if self.shift is None else whole_parts(self.shift))
-
-
 @dataclass(frozen=True)
 class _Graph:
-    """Of a part of a batch: its outputs (N, C), and what its layer inputs add to the loss ()."""
+    """Of a part of a batch: its outputs (N, C), and its share of the distance of the layer inputs ()."""
 
     outputs: Tensor
-    features: Tensor | None
+    features: Tensor
 
-    def gradient(self, leaves: Sequence[Tensor], pull: Tensor) -> Tensor:
-        """With respect to all leaves, one after another, where the loss pulls so much at the outputs."""
+    def gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float) -> Tensor:
+        """With respect to all leaves, one after another, where the loss pulls so much at outputs and features."""
         ends, pulls = [self.outputs], [pull]
-        if self.features is not None and self.features.requires_grad:
-            ends, pulls = [*ends, self.features], [*pulls, torch.ones_like(self.features)]
+        if self.features.requires_grad:
+            ends, pulls = [*ends, self.features], [*pulls, torch.full_like(self.features, feature_pull)]
         found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
         return torch.cat([gradient.reshape(-1) for gradient in found])
 
@@ -128,7 +88,8 @@ class GradientDescent:
             those of many codes slower.
         rounding_rate: multiple of the learning rate at which the shifts of the weights move; 0: weights are rounded as
             they are.
-        feature_weight: what the distance of the layer inputs from those of the float network counts beside the loss.
+        feature_weight: what the distance of the layer inputs from those of the float network counts beside the loss, in
+            losses, both as they are in the first step.
         cache_bytes: what may be kept of the layer inputs in float.
         rng: draws the order of the batches.
         world: the ranks that share the images of a step.
@@ -152,8 +113,9 @@ class GradientDescent:
         twin.reround_weights()
         self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
         self._feature_weight, self._features = feature_weight, Features(twin, cache_bytes)
+        self._feature_pull = 0.0
         shifts = rounding_rate > 0
-        self._groups = [_leaves(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
+        self._groups = [Leaves.of(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
         rates = self._parameters(activation_rate, rounding_rate)
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
         self._caution = 1.0
@@ -206,7 +168,7 @@ class GradientDescent:
         """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
         by_rate: dict[float, list[Tensor]] = {}
         for group in self._groups:
-            rate = _weight_rate(group.sites[0]) if group.offset is None else activation_rate
+            rate = group.weight_rate if group.offset is None else activation_rate
             by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
             if group.shift is not None:
                 by_rate.setdefault(rounding_rate, []).append(group.shift)
@@ -234,10 +196,14 @@ class GradientDescent:
         with torch.enable_grad():
             loss = self._loss(outputs, teacher)
         (pull,) = torch.autograd.grad(loss, outputs)
+        if self.steps == 0:
+            excess = float(loss.detach() - self._loss(teacher, teacher))
+            self._balance(excess, [graphs[i].features if i in graphs else None for i in range(len(parts))])
         total = outputs.new_zeros(sum(sizes))
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
-            found = {i: graphs.pop(i).gradient(leaves, pull[parts[i][1]]) for i in around if i in graphs}
+            mine = [i for i in around if i in graphs]
+            found = {i: graphs.pop(i).gradient(leaves, pull[parts[i][1]], self._feature_pull) for i in mine}
             for number in around:
                 total += self._world.sum(found[number] if number in found else torch.zeros_like(total))
         # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
@@ -260,8 +226,19 @@ class GradientDescent:
             values = {site.name: group.values() for group in self._groups for site in group.sites}
             with watching as inputs:
                 outputs = self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
-            features = None if wanted is None else distance(inputs, wanted) * (share * self._feature_weight)
+            features = outputs.new_zeros(()) if wanted is None else distance(inputs, wanted) * share
         return _Graph(outputs, features)
+
+    def _balance(self, excess: float, features: Sequence[Tensor | None]) -> None:
+        """Let the features count so many times the loss, both as they are now.
+
+        Args:
+            excess: of the loss over that of the teacher's own outputs.
+            features: of each part; None where another rank has it.
+        """
+        table = torch.tensor([0.0 if part is None else float(part.detach()) for part in features])
+        apart = float(self._world.sum(table).sum())
+        self._feature_pull = self._feature_weight * abs(excess) / apart if apart > 0 else 0.0
 
 
 def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
@@ -269,24 +246,3 @@ def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
     numbers = sum(value.numel() for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
     parts = batch.parts(round(numbers / _PART_NUMBERS))
     return [(batch.rows(p.start, p.stop), p) for p in parts] if len(parts) > 1 else [(batch, slice(None))]
-
-
-def _weight_rate(site: ScaleSite) -> float:
-    """Multiple of the learning rate at which the scales of a weight move."""
-    return min(1.0, 2 * _FULL_RATE_CODES / (site.qmax - site.qmin))
-
-
-def _steps(weight: Tensor, qparams: QParams) -> Tensor:
-    """The shift of qparams in steps, of a weight's shape and on its device."""
-    shift = qparams.shift_steps
-    return torch.zeros_like(weight) if shift is None else shift.to(weight.device)
-
-
-def _leaves(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> _Group:
-    lead = group[0]
-    now = twin.get(lead.name)
-    log_scale = now.scale.float().log().to(twin.device).requires_grad_()
-    offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
-    weight = twin.shiftable_weight(lead.name) if shifts else None
-    shift = None if weight is None else _steps(weight, now).requires_grad_()
-    return _Group(group, log_scale, offset, shift)

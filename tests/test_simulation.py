@@ -59,15 +59,11 @@ def test_never_worse_on_the_kernels(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("proposals", ["population", "gradient"])
-def test_proposals_are_tried_on_the_twin(
-    case: Case, device: str, proposals: str, request: pytest.FixtureRequest
-) -> None:
+def test_proposals_are_tried_on_the_twin(case: Case, device: str, proposals: str) -> None:
     before = loss_of(case.converted, case.float_model, case.batches)
     population = ("output_error", "ranges") if proposals == "population" else ()
     steps = 60 if proposals == "gradient" else 0
     proposed: dict[str, Any] = {"population": population, "gradient_steps": steps, "learning_rate": 0.005}
-    if request.node.callspec.params["case"] == "conv per tensor":
-        proposed["feature_weight"] = 0.0  # its loss is 500 times smaller than what the features add: they would rule
     config = _simulated(device, holdout=0, passes=0, **proposed)
     report = _refined(case, config)
     expected = "gradient" if steps else "weight scales of least output error"

@@ -1,0 +1,76 @@
+"""What the gradient descent moves of a tied group, and the qparams that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.twin import Twin
+from cptv_ao.twin.modules import whole_parts
+
+#: A zero_point moves by this many codes where a log scale moves by 1.
+_CODES_PER_LOG = 20.0
+# Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
+# moves an outer code by more than one. At 8 bits it would be four: noise that fits these images and no others.
+_FULL_RATE_CODES = 33
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a weight
+    what is added to each of its steps before rounding."""
+
+    sites: tuple[ScaleSite, ...]
+    log_scale: Tensor
+    offset: Tensor | None
+    shift: Tensor | None
+
+    @staticmethod
+    def of(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> Leaves:
+        """Where the scales of the twin are; with `shifts` also those of its weights that may have some."""
+        lead = group[0]
+        now = twin.get(lead.name)
+        log_scale = now.scale.float().log().to(twin.device).requires_grad_()
+        offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
+        weight = twin.shiftable_weight(lead.name) if shifts else None
+        shift = None if weight is None else _steps(weight, now).requires_grad_()
+        return Leaves(group, log_scale, offset, shift)
+
+    @property
+    def weight_rate(self) -> float:
+        """Multiple of the learning rate at which the scales move, if they are those of a weight."""
+        return min(1.0, 2 * _FULL_RATE_CODES / (self.sites[0].qmax - self.sites[0].qmin))
+
+    def values(self) -> dict[str, Tensor]:
+        """Buffers of the twin's sites."""
+        found = {"scale": self.log_scale.exp()}
+        if self.offset is not None:
+            found["zero_point"] = self.offset * _CODES_PER_LOG
+        if self.shift is not None:
+            found["shift"] = self.shift
+        return found
+
+    def set(self, qparams: QParams) -> None:
+        """Put the leaves where these qparams are."""
+        self.log_scale.copy_(qparams.scale.log())
+        if self.offset is not None:
+            self.offset.copy_(qparams.zero_point / _CODES_PER_LOG)
+        if self.shift is not None:
+            self.shift.copy_(_steps(self.shift, qparams))
+
+    def qparams(self, site: ScaleSite, now: QParams) -> QParams:
+        """Of a site of the group, which has the qparams `now`."""
+        scale, zero_point = self.log_scale.detach().exp().double().cpu(), now.zero_point
+        if self.offset is not None:
+            codes = (self.offset.detach() * _CODES_PER_LOG).round()
+            zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
+        return QParams(scale, zero_point, None if self.shift is None else whole_parts(self.shift))
+
+
+def _steps(weight: Tensor, qparams: QParams) -> Tensor:
+    """The shift of qparams in steps, of a weight's shape and on its device."""
+    shift = qparams.shift_steps
+    return torch.zeros_like(weight) if shift is None else shift.to(weight.device)
