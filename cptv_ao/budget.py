@@ -31,8 +31,18 @@ class Budget:
     @property
     def left(self) -> bool:
         """Whether to go on; the ranks must ask together."""
+        may_score, seconds = self._state()
+        return may_score and (self.max_seconds is None or seconds < self.max_seconds)
+
+    @property
+    def may_score(self) -> bool:
+        """Whether what took the seconds to find may still be scored; the ranks must ask together."""
+        return self._state()[0]
+
+    def _state(self) -> tuple[bool, float]:
+        """Whether neither a stop nor the count of evaluations ends it, and the seconds so far."""
         reasons = [None, *Status]
         reason, seconds = self.world.most(float(reasons.index(self.stopped)), self.seconds)
         self.stopped = reasons[int(reason)]
         in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
-        return not self.stopped and in_count and (self.max_seconds is None or seconds < self.max_seconds)
+        return not self.stopped and in_count, seconds

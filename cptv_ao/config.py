@@ -34,9 +34,9 @@ class RefineConfig:
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
             (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.
-        feature_weight: what the gradient steps add to the loss: noise to signal of the layer inputs, the squared error
-            against those of the float network over their square, mean over the weighted layers, times this (3.0 was
-            chosen with the loss `kl`); 0: nothing.
+        feature_weight: what the gradient steps follow beside the loss: noise to signal of the layer inputs, the squared
+            error against those of the float network over their square, mean over the weighted layers. It counts so
+            many times the loss, both as they are at the start; 0: the loss alone.
         passes: sweeps over all blocks.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).

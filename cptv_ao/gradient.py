@@ -145,12 +145,12 @@ class GradientDescent:
         on_step: Callable[[float], None] | None = None,
         going: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[str, Callable[[], Assignment]]]:
-        """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times.
+        """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times, and at the end.
 
         `on_step` is given the loss of each step's batch; `going` is asked before each step whether to go on.
         """
         order: list[int] = []
-        due = 1
+        due, tried = 1, self.steps
         while (progress := schedule.progress(self.steps)) < 1.0 and going():
             if not order:
                 order = [int(i) for i in self._rng.permutation(len(batches))]
@@ -161,8 +161,10 @@ class GradientDescent:
             if on_step is not None:
                 on_step(loss)
             if schedule.progress(self.steps) >= due / schedule.proposals:
-                due += 1
+                due, tried = due + 1, self.steps
                 yield f"gradient, {self.steps} steps", self.assignment
+        if self.steps > tried:  # the seconds were over before
+            yield f"gradient, {self.steps} steps", self.assignment
 
     def _parameters(self, activation_rate: float, rounding_rate: float) -> list[dict[str, Any]]:
         """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""

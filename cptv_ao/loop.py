@@ -86,7 +86,7 @@ class Loop:
     def propose(self, proposals: Iterable[Proposal]) -> None:
         """Score scales for the whole model; go on from the best of them if it is better than what is there."""
         for name, scales in proposals:
-            if not self.budget.left:
+            if not self.budget.may_score:
                 return
             self._whole.refresh()
             assignment = scales()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
+from cptv_ao.budget import Budget
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
@@ -64,8 +65,8 @@ class Proposer:
         self.image_forwards = 0
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
-        #: asked before each step whether to go on
-        self.going: Callable[[], bool] = lambda: True
+        #: asked before each proposal and step whether to go on
+        self.budget = Budget(None, None, world)
 
     def __iter__(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
@@ -73,8 +74,10 @@ class Proposer:
             population = tuple(individual for individual in population if individual != "ranges")
         limited = self._limited()
         self._limit(limited)
-        yield from individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0])
-        if self._config.gradient_steps:
+        for individual in individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0]):
+            if self.budget.left:
+                yield individual
+        if self._config.gradient_steps and self.budget.left:
             yield from self._descent(set(limited))
 
     def _limited(self) -> list[str]:
@@ -131,9 +134,11 @@ class Proposer:
             world=self._world,
         )
         share = _DESCENT_SHARE if config.passes else 1.0
-        seconds = math.inf if config.max_seconds is None else share * config.max_seconds
+        limit = self.budget.max_seconds
+        seconds = math.inf if limit is None else share * max(limit - self._world.first(self.budget.seconds), 1e-3)
         schedule = Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world)
-        for proposal in descent.run(self._batches, self._teacher, schedule, self.on_step, self.going):
+        steps = descent.run(self._batches, self._teacher, schedule, self.on_step, lambda: self.budget.left)
+        for proposal in steps:
             self.image_forwards = descent.image_forwards
             before = self._scales()
             yield proposal

@@ -204,7 +204,7 @@ def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -
         loop.save = partial(checkpoint.save, loop)
     if checkpoint is None or not checkpoint.resume(loop):
         if proposer is not None:
-            proposer.on_step, proposer.going = loop.step, lambda: loop.budget.left
+            proposer.on_step, proposer.budget = loop.step, loop.budget
         loop.propose(proposer or ())
     loop.run()
 

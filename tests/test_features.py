@@ -20,8 +20,9 @@ from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating, teacher_outputs
 from cptv_ao.features import Features, Targets, _target, distance
 from cptv_ao.gradient import GradientDescent, Schedule
-from cptv_ao.losses import kl
+from cptv_ao.losses import Loss, kl
 from cptv_ao.sites import QParams
+from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.weights import find_float_weights, weight_ranges
 
@@ -170,11 +171,11 @@ def test_scales_and_roundings_move_inside_refine(vit_w2: Case) -> None:
     assert any(move.turned for move in moves)
 
 
-def descend(case: Case, **changes: Any) -> GradientDescent:
+def descend(case: Case, loss: Loss = kl, **changes: Any) -> GradientDescent:
     """Two looks at each batch."""
     twin, batches = twin_of(case.converted, case.float_model), [batch_of(x) for x in case.batches]
     groups = {name: (site,) for name, site in cptv_ao.find_sites(case.converted).items() if site.kind == "weight"}
-    descent = GradientDescent(twin, groups, kl, first_floating, rng=np.random.default_rng(0), **changes)
+    descent = GradientDescent(twin, groups, loss, first_floating, rng=np.random.default_rng(0), **changes)
     schedule = Schedule(2 * len(batches), 0.03, proposals=1)
     *_, _ = descent.run(batches, teacher_outputs(case.float_model, batches), schedule)
     return descent
@@ -193,6 +194,17 @@ def test_the_cache_saves_forwards_and_changes_nothing(vit_w2: Case) -> None:
     for name, qparams in asking.assignment().items():
         assert torch.equal(qparams.scale, keeping.assignment()[name].scale), name
     assert any(not torch.equal(q.scale, plain.assignment()[n].scale) for n, q in asking.assignment().items())
+
+
+@pytest.mark.parametrize("loss", [lambda a, b: 4096 * kl(a, b), lambda a, b: kl(a, b) + 1], ids=["units", "offset"])
+def test_they_count_as_much_beside_a_loss_of_other_units(vit_w2: Case, loss: Loss) -> None:
+    wanted, plain = (descend(vit_w2, feature_weight=weight).assignment() for weight in (1.0, 0.0))
+    found = descend(vit_w2, loss, feature_weight=1.0).assignment()
+
+    def far(other: Assignment) -> float:
+        return sum(float((q.scale / other[name].scale).log().abs().mean()) for name, q in found.items())
+
+    assert far(wanted) < 0.3 * far(plain)
 
 
 def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> None:

@@ -120,6 +120,22 @@ def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
     assert math.isinf(Schedule(1, 0.1).seconds)
 
 
+@pytest.mark.parametrize("passes", [0, 1])
+def test_what_all_seconds_were_spent_on_is_tried(vit_w3: Case, passes: int) -> None:
+    """The descent ends with the seconds (or leaves some for the visits); its last state is scored all the same."""
+    steps = 0
+
+    def count(event: cptv_ao.Event) -> None:
+        nonlocal steps
+        steps += event.kind == "step"
+
+    config = small_config(gradient_steps=10**6, passes=passes, holdout=0, max_seconds=1.5)
+    float_model, batches = vit_w3.float_model, vit_w3.batches
+    cptv_ao.refine(vit_w3.converted, batches, float_model=float_model, config=config, callback=count, progress=False)
+    assert steps > 1
+    assert cptv_ao.report(vit_w3.converted).stages[-1].startswith(f"gradient, {steps} steps: ")
+
+
 class InfinitePadding(nn.Module):
     """timm's MaxPool2dSame: what is padded with -inf is quantized, and the gradient of its scale is no number."""
 
