@@ -198,9 +198,10 @@ class GradientDescent:
         with torch.enable_grad():
             loss = self._loss(outputs, teacher)
         (pull,) = torch.autograd.grad(loss, outputs)
-        if self.steps == 0:
+        if self._feature_weight and self.steps == 0:
             excess = float(loss.detach() - self._loss(teacher, teacher))
-            self._balance(excess, [graphs[i].features if i in graphs else None for i in range(len(parts))])
+            apart = [float(graphs[i].features.detach()) if i in graphs else 0.0 for i in range(len(parts))]
+            self._balance(excess, apart)
         total = outputs.new_zeros(sum(sizes))
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
@@ -231,15 +232,14 @@ class GradientDescent:
             features = outputs.new_zeros(()) if wanted is None else distance(inputs, wanted) * share
         return _Graph(outputs, features)
 
-    def _balance(self, excess: float, features: Sequence[Tensor | None]) -> None:
+    def _balance(self, excess: float, features: Sequence[float]) -> None:
         """Let the features count so many times the loss, both as they are now.
 
         Args:
             excess: of the loss over that of the teacher's own outputs.
-            features: of each part; None where another rank has it.
+            features: of each part; 0 where another rank has it.
         """
-        table = torch.tensor([0.0 if part is None else float(part.detach()) for part in features])
-        apart = float(self._world.sum(table).sum())
+        apart = float(self._world.sum(torch.tensor(features)).sum())
         self._feature_pull = self._feature_weight * abs(excess) / apart if apart > 0 else 0.0
 
 

@@ -137,8 +137,8 @@ class Proposer:
         limit = self.budget.max_seconds
         seconds = math.inf if limit is None else share * max(limit - self._world.first(self.budget.seconds), 1e-3)
         schedule = Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world)
-        steps = descent.run(self._batches, self._teacher, schedule, self.on_step, lambda: self.budget.left)
-        for proposal in steps:
+        proposals = descent.run(self._batches, self._teacher, schedule, self.on_step, lambda: self.budget.left)
+        for proposal in proposals:
             self.image_forwards = descent.image_forwards
             before = self._scales()
             yield proposal
