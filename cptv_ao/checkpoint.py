@@ -125,12 +125,14 @@ class Checkpoint:
 def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
     backend, now = loop.backend, loop.backend.snapshot()
     tensors = _moved(loop, "now")
-    backend.restore_all(loop.best_state)
-    tensors |= _moved(loop, "best")
-    backend.restore_all(now)
+    if not loop.best_is_given:
+        backend.restore_all(loop.best_state)
+        tensors |= _moved(loop, "best")
+        backend.restore_all(now)
     data: dict[str, Any] = {
         "position": asdict(loop.position),
         "losses": {"start": asdict(loop.start), "best": asdict(loop.best), "now": loop.loss},
+        "best_is_given": loop.best_is_given,
         "rejected": loop.rejected,
         "random": loop.rng.bit_generator.state,
         "step_sizes": loop.step_sizes,
@@ -145,10 +147,10 @@ def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _moved(loop: Loop, prefix: str) -> dict[str, Tensor]:
-    """Qparams of the sites that are not as they were given."""
+    """Qparams of the sites that are not as where the search started."""
     tensors: dict[str, Tensor] = {}
-    for name, given in loop.given_state.items():
-        if not _same(loop.backend.state(name), given):
+    for name, first in loop.first_state.items():
+        if not _same(loop.backend.state(name), first):
             qparams = loop.backend.read(name)
             tensors[f"{prefix}/{name}/scale"] = qparams.scale
             tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
@@ -161,9 +163,12 @@ def _apply(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -
     losses = data["losses"]
     if losses["start"] != asdict(loop.start):
         raise ScalesFileError("the checkpoint started from another loss: is this another machine or thread count?")
-    _write(loop, tensors, "best")
-    loop.best_state = loop.backend.snapshot()
-    loop.backend.restore_all(loop.given_state)
+    if data["best_is_given"]:
+        loop.best_state = loop.given_state
+    else:
+        _write(loop, tensors, "best")
+        loop.best_state = loop.backend.snapshot()
+        loop.backend.restore_all(loop.first_state)
     _write(loop, tensors, "now")
     loop.position = Position(**data["position"])
     loop.best, loop.loss = Losses(**losses["best"]), float(losses["now"])
@@ -179,7 +184,7 @@ def _apply(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -
 
 
 def _write(loop: Loop, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    for name in loop.given_state:
+    for name in loop.first_state:
         scale = tensors.get(f"{prefix}/{name}/scale")
         if scale is not None:
             zero_point, shift = tensors[f"{prefix}/{name}/zero_point"], tensors.get(f"{prefix}/{name}/shift")
@@ -188,7 +193,7 @@ def _write(loop: Loop, tensors: Mapping[str, Tensor], prefix: str) -> None:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
+        return a is b or torch.equal(a, b)
     if isinstance(a, tuple):
         return all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, (int, float)) and bool(a == b))
+    return a is b or (isinstance(a, (int, float, str)) and bool(a == b))

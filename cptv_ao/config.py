@@ -28,6 +28,9 @@ class RefineConfig:
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
             least change each layer's output; `ranges`, the activations' whole container and half of it.
+        equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
+            norms become scales and biases of the layers before them, outlier channels of layer norms move into the
+            weights that read them (if their float weights are known). Lowered FX models only.
         gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
             0 for none. Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
@@ -68,6 +71,7 @@ class RefineConfig:
     temperature: float = 3.0
     search: SearchName = "evolution"
     population: tuple[Individual, ...] = ("output_error", "ranges")
+    equalize: bool = True
     gradient_steps: int = 600
     learning_rate: float = 0.03
     activation_rate: float = 3.0
@@ -104,7 +108,9 @@ class RefineConfig:
         for name in ("blocks", "output", "accept_on"):
             value = getattr(self, name)
             _expect(value is None or callable(value), name, "a function or None", value)
-        _expect(isinstance(self.racing, bool), "racing", "True or False", self.racing)
+        for name in ("racing", "equalize"):
+            value = getattr(self, name)
+            _expect(isinstance(value, bool), name, "True or False", value)
         alone = self.distributed is None or isinstance(self.distributed, bool)
         _expect(alone, "distributed", "True, False or None", self.distributed)
         for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
@@ -162,6 +168,7 @@ class RefineConfig:
             "loss": "infonce",
             "temperature": 3.0,
             "population": (),
+            "equalize": False,
             "gradient_steps": 0,
             "passes": 10,
             "evaluations": 3,

@@ -36,6 +36,14 @@ class Position:
     gained: bool = False
 
 
+@dataclass(frozen=True)
+class Given:
+    """The model that was given, where the search starts from another, equivalent one: its losses and its state."""
+
+    losses: Losses
+    state: Mapping[str, Any]
+
+
 class Loop:
     """Searches the scales of one model; leaves the best accepted state in it.
 
@@ -52,6 +60,8 @@ class Loop:
         config: RefineConfig,
         listeners: Sequence[Callback],
         world: World = ALONE,
+        started: float | None = None,
+        given: Given | None = None,
     ) -> None:
         self.backend, self._world = backend, world
         self.search, self._holdout = search, holdout
@@ -64,24 +74,33 @@ class Loop:
         self._whole = ScaleSpace(backend, self.groups)
         self.step_sizes: dict[str, dict[str, float]] = {}
         self.budget = Budget(config.max_evaluations, config.max_seconds, world)
+        self.budget.started = self.budget.started if started is None else started
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
-        self.start = self._both(search.score())
-        self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
+        self.loss = search.score()
         search.keep()
-        self.best = self.start
+        #: where the search starts: the model that was given, or an equivalent one
+        self.first_state = backend.snapshot()
+        self.start = self._both(self.loss) if given is None else given.losses
+        self.given_state = self.first_state if given is None else given.state
+        self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
+        self.best, self.best_state = self.start, self.given_state
         self.rejected = False
-        self.loss = self.start.search
-        self.given_state = backend.snapshot()
-        self.best_state = self.given_state
         self.position = Position()
         #: called when the proposals are over, and after each block
         self.save: Callable[[], None] = _nothing
+        if given is not None:
+            self._keep()
 
     @property
     def steps(self) -> int:
         """Steps of the descent and evaluations of the block visits, at most."""
         return self._config.gradient_steps + self._config.passes * len(self._spaces) * self._config.evaluations
+
+    @property
+    def best_is_given(self) -> bool:
+        """Whether nothing better than the model that was given was found yet."""
+        return self.best_state is self.given_state
 
     def propose(self, proposals: Iterable[Proposal]) -> None:
         """Score scales for the whole model; go on from the best of them if it is better than what is there."""

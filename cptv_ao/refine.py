@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,13 @@ from cptv_ao.blocks import find_blocks
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
+from cptv_ao.equalize import equalize
 from cptv_ao.errors import CptvWarning, NonFiniteError, UnsupportedModelError
 from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
 from cptv_ao.keeping import saving_notes
-from cptv_ao.loop import Loop
+from cptv_ao.loop import Given, Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
@@ -51,6 +53,7 @@ class _Search:
     listeners: Sequence[Callback]
     progress: bool
     checkpoint: str | os.PathLike[str] | None
+    equalize: bool
 
 
 def refine(
@@ -122,7 +125,8 @@ def refine(
         sources = Sources.of(model, lowered, float_model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
             listeners = [callback] if callback is not None and world.rank == 0 else []
-            search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint)
+            equalizes = config.equalize and lowered is model
+            search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
             batches = read_batches(calib_loader, takes_fixed_batch(lowered))
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
@@ -159,6 +163,9 @@ def _refine(
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
     notes += agreement_notes(backend, images.batches[0], config)
+    moved_from = {name: backend.read(name) for name in backend.sites}
+    started = time.monotonic()
+    given, equalized = _equalized(backend, kernels, images.batches[0], world) if search.equalize else (None, [])
     blocks = find_blocks(backend.sites.values(), config.blocks)
     on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
     simulated = SimulatedBackend(backend, config.device) if on_twin else None
@@ -172,18 +179,42 @@ def _refine(
     else:
         scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config, world)
         searched, before = as_backend(simulated), shipped.losses()
-    given = {name: backend.read(name) for name in backend.sites}
-    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, search.listeners, world)
+    first = given if simulated is None else None
+    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, search.listeners, world, started, first)
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
     proposer = _proposer(backend, simulated, loop, images, config, world, notes)
     with stop_on_interrupt(loop.budget.stop), progress_bar(loop, search.progress):
         _run(loop, proposer, checkpoint)
-    report = _report(loop, given, kernels, config, notes)
+    report = _report(loop, moved_from, kernels, config, notes)
     if simulated is not None and before is not None:
         report = confirmed(report, simulated, backend, shipped, before)
+        report = report if given is None else _judged(report, given, backend)
+    if given is not None and report.after != given.losses:
+        report = replace(report, notes=(*report.notes, *equalized))
     parts = {id(part): part.image_forwards for part in (kernels, scoring, proposer) if part is not None}
     return replace(report, image_forwards=int(world.sum(torch.tensor(sum(parts.values())))))
+
+
+def _equalized(backend: Backend, kernels: Scoring, batch: Batch, world: World) -> tuple[Given | None, list[str]]:
+    """Make an equivalent form of the model; what was done, and the model that was given where that is another."""
+    state = backend.snapshot()
+    done = equalize(backend, batch, world)
+    if not done:
+        return None, []
+    now = backend.snapshot()
+    backend.restore_all(state)
+    given = Given(kernels.losses(), state)
+    backend.restore_all(now)
+    return given, done
+
+
+def _judged(report: Report, given: Given, backend: Backend) -> Report:
+    """What a search on the simulation made of an equivalent form, against the model that was given."""
+    if not report.after.worse_than(given.losses):
+        return replace(report, before=given.losses, status=Status.IMPROVED)
+    backend.restore_all(given.state)
+    return replace(report, status=Status.REJECTED, before=given.losses, after=given.losses, moves=())
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:

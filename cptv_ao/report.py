@@ -77,6 +77,12 @@ class Losses:
         """Mean of both: few held-out images are noisy, and the search images are overfitted."""
         return self.search if self.holdout is None else (self.search + self.holdout) / 2
 
+    def worse_than(self, others: Losses) -> bool:
+        """Whether one of both is higher, or no number."""
+        if self.holdout is not None and others.holdout is not None and not self.holdout <= others.holdout:
+            return True
+        return not self.search <= others.search
+
 
 @dataclass(frozen=True)
 class Point:

@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.equalize import replaceable
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.files import at_once
 from cptv_ao.guard import without_torch_floods
+from cptv_ao.scopes import fetch
 from cptv_ao.sites import QParams, ScaleSite
 
-_KEY, _VERSION = "cptv_ao", 1
+# Version 1 had no tensors beside the sites.
+_KEY, _VERSION, _READ = "cptv_ao", 2, (1, 2)
+_BESIDE = "beside."
 
 
 def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
@@ -31,7 +35,8 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
     Args:
         model: what `convert_fx` or `convert_pt2e` returned, refined or not.
         path: of a `.safetensors` file. Per site: scale (float64) and zero_point (int64) of its shape, and of a weight
-            its codes (int8); the site table as JSON among the metadata.
+            its codes (int8); what a refine may have replaced of norms and biases; the site table as JSON among the
+            metadata.
 
     Raises:
         UnsupportedModelError: the model is not quantized.
@@ -45,6 +50,11 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
             tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = qparams.scale, qparams.zero_point
             if site.kind == "weight" and not site.fixed:
                 tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
+        held, biased = replaceable(backend)
+        tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in held}
+        for name in biased:
+            bias = backend.bias(name)
+            tensors[f"{name}.bias"] = torch.zeros(backend.sites[name].shape) if bias is None else bias.detach().clone()
     write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
 
 
@@ -68,10 +78,19 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         backend = Backend(model)
         _same_sites(path, backend, data.get("sites"))
         values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
+        held, biased = replaceable(backend)
+        beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
+        biases = {name: tensors[f"{name}.bias"] for name in biased if f"{name}.bias" in tensors}
+        for part, value in beside.items():
+            _expect_like(path, part, fetch(model, part), value)
+        for name, bias in biases.items():
+            _expect_like(path, f"{name}.bias", backend.read(name).scale, bias)
         before = backend.snapshot()
         try:
             for name, (qparams, codes) in values.items():
-                backend.write_exactly(name, qparams, codes)
+                backend.write_exactly(name, qparams, codes, biases.get(name))
+            for part, value in beside.items():
+                backend.put(held[part], part, value.to(fetch(model, part).dtype))
         except BaseException:
             backend.restore_all(before)
             raise
@@ -116,7 +135,7 @@ def parse_file(content: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, 
         raise ScalesFileError(f"{path}: not a whole safetensors file ({error}); save it again") from error
     if not isinstance(data, dict):
         raise ScalesFileError(f"{path}: a safetensors file, but not one that cptv_ao wrote (it lacks its metadata)")
-    if data.get("version") != _VERSION:
+    if data.get("version") not in _READ:
         raise ScalesFileError(f"{path}: expected version {_VERSION}, got {data.get('version')!r}")
     return tensors, data
 
@@ -158,3 +177,10 @@ def _value(
     elif not torch.equal(backend.read(site.name).scale, qparams.scale):
         raise ScalesFileError(f"{path} is of another model: {site.name} has other scales there ({site.fixed})")
     return qparams, found.get("codes")
+
+
+def _expect_like(path: Any, name: str, own: Tensor, found: Tensor) -> None:
+    if found.shape != own.shape or not found.is_floating_point():
+        raise ScalesFileError(
+            f"{path}: {name}: expected floats of shape {tuple(own.shape)}, got {found.dtype} of {tuple(found.shape)}"
+        )

@@ -87,10 +87,7 @@ def confirmed(
     given = backend.snapshot()
     simulated.commit()
     after = kernels.losses()
-    worse = not after.search <= before.search
-    if after.holdout is not None and before.holdout is not None:
-        worse = worse or not after.holdout <= before.holdout
-    if not worse:
+    if not after.worse_than(before):
         return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
     backend.restore_all(given)
     held_out = f", held-out {before.holdout:.5g} to {after.holdout:.5g}" if before.holdout and after.holdout else ""

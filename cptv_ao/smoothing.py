@@ -19,6 +19,9 @@ from torch.nn import functional
 from cptv_ao.measures import OUTLIER
 from cptv_ao.scopes import fetch
 
+#: Less is not worth it, and could not be told from roundings.
+LEAST_EXPONENT = 2
+
 
 def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
     """Divide the outlier channels of every norm that only linear layers read; returns how many there were.
@@ -44,16 +47,29 @@ def _divide(norm: tuple[Tensor, Tensor | None], layers: list[nn.Linear], value: 
     """Make outlier channels of a norm as large as the median one, as far as the layers allow; returns their number."""
     peaks = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
     columns = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
-    usual = peaks.median()
-    factors = torch.minimum(peaks / usual, columns.max() / columns)
-    outliers = (peaks > OUTLIER * usual) & (factors > 1) & torch.isfinite(factors) & (usual > 0)
-    factors = torch.where(outliers, factors, 1.0)
+    factors = torch.exp2(outlier_exponents(peaks, columns))
     for parameter in norm:
         if parameter is not None:
             parameter /= factors
     for layer in layers:
         layer.weight *= factors
-    return int(outliers.sum())
+    return int((factors > 1).sum())
+
+
+def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
+    """By which powers of two channels of outliers should be divided; 0 for the others.
+
+    Powers of two, which no float is rounded by and which are found again in the weights.
+
+    Args:
+        peaks: largest magnitude of each channel behind a norm (C,).
+        columns: largest magnitude of each column of the weights that read it (C,).
+    """
+    usual = peaks.median()
+    wanted, most = torch.log2(peaks / usual).round(), torch.log2(columns.max() / columns).floor()
+    outliers = (peaks > OUTLIER * usual) & torch.isfinite(peaks) & (usual > 0)
+    exponents = torch.where(outliers, torch.minimum(wanted, most), 0.0)
+    return torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0)
 
 
 def _parameters(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.backends.exported import fused_weights
 from cptv_ao.errors import FloatModelMismatchError
 from cptv_ao.sites import ScaleSite, weight_name
+from cptv_ao.smoothing import LEAST_EXPONENT
 
+# A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.
+_LEAST_GAIN = 1e-4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -73,6 +76,9 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
                     nearest = steps, candidate
                 if steps <= HALF_STEP:
                     break
+        if nearest[0] > 2 * HALF_STEP and weight.dim() == 2 and nearest[1] is not weight:
+            smoothed = _smoothed(nearest[1], weight)
+            nearest = _distance(smoothed, weight, site), smoothed
         if nearest[0] > 2 * HALF_STEP:
             _refuse(path, weight, shapes)
         backend.set_float_weight(site.name, nearest[1])
@@ -107,6 +113,7 @@ def _module_weights(modules: dict[str, nn.Module], path: str) -> Iterator[Tensor
         norm = modules[name]
         if isinstance(norm, _BATCH_NORMS) and norm.num_features == channels and norm.running_var is not None:
             yield _fused(module, weight, norm)
+            yield _folded(module, weight, norm)
 
 
 def _transposed(module: nn.Module) -> bool:
@@ -120,6 +127,32 @@ def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     factor = factor if gamma is None else gamma * factor
     shape = [1, -1] if _transposed(module) else [-1, 1]
     return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
+
+
+def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    """The factors of a batch norm, gamma / sqrt(var + eps) (C,); 0 where a channel hardly varies, beside the others or
+    beside its own offset: such a scale would leave its bias no room in 32 bits."""
+    factor = torch.rsqrt(var + eps)
+    if gamma is None:
+        return factor
+    largest = gamma.abs().max() if beta is None else torch.maximum(gamma.abs().max(), beta.abs())
+    return torch.where(gamma.abs() > _LEAST_GAIN * largest, gamma * factor, 0.0)
+
+
+def _folded(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
+    """What `cptv_ao.equalize` makes of a weight."""
+    var, gamma, beta = (cast(Any, getattr(norm, name)) for name in ("running_var", "weight", "bias"))
+    factor = fold_factors(var.float(), gamma, beta, cast(float, norm.eps))
+    shape = [1, -1] if _transposed(module) else [-1, 1]
+    return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
+
+
+def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
+    """What `cptv_ao.equalize` made of the weight of a linear layer: columns times powers of two, found by its codes."""
+    weight, made = weight.detach().float().cpu().reshape(quantized.shape), quantized.dequantize()
+    ratio = (weight * made).sum(0) / weight.square().sum(0)
+    exponents = torch.log2(ratio).round()
+    return weight * torch.exp2(torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0))
 
 
 def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:

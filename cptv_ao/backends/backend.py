@@ -18,12 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
 from cptv_ao.errors import NonFiniteError
+from cptv_ao.scopes import fetch
 from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
 
 # Half a step, plus what float32 rounding of w / s can add.
@@ -51,6 +52,10 @@ class Backend:
         self._remembered = found.remembered if torch.backends.quantized.engine == "qnnpack" else ()
         self._float_weights: dict[str, Tensor] = {}
         self._shifts: dict[str, Tensor | None] = {}
+        #: sites of values that are the very ones of another site, whose scale is theirs
+        self.passed: dict[str, str] = {}
+        # Tensors beside the scales that were replaced, as they were given, by their path; by site.
+        self._replaced: dict[str, dict[str, Tensor]] = {}
         for name, home in self._homes.items():
             held = getattr(home, "float_weight", None)
             if held is not None:
@@ -77,8 +82,8 @@ class Backend:
             home.write(checked)
             self._renew(name)
 
-    def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None) -> None:
-        """Write qparams as they are, and the codes of a weight (int8), which are not rounded again.
+    def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None, bias: Tensor | None = None) -> None:
+        """Write qparams as they are, and the codes of a weight (int8), which are not rounded again; a bias if given.
 
         What is there already is left alone, and so is a weight without codes (one that is fixed).
         """
@@ -86,8 +91,8 @@ class Backend:
         same = torch.equal(now.scale, qparams.scale) and torch.equal(now.zero_point, qparams.zero_point)
         site, home = self.sites[name], self._homes[name]
         if isinstance(home, WeightHome):
-            if codes is not None and not (same and torch.equal(home.weight().int_repr(), codes)):
-                home.write_weight(codes, site, qparams)
+            if codes is not None and not (bias is None and same and torch.equal(home.weight().int_repr(), codes)):
+                home.write_weight(codes, site, qparams, bias)
         elif not same:
             home.write(qparams)
             self._renew(name)
@@ -101,12 +106,21 @@ class Backend:
 
     def state(self, name: str) -> Any:
         """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
-        return self._homes[name].state(), self._shifts.get(name)
+        replaced = tuple((path, fetch(self.model, path)) for path in self._replaced.get(name, ()))
+        tied = self.sites[name].tied
+        return self._homes[name].state(), self._shifts.get(name), self._float_weights.get(name), replaced, tied
 
     def restore(self, name: str, state: Any) -> None:
         """Put back what `state` returned."""
-        held, self._shifts[name] = state
+        held, self._shifts[name], weight, replaced, tied = state
         self._homes[name].restore(held)
+        if weight is not None:
+            self._float_weights[name] = weight
+        for path, value in (self._replaced.get(name, {}) | dict(replaced)).items():
+            _hold(self.model, path, value)
+        if tied != self.sites[name].tied:
+            self._tie(name, tied)
+            self.passed.pop(name, None)
         self._renew(name)
 
     def snapshot(self) -> dict[str, Any]:
@@ -133,6 +147,41 @@ class Backend:
         self._float_weights[name] = given
         if self.shiftable(name):
             self._shifts[name] = shift_of(given, quantized.int_repr(), self._homes[name].read(), self.sites[name])
+
+    def bias(self, name: str) -> Tensor | None:
+        """What is added to the products with a weight, in float; (C,)."""
+        return self._weight_home(name).bias()
+
+    def scale_channels(self, name: str, factor: Tensor, bias: Tensor) -> None:
+        """Multiply what a layer gives, channel by channel, and give it another bias.
+
+        Args:
+            name: of its weight, whose scales are per channel of the output.
+            factor: (C,); where it is negative, codes change their sign (-128 becomes 127), where it is 0, they are 0.
+            bias: (C,), the whole new one.
+        """
+        home, site, shape = self._weight_home(name), self.sites[name], (-1, *[1] * (self.weight(name).dim() - 1))
+        scale = self.read(name).scale * torch.where(factor == 0, 1.0, factor.abs().double())
+        qparams = replace(self.read(name), scale=scale).checked(site)
+        codes = home.weight().int_repr().short() * factor.sign().short().reshape(shape)
+        home.write_weight(codes.clamp(-128, 127).to(torch.int8), site, qparams, bias)
+        if name in self._float_weights:
+            self.set_float_weight(name, self._float_weights[name] * factor.reshape(shape))
+
+    def tie(self, lead: str, passed: str) -> None:
+        """Let a site move with another one, whose values reach it unchanged; a state from before undoes it."""
+        self._tie(passed, lead)
+        self.passed[passed] = lead
+
+    def _tie(self, name: str, lead: str) -> None:
+        sites = [replace(site, tied=lead) if site.name == name else site for site in self.sites.values()]
+        self.sites = SiteTable(tuple(sites), self.sites.unknown, self.sites.weight_only)
+
+    def put(self, name: str, path: str, value: Tensor) -> None:
+        """Replace a tensor that the op of a site computes with; the float model may hold the one that was there."""
+        given = fetch(self.model, path)
+        self._replaced.setdefault(name, {}).setdefault(path, given)
+        _hold(self.model, path, value)
 
     def shiftable(self, name: str) -> bool:
         """Whether a weight may have other codes than the nearest: not where the graph rounds a float weight itself."""
@@ -172,6 +221,15 @@ class Backend:
         if not isinstance(home, WeightHome):
             raise KeyError(f"{name} is an activation site, not a weight")
         return home
+
+
+def _hold(model: nn.Module, path: str, value: Tensor) -> None:
+    """Put a tensor in the place of another; a parameter stays one."""
+    owner, _, leaf = path.rpartition(".")
+    holder = model.get_submodule(owner)
+    if leaf in holder._parameters and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(holder, leaf, value)
 
 
 def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:

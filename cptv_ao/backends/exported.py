@@ -140,7 +140,8 @@ class ExportedWeightHome(WeightHome):
             return torch._make_per_tensor_quantized_tensor(codes, float(qparams.scale), int(qparams.zero_point))
         return torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, self.axis)
 
-    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams) -> None:
+    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
+        assert bias is None, "a bias is not part of this home"
         if self._codes is not None:
             self._codes.copy_(codes)
         self._qparams.write(qparams)

@@ -82,7 +82,11 @@ class WeightHome:
     def restore(self, state: Any) -> None:
         raise NotImplementedError
 
-    def _set(self, weight: Tensor) -> None:
+    def bias(self) -> Tensor | None:
+        """What is added to the products, in float; (C,)."""
+        raise NotImplementedError
+
+    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         raise NotImplementedError
 
     def read(self) -> QParams:
@@ -93,14 +97,14 @@ class WeightHome:
         scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
         return QParams(scales.to(torch.float64, copy=True), zero_points.to(torch.int64, copy=True))
 
-    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams) -> None:
-        """Pack int8 codes with their scales."""
+    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
+        """Pack int8 codes with their scales; without a bias the one that is there stays."""
         if site.axis is None:
             scale, zero_point = float(qparams.scale), int(qparams.zero_point)
             weight = torch._make_per_tensor_quantized_tensor(codes, scale, zero_point)
         else:
             weight = torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, site.axis)
-        self._set(weight)
+        self._set(weight, self.bias() if bias is None else bias)
 
 
 class PackedHome(WeightHome):
@@ -135,7 +139,7 @@ class PackedHome(WeightHome):
         first used (or with more images than before) with the zero_point that its input has then.
         """
         kept = self.state()
-        self._set(self.weight())
+        self._set(self.weight(), self.bias())
         self._renewed = self._packed(), kept
 
 
@@ -157,8 +161,11 @@ class ModuleWeightHome(PackedHome):
     def _put(self, packed: Any) -> None:
         self._owner._packed_params = packed
 
-    def _set(self, weight: Tensor) -> None:
-        self._module.set_weight_bias(weight, self._module._weight_bias()[1])
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", self._module._weight_bias()[1])
+
+    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._module.set_weight_bias(weight, bias)
 
 
 class PackedWeightHome(PackedHome):
@@ -176,9 +183,11 @@ class PackedWeightHome(PackedHome):
     def _put(self, packed: Any) -> None:
         setattr(self._owner, self._attribute, packed)
 
-    def _set(self, weight: Tensor) -> None:
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", self._packed().unpack()[1])
+
+    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         packed = self._packed()
-        bias = packed.unpack()[1]
         ops = torch.ops.quantized
         if hasattr(packed, "stride"):
             prepack = {3: ops.conv1d_prepack, 4: ops.conv2d_prepack, 5: ops.conv3d_prepack}[weight.dim()]

@@ -56,6 +56,7 @@ class Builder:
         self._backend = backend
         self._model = backend.model
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
+        self._by_name = {node.name: node for node in self._model.graph.nodes}
         self._graph = Graph()
         self._owned: dict[str, nn.Module] = {}
         self.sites: dict[str, SiteModule] = {}
@@ -116,7 +117,11 @@ class Builder:
     def _function(self, node: Node) -> Node:
         target = node.target
         if target is torch.quantize_per_tensor:
-            return self._call(node, self._quantizer(node), node.args[:1], {})
+            lead = self._backend.passed.get(self._activation.get(node.name, ""))
+            source = node.args[0] if lead is None else self._by_name[self._backend.sites[lead].nodes[0]]
+            quantizer = self._quantizer(node)
+            quantizer.passes = lead is not None
+            return self._call(node, quantizer, (source,), {})
         if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
             packet = getattr(target, "overloadpacket", target)
             return self._quantized_function(node, str(packet).split(".")[-1])

@@ -1,0 +1,183 @@
+"""Equivalent forms of a converted model, from which a search of scales gets further: its function in float is the same.
+
+Batch norms that FX did not fuse: all channels of a convolution's output share one scale before the norm makes them
+alike. Scales of weights are per channel, so they take the norm's factors without another code, and the bias its
+offsets (batch norm folding, Jacob et al., arXiv 1712.05877); the norm that is left is the identity.
+
+    Before: quantized conv (scale for all channels) -> dequantize -> batch_norm -> quantize_per_tensor(s, z)
+    After:  quantized conv (s, z)                   -> dequantize -> identity   -> quantize_per_tensor(s, z)
+
+Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and say nothing.
+
+Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.data import Batch
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.measures import Watcher, real
+from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
+from cptv_ao.scopes import fetch
+from cptv_ao.sites import QParams, ScaleSite, same
+from cptv_ao.smoothing import outlier_exponents
+from cptv_ao.twin import unquantized
+from cptv_ao.weights import fold_factors
+from cptv_ao.world import ALONE, World
+
+# Images on which values are looked at.
+_IMAGES = 64
+# A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
+_WASTE = 0.1
+# Steps of 7 bits.
+_HALF = 127
+
+
+def equalize(backend: Backend, batch: Batch, world: World = ALONE) -> list[str]:
+    """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms.
+
+    Args:
+        backend: of a lowered model, which is written. Outliers are smoothed where the readers' float weights are known.
+        batch: calibration images.
+        world: the ranks that all do so.
+
+    Returns:
+        What was done, one line each; nothing where the model is as it was.
+    """
+    folded = sum(_fold(backend, norm) for norm in Patterns(backend).unfused_norms())
+    patterns = Patterns(backend)
+    read = [n for n in patterns.read_norms() if all(name in backend.float_weights for name in n.readers)]
+    codes = _codes(backend)
+    cut = sum(_cut(backend, site, codes) for site in patterns.clipped_sites())
+    seen = _seen(backend, batch, read, world)
+    counts = [_smooth(backend, norm, seen[norm.node], codes) for norm in read if norm.node in seen]
+    smoothed = [count for count in counts if count]
+    notes = []
+    if folded:
+        notes.append(f"{folded} batch norms folded into the scales and biases of the layers before them")
+    if cut:
+        notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
+    if smoothed:
+        moved = f"{sum(smoothed)} outlier channels of {len(smoothed)} norms"
+        notes.append(f"{moved} moved into the weights that read them")
+    return notes
+
+
+def replaceable(backend: Backend) -> tuple[dict[str, str], list[str]]:
+    """What `equalize` may replace in a model beside scales: tensors by path, with the site that each belongs to, and
+    the weights that may get another bias."""
+    patterns = Patterns(backend)
+    unfused = patterns.unfused_norms()
+    tensors = {path: norm.weight for norm in unfused for path in norm.tensors.values()}
+    tensors |= {path: norm.output for norm in patterns.read_norms() for path in norm.tensors}
+    return tensors, [norm.weight for norm in unfused]
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Least and greatest values, by channel (C,) each."""
+
+    low: Tensor
+    high: Tensor
+
+
+def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
+    """Move a norm into its layer, and let the scales on both sides of it move as one; False where it was there."""
+    found = {name: fetch(backend.model, path).detach().float() for name, path in norm.tensors.items()}
+    mean, zero = found["running_mean"], torch.zeros_like(found["running_mean"])
+    identity = {"running_mean": zero, "running_var": zero + (1 - norm.eps), "weight": zero + 1, "bias": zero}
+    done = all(torch.equal(value, identity[name]) for name, value in found.items())
+    if not done:
+        factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
+        bias = backend.bias(norm.weight)
+        offset = (zero if bias is None else bias) - mean
+        backend.scale_channels(norm.weight, factor, factor * offset + found.get("bias", zero))
+        for name, path in norm.tensors.items():
+            backend.put(norm.weight, path, identity[name])
+        backend.write(norm.output, backend.read(norm.after))
+    if same(backend.read(norm.output), backend.read(norm.after)):
+        backend.tie(norm.output, norm.after)
+    return not done
+
+
+def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
+    """Take the range that nothing passes through away, where some is below 0; False where it is not worth it."""
+    qparams, site = backend.read(clipped.site), backend.sites[clipped.site]
+    below = int(qparams.zero_point) - site.qmin
+    high = min(clipped.high, float(qparams.scale) * (codes - below))
+    if float(qparams.scale) * below <= _WASTE * high or high <= 0:
+        return False
+    for name in {clipped.site, backend.passed.get(clipped.site, clipped.site)}:
+        backend.write(name, _ranged(0.0, high, codes, site))
+    return True
+
+
+def _smooth(backend: Backend, norm: ReadNorm, ends: _Ends, codes: int) -> int:
+    """Move the outlier channels of a norm into the weights that read it; returns their number."""
+    weights = {name: backend.float_weights[name] for name in norm.readers}
+    columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
+    exponents = outlier_exponents(torch.maximum(-ends.low, ends.high), columns)
+    if not bool(exponents.any()):
+        return 0
+    factors = torch.exp2(exponents)
+    for path in norm.tensors:
+        backend.put(norm.output, path, fetch(backend.model, path).detach() / factors)
+    low, high = min(0.0, float((ends.low / factors).min())), max(0.0, float((ends.high / factors).max()))
+    backend.write(norm.output, _ranged(low, high, codes, backend.sites[norm.output]))
+    for name, weight in weights.items():
+        qparams, site = backend.read(name), backend.sites[name]
+        wider = _peak(weight * factors, site) / _peak(weight, site)
+        backend.set_float_weight(name, weight * factors)
+        backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
+    return int((exponents > 0).sum())
+
+
+def _seen(backend: Backend, batch: Batch, norms: Sequence[ReadNorm], world: World) -> dict[str, _Ends]:
+    """Ends of what norms give in float, by node, as rank 0 sees them; nothing where the float twin does not know an
+    op."""
+    if not norms:
+        return {}
+    try:
+        twin = unquantized(backend)
+    except UnsupportedModelError:
+        return {}
+    names = {norm.node for norm in norms}
+    seen: dict[str, _Ends] = {}
+
+    def see(node: Node, value: Any) -> Any:
+        if node.name in names and (numbers := real(value)) is not None:
+            rows = numbers.reshape(-1, numbers.shape[-1])
+            seen[node.name] = _Ends(world.from_first(rows.amin(0)), world.from_first(rows.amax(0)))
+        return value
+
+    Watcher(twin.module).watch(batch.few(_IMAGES), see)
+    return seen
+
+
+def _codes(backend: Backend) -> int:
+    """Steps between the least and the greatest code that observers calibrated for: half of the container where not one
+    zero_point is beyond it (reduce_range)."""
+    sites = [site for site in backend.sites.values() if site.kind == "activation" and not site.fixed]
+    low = all(int(backend.read(site.name).zero_point) - site.qmin <= _HALF for site in sites)
+    return _HALF if low else 2 * _HALF + 1
+
+
+def _ranged(low: float, high: float, codes: int, site: ScaleSite) -> QParams:
+    """Qparams that hold low..high, 0 among them, in so many steps."""
+    scale = torch.tensor((high - low) / codes, dtype=torch.float64)
+    return QParams(scale, torch.tensor(round(site.qmin - low / float(scale))))
+
+
+def _peak(weight: Tensor, site: ScaleSite) -> Tensor:
+    """Largest magnitude that each scale of a weight is for; 1 where all are zero."""
+    peak = weight.abs().amax() if site.axis is None else weight.abs().flatten(1).amax(1)
+    return torch.where(peak > 0, peak, 1.0)

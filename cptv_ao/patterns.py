@@ -1,0 +1,207 @@
+"""Places in a lowered graph where an equivalent form gives its scales more to work with; found here, used in
+`cptv_ao.equalize`.
+
+    unfused norm:  quantized layer -> dequantize -> batch_norm -> quantize_per_tensor
+    read norm:     quantized layer norm -> linear layers only
+    clipped site:  an activation -> ReLU or ReLU6 only
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Node
+from torch.nn import functional
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.passing import op_name
+from cptv_ao.sites import ScaleSite
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")
+# What functions let through above 0; nothing below.
+_CLIPS = {"relu": math.inf, "relu6": 6.0}
+# What a value can be asked for without its numbers.
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class UnfusedNorm:
+    """A batch norm in float between a quantized layer and a quantize node.
+
+    Attributes:
+        weight, output: sites of the layer.
+        after: site of the quantize node.
+        tensors: paths of its own tensors, by the names of `torch.nn.functional.batch_norm`.
+    """
+
+    weight: str
+    output: str
+    after: str
+    tensors: Mapping[str, str]
+    eps: float
+
+
+@dataclass(frozen=True)
+class ReadNorm:
+    """A quantized layer norm that only linear layers read.
+
+    Attributes:
+        output: its site.
+        node: its name in the graph.
+        tensors: paths of its weight and bias.
+        readers: sites of the weights that read it.
+    """
+
+    output: str
+    node: str
+    tensors: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClippedSite:
+    """An activation of which the functions that read it let through what is in 0..high alone."""
+
+    site: str
+    high: float
+
+
+class Patterns:
+    """Looks for them around the sites that belong to one node alone and move alone.
+
+    Args:
+        backend: of a lowered model.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._model = backend.model
+        self._modules = dict(self._model.named_modules(remove_duplicate=False))
+        nodes = [node for node in self._model.graph.nodes if node.op in {"get_attr", "call_module"}]
+        self._once = {target for target, count in Counter(str(n.target) for n in nodes).items() if count == 1}
+        ties = Counter(site.tied for site in backend.sites.values() if site.name not in backend.passed)
+        alone = [s for s in backend.sites.values() if len(s.nodes) == 1 and not s.fixed and ties[s.tied] == 1]
+        self._outputs = {site.nodes[0]: site for site in alone if site.kind == "activation"}
+        self._weights = {site.nodes[0]: site for site in alone if site.kind == "weight"}
+
+    def unfused_norms(self) -> list[UnfusedNorm]:
+        """In graph order."""
+        return self._all(self._unfused)
+
+    def read_norms(self) -> list[ReadNorm]:
+        """In graph order."""
+        return self._all(self._read)
+
+    def clipped_sites(self) -> list[ClippedSite]:
+        """In graph order."""
+        return self._all(self._clipped)
+
+    def _all(self, pattern: Callable[[Node], _Found | None]) -> list[_Found]:
+        return [found for node in self._model.graph.nodes if (found := pattern(node)) is not None]
+
+    def _unfused(self, node: Node) -> UnfusedNorm | None:
+        if node.op != "call_function" or node.target not in (functional.batch_norm, torch.batch_norm):
+            return None
+        given = dict(zip(_BATCH_NORM, node.args, strict=False)) | node.kwargs
+        tensors = self._tensors(given, ("running_mean", "running_var", "weight", "bias"))
+        layer, after = self._layer(given["input"], node), self._after(node)
+        if tensors is None or "running_var" not in tensors or layer is None or after is None:
+            return None
+        eps = given.get("eps", 1e-5)
+        if given.get("training", False) is not False or not isinstance(eps, float):
+            return None
+        weight, output = self._weights[layer.name], self._outputs[layer.name]
+        if weight.axis != 0 or (output.qmin, output.qmax) != (after.qmin, after.qmax):
+            return None
+        return UnfusedNorm(weight.name, output.name, after.name, tensors, eps)
+
+    def _layer(self, value: Any, norm: Node) -> Node | None:
+        """The quantized layer whose dequantized output a norm reads, and nothing else."""
+        if not isinstance(value, Node) or op_name(value) != "dequantize" or not isinstance(value.args[0], Node):
+            return None
+        layer = value.args[0]
+        if layer.name not in self._weights or layer.name not in self._outputs or list(layer.users) != [value]:
+            return None
+        if "relu" in self._name(layer).lower():
+            return None
+        return layer if [user for user in value.users if _reads(user)] == [norm] else None
+
+    def _after(self, norm: Node) -> ScaleSite | None:
+        """The site on whose scale the output of a norm is put at once."""
+        readers = [user for user in norm.users if _reads(user)]
+        if len(readers) != 1 or op_name(readers[0]) != "quantize_per_tensor":
+            return None
+        return self._outputs.get(readers[0].name)
+
+    def _read(self, node: Node) -> ReadNorm | None:
+        output, norm = self._outputs.get(node.name), self._layer_norm(node)
+        if output is None or norm is None:
+            return None
+        tensors, shape = norm
+        users = [user for user in node.users if _reads(user)]
+        readers = [self._weights[user.name] for user in users if user.name in self._weights]
+        linear = all("linear" in reader.op.lower() for reader in readers)
+        if not (tensors and users) or len(shape) != 1 or len(readers) < len(users) or not linear:
+            return None
+        return ReadNorm(output.name, node.name, tuple(tensors), tuple(reader.name for reader in readers))
+
+    def _layer_norm(self, node: Node) -> tuple[list[str], Sequence[int]] | None:
+        """Paths of weight and bias, and the normalized shape."""
+        if node.op == "call_module":
+            module: Any = self._modules[str(node.target)]
+            if type(module).__name__ != "LayerNorm" or str(node.target) not in self._once:
+                return None
+            held = [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
+            return [f"{node.target}.{name}" for name in held], module.normalized_shape
+        if op_name(node) != "quantized.layer_norm":
+            return None
+        given: dict[str, Any] = dict(zip(_LAYER_NORM, node.args, strict=False)) | node.kwargs
+        found = self._tensors(given, ("weight", "bias"))
+        return None if found is None or "weight" not in found else (list(found.values()), given["normalized_shape"])
+
+    def _clipped(self, node: Node) -> ClippedSite | None:
+        site = self._outputs.get(node.name)
+        highs = None if site is None else self._highs(node)
+        return ClippedSite(site.name, max(highs)) if site is not None and highs else None
+
+    def _highs(self, node: Node) -> list[float] | None:
+        """What each reader of a value lets through of it above 0; None where one also reads what is below."""
+        highs: list[float] = []
+        for user in node.users:
+            name = self._name(user)
+            if name in {"Identity", "Dropout"}:
+                behind = self._highs(user)
+                if not behind:
+                    return None
+                highs += behind
+            elif name.lower().rstrip("_") in _CLIPS:
+                highs.append(_CLIPS[name.lower().rstrip("_")])
+            elif _reads(user):
+                return None
+        return highs
+
+    def _name(self, node: Node) -> str:
+        """Of the type of a module, or of a function."""
+        return type(self._modules[str(node.target)]).__name__ if node.op == "call_module" else op_name(node)
+
+    def _tensors(self, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, str] | None:
+        """Paths of these arguments of a node, those that are None left out; None where one is shared or computed."""
+        nodes = {name: given[name] for name in names if given.get(name) is not None}
+        if not all(isinstance(n, Node) and n.op == "get_attr" and len(n.users) == 1 for n in nodes.values()):
+            return None
+        paths = {name: str(node.target) for name, node in nodes.items()}
+        return paths if self._once.issuperset(paths.values()) else None
+
+
+def _reads(user: Node) -> bool:
+    """Whether a node reads the numbers of its first input, not just its shape."""
+    if user.op == "call_method":
+        return str(user.target) not in {"size", "dim"}
+    return user.target is not getattr or user.args[1] not in _ATTRIBUTES
