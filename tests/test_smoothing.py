@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from small import small_config
+from torch import Tensor, nn
 
 import cptv_ao
 
