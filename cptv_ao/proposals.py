@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from cptv_ao.evaluator import first_floating
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.losses import get_loss
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.sites import ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs
@@ -78,15 +77,18 @@ class Proposer:
             if self.budget.left:
                 yield individual
         if self._config.gradient_steps and self.budget.left:
-            yield from self._descent(set(limited))
+            yield from self._descent()
 
     def _limited(self) -> list[str]:
         """Leaders of the groups that kernels saturate on where all activations use their whole container."""
         sites = [site for group in self._activations().values() for site in group]
-        return self._saturating({site.name: rescaled(self._backend.read(site.name), HALF, site) for site in sites})
+        return list(
+            self._saturating({site.name: rescaled(self._backend.read(site.name), HALF, site) for site in sites})
+        )
 
-    def _saturating(self, scales: Assignment) -> list[str]:
-        """Leaders of the groups that kernels of any rank saturate on when the model has these scales."""
+    def _saturating(self, scales: Assignment) -> dict[str, int]:
+        """Leaders of the groups that kernels of any rank saturate on when the model has these scales, and the highest
+        code of each."""
         backend, twin = self._backend, self._twin
         before = backend.snapshot()
         try:
@@ -101,10 +103,9 @@ class Proposer:
         twin.reround_weights()
         self._follow()
         groups = self._activations()
-        table = torch.tensor(
-            [any(site.name in found for site in group) for group in groups.values()], dtype=torch.int64
-        )
-        return [lead for lead, count in zip(groups, self._world.sum(table), strict=True) if count]
+        highest = [float(max(found.get(site.name, 0) for site in group)) for group in groups.values()]
+        agreed = [int(self._world.most(code)[0]) for code in highest]
+        return {lead: code for lead, code in zip(groups, agreed, strict=True) if code}
 
     def _activations(self) -> dict[str, tuple[ScaleSite, ...]]:
         return {lead: group for lead, group in self._groups.items() if group[0].affine}
@@ -118,7 +119,7 @@ class Proposer:
         for name in self._twin.names:
             self._twin.set(name, self._backend.read(name))
 
-    def _descent(self, limited: set[str]) -> Iterator[Proposal]:
+    def _descent(self) -> Iterator[Proposal]:
         config = self._config
         self._follow()
         descent = GradientDescent(
@@ -140,23 +141,10 @@ class Proposer:
         proposals = descent.run(self._batches, self._teacher, schedule, self.on_step, lambda: self.budget.left)
         for proposal in proposals:
             self.image_forwards = descent.image_forwards
-            before = self._scales()
+            highest = self._saturating(proposal[1]())
+            self._limit(highest)
+            descent.rescale({lead: code / _NARROW_QMAX for lead, code in highest.items() if code > _NARROW_QMAX})
             yield proposal
-            confirmed = not torch.equal(self._scales(), before)
-            narrowed = [lead for lead in self._saturating(proposal[1]()) if lead not in limited]
-            if narrowed or not confirmed:
-                limited.update(narrowed)
-                self._limit(narrowed)
-                descent.go_on_from(partial(self._narrowed, narrowed), slower=not narrowed)
-
-    def _narrowed(self, leads: Collection[str], name: str) -> QParams:
-        """What is in the model at a site, with half the range where it belongs to one of these groups."""
-        site, now = self._backend.sites[name], self._backend.read(name)
-        return rescaled(now, 1 / HALF, site) if site.tied in leads else now
-
-    def _scales(self) -> Tensor:
-        """All searched scales that are in the model, one after another."""
-        return torch.cat([self._backend.read(lead).scale.reshape(-1) for lead in self._groups])
 
 
 def _steps(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:

@@ -49,10 +49,10 @@ class SimulatedProposer(Proposer):
         self._backend = as_backend(simulated)
         return limited
 
-    def _saturating(self, scales: Assignment) -> list[str]:
+    def _saturating(self, scales: Assignment) -> dict[str, int]:
         """On the kernels: none once the search is on the twin, which never saturates."""
         on_twin = self._backend is as_backend(self._simulated) or is_exported(self._backend.model)
-        return [] if on_twin else super()._saturating(scales)
+        return {} if on_twin else super()._saturating(scales)
 
 
 def as_backend(simulated: SimulatedBackend) -> Backend:

@@ -92,7 +92,7 @@ def test_narrow_weights_cannot_saturate(vit_w3: Case) -> None:
 
 def test_saturation_here_is_told(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "disagreement", lambda *_: 0.27)
-    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: {"b", "a"})
+    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: dict.fromkeys("ba", 200))
     found = diagnosed(conv)
     assert found.findings.saturating == ("a", "b")
     assert found.advice[0].startswith("kernels of this CPU saturate at a, b: ")

@@ -43,11 +43,11 @@ def test_fbgemm_saturates_in_depthwise_convolutions_only() -> None:
     _, converted = workloads.quantize(model, [images], reduce_range=False, engine="fbgemm")
     backend = Backend(converted)
     found = saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16))
-    assert found == {"0.output"}
+    assert set(found) == {"0.output"} and found["0.output"] > 200
     for site in backend.sites.values():  # below code 128 no kernel saturates
         if site.affine:
             backend.write(site.name, rescaled(backend.read(site.name), 1 / HALF, site))
-    assert saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16)) == set()
+    assert saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16)) == {}
 
 
 def test_scales_of_least_output_error_are_those_of_an_exhaustive_search(vit_w3: Case) -> None:
@@ -109,6 +109,25 @@ def test_weights_of_many_codes_move_slower(vit: nn.Module, digits: workloads.Ima
         kind = backend.sites[name].kind
         moved[kind] = max(moved[kind], float(step))
     assert moved["weight"] == pytest.approx(moved["activation"] * share / 3, rel=0.02)  # Adam's first step is the rate
+
+
+@torch.no_grad()
+def test_what_the_descent_sees_is_what_it_proposes(conv: Case) -> None:
+    """Zero_points behind a ReLU are 0 and are pulled below it, where there are no codes."""
+    backend = backend_of(conv)
+    images = conv.batches[0]
+    batches, teacher = [Batch((images,), {}, len(images))], [conv.float_model(images).detach()]
+    rng = np.random.default_rng(0)
+    descent = GradientDescent(Twin(backend), backend.movable(), kl, first_floating, activation_rate=10.0, rng=rng)
+    other = Twin(backend)
+    other.reround_weights()
+    seen: list[float] = []
+    proposed = []
+    for _ in descent.run(batches, teacher, Schedule(30, 0.03, proposals=30), seen.append):
+        for name, qparams in descent.assignment().items():
+            other.set(name, qparams)
+        proposed.append(float(kl(first_floating(other(images)), teacher[0])))
+    assert seen[1:] == pytest.approx(proposed[:-1], rel=1e-3)
 
 
 def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:

@@ -204,14 +204,14 @@ def test_saturation_is_told_where_it_is_and_only_there(
     for healthy in (conv, vit_w3):
         assert not any("differ by" in note for note in _refined(healthy, small_config()).notes)
     monkeypatch.setattr(agreement, "disagreement", lambda *_: 0.27)
-    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: {"a", "d", "c", "b"})
+    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: dict.fromkeys("adcb", 200))
     (note,) = [n for n in _refined(conv, small_config()).notes if "differ by" in n]
     assert note.startswith("kernels and exact arithmetic differ by 27 % on the outputs of the model that was given")
     for part in ("a, b, c and 1 more", "reduce_range=True", "VNNI", "on these kernels"):
         assert part in note
     (note,) = [n for n in _refined(conv, _simulated("cpu")).notes if "differ by" in n]
     assert "does not see it" in note
-    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: set())
+    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: {})
     (note,) = [n for n in _refined(conv, small_config()).notes if "differ by" in n]
     assert "no kernel saturates" in note
     assert "VNNI" not in note

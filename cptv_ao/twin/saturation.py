@@ -49,8 +49,8 @@ def lift(value: Any, device: torch.device | str = "cpu") -> Any:
     return type(value)(lift(v, device) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
-    """Names of the activation sites whose codes some kernel of the model cannot add up.
+def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str, int]:
+    """The activation sites whose codes some kernel of the model cannot add up, and the highest code of each.
 
     Args:
         model: the lowered model.
@@ -61,16 +61,18 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> set[str]:
     with torch.no_grad():
         recorder.run(*ordered(model, batch))
         sources = _sources(twin, batch)
-        found = set()
+        found: dict[str, int] = {}
         for node in twin.module.graph.nodes:
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
             if not isinstance(layer, Weighted) or layer not in sources:
                 continue
-            wanted = layer(*map_arg(node.args, lambda n: lift(recorder.values[n.name])))
+            given = map_arg(node.args, lambda n: lift(recorder.values[n.name]))
+            wanted = layer(*given)
             got = recorder.values[node.name].int_repr()
             off = (wanted.codes + wanted.zero_point - got).abs() > 1
             if float(off.float().mean()) > _TOLERATED:
-                found.add(sources[layer])
+                highest = int((given[0].codes + given[0].zero_point).max())
+                found[sources[layer]] = max(highest, found.get(sources[layer], 0))
     return found
 
 
