@@ -166,6 +166,9 @@ def _refine(
     moved_from = {name: backend.read(name) for name in backend.sites}
     started = time.monotonic()
     given, equalized = _equalized(backend, kernels, images.batches[0], world) if search.equalize else (None, [])
+    scored = [kernels]
+    if given is not None:
+        kernels = Scoring(backend.model, images, held_out, config, world)  # of the tensors that are there now
     blocks = find_blocks(backend.sites.values(), config.blocks)
     on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
     simulated = SimulatedBackend(backend, config.device) if on_twin else None
@@ -192,7 +195,7 @@ def _refine(
         report = report if given is None else _judged(report, given, backend)
     if given is not None and report.after != given.losses:
         report = replace(report, notes=(*report.notes, *equalized))
-    parts = {id(part): part.image_forwards for part in (kernels, scoring, proposer) if part is not None}
+    parts = {id(part): part.image_forwards for part in (*scored, kernels, scoring, proposer) if part is not None}
     return replace(report, image_forwards=int(world.sum(torch.tensor(sum(parts.values())))))
 
 

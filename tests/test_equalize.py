@@ -176,6 +176,14 @@ def test_equal_codes_where_no_weight_changes_its_sign() -> None:
     assert torch.equal(after[still], before[still]) and not after[3:5].any()
 
 
+def test_block_visits_run_the_norms_that_are_there(unfused: Case) -> None:
+    refine(unfused, config=replace(CONFIG, evaluations=12))
+    report = cptv_ao.report(unfused.converted)
+    assert sum(result.accepted for result in report.blocks) >= 2
+    search = Case(unfused.float_model, unfused.prepared, unfused.converted, unfused.batches[:3])
+    assert report.after.search == pytest.approx(error(unfused.converted, search), rel=1e-4)
+
+
 def test_it_helps(unfused: Case) -> None:
     other = unfused.copy()
     start = error(unfused.converted, unfused)
