@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend

@@ -40,6 +40,7 @@ def gradient(seconds: float, seed: int, learning_rate: float) -> RefineConfig:
     """Straight-through Adam on all log scales and zero_points from the observers' scales, nothing else."""
     return RefineConfig(
         population=(),
+        equalize=False,
         activation_rate=1.0,
         rounding_rate=0.0,
         feature_weight=0.0,
@@ -65,11 +66,11 @@ def paper(case: Case, seconds: float, seed: int) -> RefineConfig:
 METHODS: dict[str, Callable[[str, Case, float, int], RefineConfig]] = {
     "paper": lambda _, case, s, seed: paper(case, s, seed),
     "sweep": lambda _, case, s, seed: RefineConfig(
-        population=("output_error",), gradient_steps=0, passes=0, max_seconds=s, seed=seed
+        population=("output_error",), equalize=False, gradient_steps=0, passes=0, max_seconds=s, seed=seed
     ),
     "gradient": lambda name, _, s, seed: gradient(s, seed, json.loads(tuned(name).read_text())["chosen"]),
     "sep-CMA-ES": lambda _, case, s, seed: RefineConfig(
-        population=(), gradient_steps=0, search="cma", passes=_FOREVER, max_seconds=s, seed=seed
+        population=(), equalize=False, gradient_steps=0, search="cma", passes=_FOREVER, max_seconds=s, seed=seed
     ),
     "ours": lambda _, case, s, seed: RefineConfig(max_seconds=s, seed=seed),
 }
