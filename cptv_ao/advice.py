@@ -68,7 +68,7 @@ def _why(site: SiteDiagnosis) -> str:
     if site.kind == "activation" and 0 < outliers <= 8:
         told = f", whose range is set by {outliers} outlier channel{'s' if outliers > 1 else ''} ({site.outlier:.0f}x)"
         movable = site.op in ("LayerNorm", "quantized.layer_norm")
-        return told + (", which cptv_ao.recipe moves into the layers behind it" if movable else "")
+        return told + (", which refine, given float_model, moves into the layers behind it" if movable else "")
     if site.kind == "activation" and site.used is not None and site.used < _NARROW:
         return f", which uses {percent(site.used)} of its code range"
     if site.sqnr is not None and site.sqnr < _COARSE:
@@ -77,12 +77,12 @@ def _why(site: SiteDiagnosis) -> str:
 
 
 def _repairs(findings: Findings) -> list[str]:
-    """What to put right first: refine does not."""
+    """What to put right first: refine does not, or not all of it."""
     told = []
     if findings.unfused_norms:
         told.append(
-            f"{_count(findings.unfused_norms, 'batch norm')} not fused with the convolution before: prepare the model "
-            "with cptv_ao.recipe"
+            f"{_count(findings.unfused_norms, 'batch norm')} not fused with the convolution before: refine folds "
+            "those of lowered models into scales, but they go on running; prepare the model with cptv_ao.recipe"
         )
     if findings.saturating:
         told.append(

@@ -24,7 +24,7 @@ from cptv_ao.features import Features, distance
 from cptv_ao.leaves import Leaves
 from cptv_ao.losses import Loss
 from cptv_ao.population import rescaled
-from cptv_ao.sites import ScaleSite
+from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.world import ALONE, World
@@ -33,6 +33,8 @@ _WARM_UP = 0.1
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
 # depends on the batch alone, never on how many ranks there are.
 _PART_NUMBERS = 2**20
+# Share of the learning rate that is left after the descent was sent back.
+_BACK_OFF = 0.5
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class GradientDescent:
         self._groups = [Leaves.of(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
         rates = self._parameters(activation_rate, rounding_rate)
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
+        self._caution = 1.0
         self._images = 0
         #: steps so far
         self.steps = 0
@@ -125,6 +128,15 @@ class GradientDescent:
     def image_forwards(self) -> int:
         """Images that went through the twin on this rank; forward and backward count as three."""
         return 3 * self._images + self._features.image_forwards
+
+    def go_back_to(self, scales: Callable[[str], QParams]) -> None:
+        """Go on from other scales (by site name), at half the learning rate."""
+        with torch.no_grad():
+            for group in self._groups:
+                group.set(scales(group.sites[0].name))
+        for state in self._adam.state.values():
+            state["exp_avg"].zero_()  # where it was heading; how large gradients are still holds
+        self._caution *= _BACK_OFF
 
     def rescale(self, factors: Mapping[str, float]) -> None:
         """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
@@ -152,7 +164,7 @@ class GradientDescent:
                 order = [int(i) for i in self._rng.permutation(len(batches))]
             index = order.pop()
             for group in self._adam.param_groups:
-                group["lr"] = schedule.rate(progress) * group["factor"]
+                group["lr"] = schedule.rate(progress) * group["factor"] * self._caution
             loss = self._step(index, batches[index], teacher[index])
             if on_step is not None:
                 on_step(loss)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
@@ -143,7 +144,14 @@ class Proposer:
             highest = self._saturating(proposal[1]())
             self._limit(highest)
             descent.rescale({lead: code / _NARROW_QMAX for lead, code in highest.items() if code > _NARROW_QMAX})
+            before = self._scales()
             yield proposal
+            if torch.equal(self._scales(), before):
+                descent.go_back_to(self._backend.read)
+
+    def _scales(self) -> Tensor:
+        """All searched scales that are in the model, one after another."""
+        return torch.cat([self._backend.read(lead).scale.reshape(-1) for lead in self._groups])
 
 
 def _steps(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:

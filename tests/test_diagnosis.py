@@ -122,7 +122,7 @@ def test_advice_names_block_site_and_reason(made: Diagnosis) -> None:
     assert advice(made) == f"{start}, whose range is set by 3 outlier channels (12x): run refine"
     assert advice(made, clipped=0.07) == f"{start}, which clips 7.0 % of its values: run refine"
     for op in ("quantized.layer_norm", "LayerNorm"):
-        moved = "3 outlier channels (12x), which cptv_ao.recipe moves into the layers behind it: run refine"
+        moved = "3 outlier channels (12x), which refine, given float_model, moves into the layers behind it: run refine"
         assert advice(made, op=op) == f"{start}, whose range is set by {moved}"
     few = {"outlier_channels": 0, "used": 0.06}
     assert advice(made, **few) == f"{start}, which uses 6.0 % of its code range: run refine"
