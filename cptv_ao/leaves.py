@@ -55,11 +55,12 @@ class Leaves:
 
     def confine(self) -> None:
         """Put what a step has moved too far back to the end: zero_points are codes, shifts half a step at most."""
-        if self.offset is not None:
-            site = self.sites[0]
-            self.offset.clamp_(site.qmin / _CODES_PER_LOG, site.qmax / _CODES_PER_LOG)
-        if self.shift is not None:
-            self.shift.clamp_(-0.5, 0.5)
+        with torch.no_grad():
+            if self.offset is not None:
+                site = self.sites[0]
+                self.offset.clamp_(site.qmin / _CODES_PER_LOG, site.qmax / _CODES_PER_LOG)
+            if self.shift is not None:
+                self.shift.clamp_(-0.5, 0.5)
 
     def set(self, qparams: QParams) -> None:
         """Put the leaves where these qparams are."""
