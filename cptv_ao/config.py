@@ -30,7 +30,8 @@ class RefineConfig:
             least change each layer's output; `ranges`, the activations' whole container and half of it.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, outlier channels of layer norms move into the
-            weights that read them (if their float weights are known). Lowered FX models only.
+            weights that read them (if their float weights are known). Lowered FX models only, and only where `include` and
+            `kinds` leave nothing out.
         gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
             0 for none. Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
@@ -178,6 +179,11 @@ class RefineConfig:
             "epsilon": 1e-3 if weight_bits <= 4 else 1e-4,
         }
         return cls(**(settings | changes))
+
+    @property
+    def searches_all(self) -> bool:
+        """Whether the scales of weights and of activations may move, all of them."""
+        return self.include == ("*",) and len(set(self.kinds)) > 1
 
     @property
     def loss_name(self) -> str:

@@ -34,12 +34,12 @@ from cptv_ao.twin import unquantized
 from cptv_ao.weights import fold_factors
 from cptv_ao.world import ALONE, World
 
-# Images on which values are looked at.
-_IMAGES = 64
+# Images on which values are looked at, and codes.
+_IMAGES, _FEW = 64, 16
 # A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
 _WASTE = 0.1
-# Steps of 7 bits.
-_HALF = 127
+# Steps of 7 bits, and the share of codes beyond them, of one activation, that says that all 8 are used.
+_HALF, _BEYOND = 127, 0.1
 
 
 def equalize(backend: Backend, batch: Batch, world: World = ALONE) -> list[str]:
@@ -56,8 +56,9 @@ def equalize(backend: Backend, batch: Batch, world: World = ALONE) -> list[str]:
     folded = sum(_fold(backend, norm) for norm in Patterns(backend).unfused_norms())
     patterns = Patterns(backend)
     read = [n for n in patterns.read_norms() if all(name in backend.float_weights for name in n.readers)]
-    codes = _codes(backend)
-    cut = sum(_cut(backend, site, codes) for site in patterns.clipped_sites())
+    clipped = patterns.clipped_sites()
+    codes = _codes(backend, batch, world) if clipped or read else 0
+    cut = sum(_cut(backend, site, codes) for site in clipped)
     seen = _seen(backend, batch, read, world)
     counts = [_smooth(backend, norm, seen[norm.node], codes) for norm in read if norm.node in seen]
     smoothed = [count for count in counts if count]
@@ -163,12 +164,18 @@ def _seen(backend: Backend, batch: Batch, norms: Sequence[ReadNorm], world: Worl
     return seen
 
 
-def _codes(backend: Backend) -> int:
-    """Steps between the least and the greatest code that observers calibrated for: half of the container where not one
-    zero_point is beyond it (reduce_range)."""
-    sites = [site for site in backend.sites.values() if site.kind == "activation" and not site.fixed]
-    low = all(int(backend.read(site.name).zero_point) - site.qmin <= _HALF for site in sites)
-    return _HALF if low else 2 * _HALF + 1
+def _codes(backend: Backend, batch: Batch, world: World) -> int:
+    """Steps between the least and the greatest code that observers calibrated for: half of the container where hardly
+    any code of any value is beyond it (reduce_range)."""
+    shares = [0.0]
+
+    def see(_: Node, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_quantized and value.dtype == torch.quint8:
+            shares.append(float((value.int_repr() > _HALF).float().mean()))
+        return value
+
+    Watcher(backend.model).watch(batch.few(_FEW), see)
+    return _HALF if world.first(max(shares)) < _BEYOND else 2 * _HALF + 1
 
 
 def _ranged(low: float, high: float, codes: int, site: ScaleSite) -> QParams:

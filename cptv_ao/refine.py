@@ -125,7 +125,7 @@ def refine(
         sources = Sources.of(model, lowered, float_model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
             listeners = [callback] if callback is not None and world.rank == 0 else []
-            equalizes = config.equalize and lowered is model
+            equalizes = config.equalize and config.searches_all and lowered is model
             search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
             batches = read_batches(calib_loader, takes_fixed_batch(lowered))
             report = _refine(backend, batches, sources, search)

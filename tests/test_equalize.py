@@ -14,6 +14,7 @@ from conftest import Case
 from small import small_config
 from state import everything, weights
 from torch import Tensor, nn
+from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
 from torch.fx import GraphModule
 from torch.nn import functional
 
@@ -182,6 +183,30 @@ def test_block_visits_run_the_norms_that_are_there(unfused: Case) -> None:
     assert sum(result.accepted for result in report.blocks) >= 2
     search = Case(unfused.float_model, unfused.prepared, unfused.converted, unfused.batches[:3])
     assert report.after.search == pytest.approx(error(unfused.converted, search), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"kinds": ("activation",)}, {"kinds": ("weight",)}, {"include": ("*.weight",)}])
+def test_a_search_of_a_part_leaves_the_rest(unfused: Case, changes: Any) -> None:
+    refine(unfused, config=replace(CONFIG, **changes))
+    assert not [note for note in cptv_ao.report(unfused.converted).notes if "folded" in note]
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@torch.no_grad()
+def test_ranges_are_cut_to_as_many_codes_as_the_observers_use(reduced: bool) -> None:
+    model, batches = uneven(), list(nets.images(8, 3, 8, 8).split(4))
+    observed = nets.qconfig()
+    activation = MinMaxObserver.with_args(reduce_range=reduced)
+    mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=observed.weight))
+    case = Case(model, *nets.quantize(model, batches, mapping=mapping), batches)
+    backend = opened(case)
+    site = Patterns(backend).unfused_norms()[0].after
+    before = backend.read(site)
+    equalize(backend, Batch((batches[0],), {}, 4))
+    found, codes = backend.read(site), 127 if reduced else 255
+    top = min(6.0, float(before.scale) * (codes - int(before.zero_point)))
+    assert int(before.zero_point) > 0 and int(found.zero_point) == 0
+    assert float(found.scale) == pytest.approx(top / codes, rel=1e-6)
 
 
 def test_it_helps(unfused: Case) -> None:
