@@ -29,9 +29,9 @@ class RefineConfig:
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
             least change each layer's output; `ranges`, the activations' whole container and half of it.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
-            norms become scales and biases of the layers before them, outlier channels of layer norms move into the
-            weights that read them (if their float weights are known). Lowered FX models only, and only where `include` and
-            `kinds` leave nothing out.
+            norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
+            through, outlier channels of layer norms move into the weights that read them (if their float weights are
+            known). Of lowered FX models, and only where `include` and `kinds` leave nothing out.
         gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
             0 for none. Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
