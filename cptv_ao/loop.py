@@ -18,6 +18,7 @@ from cptv_ao.budget import Budget
 from cptv_ao.config import RefineConfig
 from cptv_ao.evaluator import Evaluator
 from cptv_ao.events import STOP, Callback, Event
+from cptv_ao.given import Given
 from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.search import make_strategy
@@ -34,14 +35,6 @@ class Position:
     passes: int = 0
     blocks: int = 0
     gained: bool = False
-
-
-@dataclass(frozen=True)
-class Given:
-    """The model that was given, where the search starts from another, equivalent one: its losses and its state."""
-
-    losses: Losses
-    state: Mapping[str, Any]
 
 
 class Loop:

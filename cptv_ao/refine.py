@@ -25,13 +25,13 @@ from cptv_ao.blocks import find_blocks
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
-from cptv_ao.equalize import equalize
 from cptv_ao.errors import CptvWarning, NonFiniteError, UnsupportedModelError
 from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
+from cptv_ao.given import equalized
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
 from cptv_ao.keeping import saving_notes
-from cptv_ao.loop import Given, Loop
+from cptv_ao.loop import Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
@@ -165,18 +165,13 @@ def _refine(
     notes += agreement_notes(backend, images.batches[0], config)
     moved_from = {name: backend.read(name) for name in backend.sites}
     started = time.monotonic()
-    given, equalized = _equalized(backend, kernels, images.batches[0], world) if search.equalize else (None, [])
-    scored = [kernels]
-    if given is not None:
-        kernels = Scoring(backend.model, images, held_out, config, world)  # of the tensors that are there now
-    blocks = find_blocks(backend.sites.values(), config.blocks)
     on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
+    scored, shipped = kernels, _shipped(kernels, backend, on_twin, images, held_out, search)
+    found = equalized(backend, shipped, images, held_out, config, world) if search.equalize else None
+    given, kernels = found or (None, kernels)
+    shipped = kernels if shipped is scored else shipped
+    blocks = find_blocks(backend.sites.values(), config.blocks)
     simulated = SimulatedBackend(backend, config.device) if on_twin else None
-    shipped: Scoring | Shipped = kernels
-    if config.accept_on is not None:
-        if simulated is None:
-            raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
-        shipped = Shipped(backend.model, config.accept_on, images, held_out, config, world)
     if simulated is None:
         scoring, searched, before = kernels, backend, None
     else:
@@ -192,32 +187,23 @@ def _refine(
     report = _report(loop, moved_from, kernels, config, notes)
     if simulated is not None and before is not None:
         report = confirmed(report, simulated, backend, shipped, before)
-        report = report if given is None else _judged(report, given, backend)
+        report = report if given is None else given.judge(report, backend)
     if given is not None and report.after != given.losses:
-        report = replace(report, notes=(*report.notes, *equalized))
-    parts = {id(part): part.image_forwards for part in (*scored, kernels, scoring, proposer) if part is not None}
+        report = replace(report, notes=(*report.notes, *given.done))
+    parts = {id(part): part.image_forwards for part in (scored, kernels, scoring, proposer) if part is not None}
     return replace(report, image_forwards=int(world.sum(torch.tensor(sum(parts.values())))))
 
 
-def _equalized(backend: Backend, kernels: Scoring, batch: Batch, world: World) -> tuple[Given | None, list[str]]:
-    """Make an equivalent form of the model; what was done, and the model that was given where that is another."""
-    state = backend.snapshot()
-    done = equalize(backend, batch, world)
-    if not done:
-        return None, []
-    now = backend.snapshot()
-    backend.restore_all(state)
-    given = Given(kernels.losses(), state)
-    backend.restore_all(now)
-    return given, done
-
-
-def _judged(report: Report, given: Given, backend: Backend) -> Report:
-    """What a search on the simulation made of an equivalent form, against the model that was given."""
-    if not report.after.worse_than(given.losses):
-        return replace(report, before=given.losses, status=Status.IMPROVED)
-    backend.restore_all(given.state)
-    return replace(report, status=Status.REJECTED, before=given.losses, after=given.losses, moves=())
+def _shipped(
+    kernels: Scoring, backend: Backend, on_twin: bool, images: Images, held_out: Images, search: _Search
+) -> Scoring | Shipped:
+    """What accepts or rejects."""
+    config = search.config
+    if config.accept_on is None:
+        return kernels
+    if not on_twin:
+        raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
+    return Shipped(backend.model, config.accept_on, images, held_out, config, search.world)
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
+from cptv_ao import given
 from cptv_ao.data import Batch
 from cptv_ao.equalize import equalize
 from cptv_ao.patterns import Patterns
@@ -228,9 +229,9 @@ def test_never_worse_is_against_the_model_that_was_given(unfused: Case) -> None:
     def loss(outputs: Tensor, teacher: Tensor) -> Tensor:
         return (outputs - targets[teacher.detach().numpy().tobytes()]).square().mean()
 
-    given = weights(unfused.converted)
+    as_given = weights(unfused.converted)
     refine(unfused, config=small_config(loss=loss))
-    assert weights(unfused.converted) == given
+    assert weights(unfused.converted) == as_given
     report = cptv_ao.report(unfused.converted)
     assert report.status is cptv_ao.Status.UNCHANGED and report.before == report.after
     assert not [note for note in report.notes if "folded" in note]
@@ -294,6 +295,39 @@ def test_a_search_on_the_simulation_starts_from_it_too(unfused: Case) -> None:
     assert error(unfused.converted, unfused) < 0.5 * start
     assert [note for note in report.notes if "folded" in note]
     assert report.before.search == pytest.approx(start, rel=0.5)
+
+
+def test_what_ships_is_what_it_is_judged_by(unfused: Case) -> None:
+    """A search on the simulation, accepted on what a function makes of the model: the model that was given, too."""
+    made: list[GraphModule] = []
+
+    def ship(model: GraphModule) -> GraphModule:
+        made.append(model)
+        return model
+
+    start = error(
+        unfused.converted, Case(unfused.float_model, unfused.prepared, unfused.converted, unfused.batches[:3])
+    )
+    refine(unfused, config=small_config(gradient_steps=8, loss="mse", score_on="simulation", accept_on=ship))
+    report = cptv_ao.report(unfused.converted)
+    assert report.before.search == pytest.approx(start, rel=1e-5)
+    assert report.after.search < 0.5 * start and len(made) == 3  # as given, in its other form, and at the end
+
+
+def test_a_form_that_computes_no_numbers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3), TracedNorm(5)))
+    batches = list(nets.images(16, 3, 3, 3).split(4))
+    case = Case(model, *nets.quantize(model, batches), batches)
+
+    def spoil(backend: Any, *_: Any) -> list[str]:
+        backend.put("2.weight", "3.bias", torch.full((5,), torch.nan))
+        return ["spoilt"]
+
+    monkeypatch.setattr(given, "equalize", spoil)
+    start = error(case.converted, case)
+    refine(case)
+    assert error(case.converted, case) < start
+    assert "spoilt" not in cptv_ao.report(case.converted).notes
 
 
 def test_without_a_float_model_norms_are_folded_and_outliers_stay(unfused: Case) -> None:
