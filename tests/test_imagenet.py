@@ -99,7 +99,7 @@ def test_says_what_is_missing(
 def test_resumed_models_are_the_saved_ones(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", name, *COMMON, "--data", str(data), "--seconds", "1"])
+    monkeypatch.setattr(sys, "argv", ["imagenet.py", name, *COMMON, "--data", str(data), "--seconds", "5"])
     args = imagenet.arguments()
     args.out = tmp_path
     with torch.random.fork_rng():
