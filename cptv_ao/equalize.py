@@ -53,8 +53,8 @@ def equalize(backend: Backend, batch: Batch, world: World = ALONE) -> list[str]:
     Returns:
         What was done, one line each; nothing where the model is as it was.
     """
-    folded = sum(_fold(backend, norm) for norm in Patterns(backend).unfused_norms())
     patterns = Patterns(backend)
+    folded = sum(_fold(backend, norm) for norm in patterns.unfused_norms())
     read = [n for n in patterns.read_norms() if all(name in backend.float_weights for name in n.readers)]
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     codes = _codes(backend, batch, world) if clipped or read else 0

@@ -86,7 +86,7 @@ class Patterns:
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
         nodes = [node for node in self._model.graph.nodes if node.op in {"get_attr", "call_module"}]
         self._once = {target for target, count in Counter(str(n.target) for n in nodes).items() if count == 1}
-        ties = Counter(site.tied for site in backend.sites.values() if site.name not in backend.passed)
+        ties = Counter(site.tied for site in backend.sites.values())
         alone = [s for s in backend.sites.values() if len(s.nodes) == 1 and not s.fixed and ties[s.tied] == 1]
         self._outputs = {site.nodes[0]: site for site in alone if site.kind == "activation"}
         self._weights = {site.nodes[0]: site for site in alone if site.kind == "weight"}

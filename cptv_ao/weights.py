@@ -124,9 +124,7 @@ def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     var, gamma = cast(Tensor, norm.running_var), cast("Tensor | None", norm.weight)
     # The order of operations of torch.nn.utils.fuse_conv_bn_weights, so that the result is equal bit for bit.
     factor = torch.rsqrt(var + cast(float, norm.eps))
-    factor = factor if gamma is None else gamma * factor
-    shape = [1, -1] if _transposed(module) else [-1, 1]
-    return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
+    return _by_channel(module, weight, factor if gamma is None else gamma * factor)
 
 
 def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -142,7 +140,11 @@ def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: fl
 def _folded(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     """What `cptv_ao.equalize` makes of a weight."""
     var, gamma, beta = (cast(Any, getattr(norm, name)) for name in ("running_var", "weight", "bias"))
-    factor = fold_factors(var.float(), gamma, beta, cast(float, norm.eps))
+    return _by_channel(module, weight, fold_factors(var.float(), gamma, beta, cast(float, norm.eps)))
+
+
+def _by_channel(module: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
+    """A weight times a factor per channel of the module's output (C,)."""
     shape = [1, -1] if _transposed(module) else [-1, 1]
     return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
 
