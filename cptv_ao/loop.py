@@ -52,8 +52,8 @@ class Loop:
         holdout: Evaluator | None,
         config: RefineConfig,
         listeners: Sequence[Callback],
+        budget: Budget,
         world: World = ALONE,
-        started: float | None = None,
         given: Given | None = None,
     ) -> None:
         self.backend, self._world = backend, world
@@ -66,8 +66,7 @@ class Loop:
         self._spaces = _spaces(backend, blocks, self.groups)
         self._whole = ScaleSpace(backend, self.groups)
         self.step_sizes: dict[str, dict[str, float]] = {}
-        self.budget = Budget(config.max_evaluations, config.max_seconds, world)
-        self.budget.started = self.budget.started if started is None else started
+        self.budget = budget
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
         self.loss = search.score()

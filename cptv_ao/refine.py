@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported, takes_fixed_batch
 from cptv_ao.backends.reference import write_back
 from cptv_ao.blocks import find_blocks
+from cptv_ao.budget import Budget
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
@@ -164,7 +164,7 @@ def _refine(
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
     notes += agreement_notes(backend, images.batches[0], config)
     moved_from = {name: backend.read(name) for name in backend.sites}
-    started = time.monotonic()
+    budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
     on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
     scored, shipped = kernels, _shipped(kernels, backend, on_twin, images, held_out, search)
     found = equalized(backend, shipped, images, held_out, config, world) if search.equalize else None
@@ -178,7 +178,7 @@ def _refine(
         scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config, world)
         searched, before = as_backend(simulated), shipped.losses()
     first = given if simulated is None else None
-    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, search.listeners, world, started, first)
+    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, search.listeners, budget, world, first)
     if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
         raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
     proposer = _proposer(backend, simulated, loop, images, config, world, notes)
