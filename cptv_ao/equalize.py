@@ -10,12 +10,13 @@ offsets (batch norm folding, Jacob et al., arXiv 1712.05877); the norm that is l
 Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and say nothing.
 
 Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
+
+In PT2E graphs also the middle of each channel of what linear layers read: see `cptv_ao.centring`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,72 +24,75 @@ from torch import Tensor
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.exported import is_exported
+from cptv_ao.centring import centre
 from cptv_ao.data import Batch
-from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.measures import Watcher, real
+from cptv_ao.ends import Ends, channel_ends, ranged
+from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
 from cptv_ao.scopes import fetch
+from cptv_ao.shared_inputs import SharedInputs
 from cptv_ao.sites import QParams, ScaleSite, same
 from cptv_ao.smoothing import outlier_exponents
-from cptv_ao.twin import unquantized
 from cptv_ao.weights import fold_factors
 from cptv_ao.world import ALONE, World
 
-# Images on which values are looked at, and codes.
-_IMAGES, _FEW = 64, 16
+# Images on which codes are looked at.
+_FEW = 16
 # A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
 _WASTE = 0.1
 # Steps of 7 bits, and the share of codes beyond them, of one activation, that says that all 8 are used.
 _HALF, _BEYOND = 127, 0.1
 
 
-def equalize(backend: Backend, batch: Batch, world: World = ALONE) -> list[str]:
+def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -> list[str]:
     """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms.
 
     Args:
         backend: of a lowered model, which is written. Outliers are smoothed where the readers' float weights are known.
-        batch: calibration images.
+        batches: calibration images.
         world: the ranks that all do so.
 
     Returns:
         What was done, one line each; nothing where the model is as it was.
     """
+    if is_exported(backend.model):
+        return _equalize_exported(backend, batches, world)
     patterns = Patterns(backend)
     folded = sum(_fold(backend, norm) for norm in patterns.unfused_norms())
     read = [n for n in patterns.read_norms() if all(name in backend.float_weights for name in n.readers)]
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
-    codes = _codes(backend, batch, world) if clipped or read else 0
+    codes = _codes(backend, batches[0], world) if clipped or read else 0
     cut = sum(_cut(backend, site, codes) for site in clipped)
-    seen = _seen(backend, batch, read, world)
-    counts = [_smooth(backend, norm, seen[norm.node], codes) for norm in read if norm.node in seen]
-    smoothed = [count for count in counts if count]
     notes = []
     if folded:
         notes.append(f"{folded} batch norms folded into the scales and biases of the layers before them")
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
-    if smoothed:
-        moved = f"{sum(smoothed)} outlier channels of {len(smoothed)} norms"
-        notes.append(f"{moved} moved into the weights that read them")
+    return notes + _smoothed(backend, batches, read, codes, world)
+
+
+def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
+    """The same for a PT2E graph, where norms are float, and what they give is put on a scale."""
+    shared = SharedInputs(backend).find()
+    names = {name for name in backend.float_weights if backend.shiftable(name)}
+    read = [norm for part in shared if (norm := part.as_norm) is not None and names.issuperset(norm.readers)]
+    notes = _smoothed(backend, batches, read, None, world)
+    if centred := centre(backend, shared, batches, world):
+        notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
     return notes
 
 
 def replaceable(backend: Backend) -> tuple[dict[str, str], list[str]]:
     """What `equalize` may replace in a model beside scales: tensors by path, with the site that each belongs to, and
     the weights that may get another bias."""
+    if is_exported(backend.model):
+        return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}, []
     patterns = Patterns(backend)
     unfused = patterns.unfused_norms()
     tensors = {path: norm.weight for norm in unfused for path in norm.tensors.values()}
-    tensors |= {path: norm.output for norm in patterns.read_norms() for path in norm.tensors}
+    tensors |= {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
     return tensors, [norm.weight for norm in unfused]
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Least and greatest values, by channel (C,) each."""
-
-    low: Tensor
-    high: Tensor
 
 
 def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
@@ -118,12 +122,22 @@ def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     if float(qparams.scale) * below <= _WASTE * high or high <= 0:
         return False
     for name in {clipped.site, backend.passed.get(clipped.site, clipped.site)}:
-        backend.write(name, _ranged(0.0, high, codes, site))
+        backend.write(name, ranged(0.0, high, site, codes))
     return True
 
 
-def _smooth(backend: Backend, norm: ReadNorm, ends: _Ends, codes: int) -> int:
-    """Move the outlier channels of a norm into the weights that read it; returns their number."""
+def _smoothed(
+    backend: Backend, batches: Sequence[Batch], norms: Sequence[ReadNorm], codes: int | None, world: World
+) -> list[str]:
+    """Move the outlier channels of norms into the weights that read them, and tell of it."""
+    ends = channel_ends(backend, [norm.node for norm in norms], batches, world)
+    counts = [_smooth(backend, norm, ends[norm.node], codes) for norm in norms if norm.node in ends]
+    moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
+    return [moved] if any(counts) else []
+
+
+def _smooth(backend: Backend, norm: ReadNorm, ends: Ends, codes: int | None) -> int:
+    """Move the outlier channels of one norm; returns their number. Without a number of codes all are used."""
     weights = {name: backend.float_weights[name] for name in norm.readers}
     columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
     exponents = outlier_exponents(torch.maximum(-ends.low, ends.high), columns)
@@ -131,37 +145,16 @@ def _smooth(backend: Backend, norm: ReadNorm, ends: _Ends, codes: int) -> int:
         return 0
     factors = torch.exp2(exponents)
     for path in norm.tensors:
-        backend.put(norm.output, path, fetch(backend.model, path).detach() / factors)
+        backend.put(norm.outputs[0], path, fetch(backend.model, path).detach() / factors)
     low, high = min(0.0, float((ends.low / factors).min())), max(0.0, float((ends.high / factors).max()))
-    backend.write(norm.output, _ranged(low, high, codes, backend.sites[norm.output]))
+    for name in norm.outputs:
+        backend.write(name, ranged(low, high, backend.sites[name], codes))
     for name, weight in weights.items():
         qparams, site = backend.read(name), backend.sites[name]
         wider = _peak(weight * factors, site) / _peak(weight, site)
         backend.set_float_weight(name, weight * factors)
         backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
     return int((exponents > 0).sum())
-
-
-def _seen(backend: Backend, batch: Batch, norms: Sequence[ReadNorm], world: World) -> dict[str, _Ends]:
-    """Ends of what norms give in float, by node, as rank 0 sees them; nothing where the float twin does not know an
-    op."""
-    if not norms:
-        return {}
-    try:
-        twin = unquantized(backend)
-    except UnsupportedModelError:
-        return {}
-    names = {norm.node for norm in norms}
-    seen: dict[str, _Ends] = {}
-
-    def see(node: Node, value: Any) -> Any:
-        if node.name in names and (numbers := real(value)) is not None:
-            rows = numbers.reshape(-1, numbers.shape[-1])
-            seen[node.name] = _Ends(world.from_first(rows.amin(0)), world.from_first(rows.amax(0)))
-        return value
-
-    Watcher(twin.module).watch(batch.few(_IMAGES), see)
-    return seen
 
 
 def _codes(backend: Backend, batch: Batch, world: World) -> int:
@@ -176,12 +169,6 @@ def _codes(backend: Backend, batch: Batch, world: World) -> int:
 
     Watcher(backend.model).watch(batch.few(_FEW), see)
     return _HALF if world.first(max(shares)) < _BEYOND else 2 * _HALF + 1
-
-
-def _ranged(low: float, high: float, codes: int, site: ScaleSite) -> QParams:
-    """Qparams that hold low..high, 0 among them, in so many steps."""
-    scale = torch.tensor((high - low) / codes, dtype=torch.float64)
-    return QParams(scale, torch.tensor(round(site.qmin - low / float(scale))))
 
 
 def _peak(weight: Tensor, site: ScaleSite) -> Tensor:

@@ -52,7 +52,7 @@ def equalized(
         is no other form, or none that computes numbers.
     """
     state = backend.snapshot()
-    done = equalize(backend, images.batches[0], world)
+    done = equalize(backend, images.batches, world)
     if not done:
         return None
     now = backend.snapshot()

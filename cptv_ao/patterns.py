@@ -54,13 +54,13 @@ class ReadNorm:
     """A quantized layer norm that only linear layers read.
 
     Attributes:
-        output: its site.
+        outputs: its sites, of the same qparams.
         node: its name in the graph.
         tensors: paths of its weight and bias.
         readers: sites of the weights that read it.
     """
 
-    output: str
+    outputs: tuple[str, ...]
     node: str
     tensors: tuple[str, ...]
     readers: tuple[str, ...]
@@ -150,7 +150,7 @@ class Patterns:
         linear = all("linear" in reader.op.lower() for reader in readers)
         if not (tensors and users) or len(shape) != 1 or len(readers) < len(users) or not linear:
             return None
-        return ReadNorm(output.name, node.name, tuple(tensors), tuple(reader.name for reader in readers))
+        return ReadNorm((output.name,), node.name, tuple(tensors), tuple(reader.name for reader in readers))
 
     def _layer_norm(self, node: Node) -> tuple[list[str], Sequence[int]] | None:
         """Paths of weight and bias, and the normalized shape."""

@@ -137,7 +137,7 @@ def test_the_function_in_float_stays_and_the_float_model_too(unfused: Case) -> N
     before = in_float(backend, unfused.batches[0])
     assert [norm.weight for norm in Patterns(backend).unfused_norms()] == ["conv1.weight", "conv2.weight"]
     assert [norm.readers for norm in Patterns(backend).read_norms()] == [("fc.weight",)]
-    assert equalize(backend, Batch((unfused.batches[0],), {}, 6)) == [
+    assert equalize(backend, [Batch((unfused.batches[0],), {}, 6)]) == [
         "2 batch norms folded into the scales and biases of the layers before them",
         "ranges of 2 activations cut to what the functions behind them let through",
         "1 outlier channels of 1 norms moved into the weights that read them",
@@ -145,7 +145,7 @@ def test_the_function_in_float_stays_and_the_float_model_too(unfused: Case) -> N
     torch.testing.assert_close(in_float(backend, unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(in_float(opened(unfused), unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, float_state[name]) for name, value in unfused.float_model.state_dict().items())
-    assert equalize(opened(unfused), Batch((unfused.batches[0],), {}, 6)) == [], "it is equalized already"
+    assert equalize(opened(unfused), [Batch((unfused.batches[0],), {}, 6)]) == [], "it is equalized already"
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def test_a_folded_norm_rounds_nothing_anew(unfused: Case) -> None:
     """What the convolution gives is on the very scale behind the norm, and the norm is the identity."""
     backend = opened(unfused)
     first = Patterns(backend).unfused_norms()[0]
-    equalize(backend, Batch((unfused.batches[0],), {}, 6))
+    equalize(backend, [Batch((unfused.batches[0],), {}, 6)])
     conv, after = backend.read(first.output), backend.read(first.after)
     assert (conv.scale, conv.zero_point) == (after.scale, after.zero_point)
     assert backend.sites[first.after].tied == first.output
@@ -172,7 +172,7 @@ def test_equal_codes_where_no_weight_changes_its_sign() -> None:
     with torch.no_grad():
         backend = opened(case)
         before = backend.weight("conv1.weight").int_repr()
-        equalize(backend, Batch((batches[0],), {}, 4))
+        equalize(backend, [Batch((batches[0],), {}, 4)])
     still = [channel for channel in range(8) if channel not in (3, 4)]  # these hardly vary
     after = backend.weight("conv1.weight").int_repr()
     assert torch.equal(after[still], before[still]) and not after[3:5].any()
@@ -203,7 +203,7 @@ def test_ranges_are_cut_to_as_many_codes_as_the_observers_use(reduced: bool) -> 
     backend = opened(case)
     site = Patterns(backend).unfused_norms()[0].after
     before = backend.read(site)
-    equalize(backend, Batch((batches[0],), {}, 4))
+    equalize(backend, [Batch((batches[0],), {}, 4)])
     found, codes = backend.read(site), 127 if reduced else 255
     top = min(6.0, float(before.scale) * (codes - int(before.zero_point)))
     assert int(before.zero_point) > 0 and int(found.zero_point) == 0

@@ -1,0 +1,70 @@
+"""Between which ends the channels of a model's values lie in float, and the scale that holds a range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.data import Batch
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.measures import Watcher, real
+from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.twin import unquantized
+from cptv_ao.world import World
+
+# Images on which values are looked at.
+_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Least and greatest values, by channel (C,) each."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def span(self) -> float:
+        """Width of the range that holds all channels, and 0."""
+        return max(0.0, float(self.high.max())) - min(0.0, float(self.low.min()))
+
+
+def channel_ends(backend: Backend, nodes: Sequence[str], batches: Sequence[Batch], world: World) -> dict[str, Ends]:
+    """Ends of what nodes give in float, by node, over their last dimension, as rank 0 sees them; nothing where the
+    float twin does not know an op."""
+    if not nodes:
+        return {}
+    try:
+        twin = unquantized(backend)
+    except UnsupportedModelError:
+        return {}
+    wanted, seen = set(nodes), dict[str, Ends]()
+
+    def see(node: Node, value: Any) -> Any:
+        if node.name in wanted and (numbers := real(value)) is not None:
+            rows = numbers.reshape(-1, numbers.shape[-1])
+            low, high = rows.amin(0), rows.amax(0)
+            if (known := seen.get(node.name)) is not None:
+                low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
+            seen[node.name] = Ends(low, high)
+        return value
+
+    watcher, left = Watcher(twin.module), _IMAGES
+    for batch in batches:
+        if left > 0:
+            watcher.watch(batch.few(left), see)
+            left -= batch.images
+    return {name: Ends(world.from_first(ends.low), world.from_first(ends.high)) for name, ends in seen.items()}
+
+
+def ranged(low: float, high: float, site: ScaleSite, codes: int | None = None) -> QParams:
+    """Qparams that hold low..high, 0 among them, in so many steps; without a number in all that the site has."""
+    codes = site.qmax - site.qmin if codes is None else codes
+    scale = torch.tensor((high - low) / codes, dtype=torch.float64)
+    return QParams(scale, torch.tensor(round(site.qmin - low / float(scale))))

@@ -1,0 +1,170 @@
+"""Places in a PT2E graph where an equivalent form gives the scales of linear layers' inputs more to work with; found
+here, used in `cptv_ao.equalize`.
+
+    a norm:     aten.layer_norm(x, w, b)                 -> quantize -> dequantize -> aten.linear only
+    attention:  aten.linear -> ... values of attention   -> quantize -> dequantize -> aten.linear only
+
+What is subtracted from each channel of the bias on the left is missing behind the quantize node: the weights of
+attention add up to one. So it can be given back in the biases on the right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.exported import weight_sites
+from cptv_ao.backends.passing import op_name
+from cptv_ao.patterns import ReadNorm
+
+# Ops that move values of channels about, or pick some.
+_PICKS = {"getitem", "aten.chunk", "aten.select", "aten.slice", "aten.split", "aten.split_with_sizes", "aten.unbind"}
+_MOVES = _PICKS | {
+    "aten.alias", "aten.clone", "aten.contiguous", "aten.dropout", "aten.expand", "aten.flatten", "aten.permute",
+    "aten.reshape", "aten.squeeze", "aten.transpose", "aten.unflatten", "aten.unsqueeze", "aten.view",
+}  # fmt: skip
+_SHAPES = {"aten.sym_size", "aten._assert_tensor_metadata"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear layer: the site of its weight, and the path of its bias."""
+
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """A value whose channels share one scale, and that linear layers read alone.
+
+    Attributes:
+        sites: of its quantize nodes, which have the same qparams.
+        value, source: names of the node that gives it, and of the norm or linear layer that its channels are from.
+        owner: a site of the source, to whose state its tensors belong.
+        weight, bias: paths of the source's parameters; the weight of a norm alone, which nothing else reads then.
+        readers: the linear layers.
+    """
+
+    sites: tuple[str, ...]
+    value: str
+    source: str
+    owner: str
+    weight: str | None
+    bias: str
+    readers: tuple[Reader, ...]
+
+    @property
+    def as_norm(self) -> ReadNorm | None:
+        """What a norm gives, and nothing else reads; None where it is of attention."""
+        if self.weight is None:
+            return None
+        weights = tuple(reader.weight for reader in self.readers)
+        return ReadNorm(self.sites, self.value, (self.weight, self.bias), weights)
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Paths of what an equivalent form may replace, with the site that each belongs to."""
+        source = [self.bias] if self.weight is None else [self.weight, self.bias]
+        biases = {reader.bias: reader.weight for reader in self.readers if reader.bias is not None}
+        return dict.fromkeys(source, self.owner) | biases
+
+
+class SharedInputs:
+    """Looks for them in a PT2E graph.
+
+    Args:
+        backend: of the graph.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._model, self._sites = backend.model, backend.sites
+        held = Counter(str(node.target) for node in self._model.graph.nodes if node.op == "get_attr")
+        self._once = {target for target, count in held.items() if count == 1}
+        self._weight_of = weight_sites(self._model, backend.sites)
+        self._quantized = {
+            site.nodes[0]: site.name for site in backend.sites.values() if site.kind == "activation" and not site.fixed
+        }
+
+    def find(self) -> list[SharedInput]:
+        """In graph order."""
+        return [found for node in self._model.graph.nodes if (found := self._shared(node)) is not None]
+
+    def _shared(self, value: Node) -> SharedInput | None:
+        users = [user for user in value.users if op_name(user) not in _SHAPES]
+        sites = [self._quantized.get(user.name) for user in users]
+        names = [name for name in sites if name is not None]
+        if not names or len(names) < len(sites) or not self._alone(names):
+            return None
+        readers = [self._reader(layer, back) for user in users for back in user.users for layer in back.users]
+        read = [reader for reader in readers if reader is not None]
+        source = self._source(value)
+        if source is None or not read or len(read) < len(readers):
+            return None
+        norm = op_name(source) == "aten.layer_norm"
+        weight, bias = (self._parameter(source, place) for place in ((2, 3) if norm else (1, 2)))
+        if bias is None or (norm and (weight is None or len(source.args[1]) != 1)):  # type: ignore[arg-type]
+            return None
+        owner = names[0] if norm else self._weight_of.get(_argument(source, 1), names[0])
+        held = weight if norm else None
+        return SharedInput(tuple(names), value.name, source.name, owner, held, bias, tuple(read))
+
+    def _alone(self, names: list[str]) -> bool:
+        """Whether these sites are tied to each other at most."""
+        tied = {self._sites[name].tied for name in names}
+        group = {site.name for site in self._sites.values() if site.tied in tied}
+        return len(tied) == 1 and group == set(names)
+
+    def _reader(self, layer: Node, dequantized: Node) -> Reader | None:
+        """A linear layer that reads a dequantized value, with a weight and a bias of its own."""
+        weight = self._weight_of.get(_argument(layer, 1))
+        if op_name(layer) != "aten.linear" or layer.args[0] is not dequantized or weight is None:
+            return None
+        bias = self._parameter(layer, 2)
+        has_bias = len(layer.args) > 2 and layer.args[2] is not None
+        if len(self._sites[weight].nodes) != 1 or (has_bias and bias is None):
+            return None
+        return Reader(weight, bias)
+
+    def _parameter(self, node: Node, place: int) -> str | None:
+        """Path of an argument that is a tensor which nothing else uses."""
+        held = node.args[place] if len(node.args) > place else None
+        if not isinstance(held, Node) or held.op != "get_attr" or len(held.users) != 1:
+            return None
+        return str(held.target) if str(held.target) in self._once else None
+
+    def _source(self, value: Node) -> Node | None:
+        """The norm or linear layer whose channels a value has; what is on the way moves them, or mixes positions."""
+        node: Any = value
+        while isinstance(node, Node):
+            name = op_name(node)
+            if name == "aten.layer_norm":
+                return node if node is value else None
+            users = [user for user in node.users if op_name(user) not in _SHAPES]
+            if node is not value and len(users) > 1 and not all(op_name(user) in _PICKS for user in users):
+                return None
+            if name == "aten.linear":
+                return node
+            if name == "aten.scaled_dot_product_attention":
+                node = node.args[2]
+            elif name in {"aten.matmul", "aten.bmm"}:
+                node = node.args[1] if _is_softmax(node.args[0]) else None
+            else:
+                node = node.args[0] if name in _MOVES else None
+        return None
+
+
+def _argument(node: Node, place: int) -> str:
+    """Name of the node that is an argument; empty where it is none."""
+    held = node.args[place] if len(node.args) > place else None
+    return held.name if isinstance(held, Node) else ""
+
+
+def _is_softmax(node: Any) -> bool:
+    while isinstance(node, Node) and op_name(node) in _MOVES - _PICKS:
+        node = node.args[0]
+    return isinstance(node, Node) and op_name(node) in {"aten.softmax", "aten._softmax"}
