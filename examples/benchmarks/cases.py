@@ -74,11 +74,12 @@ def _small(
     return make
 
 
-def _exported(bits: int) -> Callable[[int], Case]:
+def _exported(bits: int, change: Callable[[nn.Module], nn.Module] | None = None) -> Callable[[int], Case]:
     """Weights and activations of so many bits, on the PT2E flow."""
 
     def make(seed: int) -> Case:
         data, model = NETWORKS["fashion_vit"][1](), trained("fashion_vit")
+        model = model if change is None else change(model)
         drawn = data.calibration(2000, seed)
         calibration = drawn[:1000].split(100)
         quantized = quantize_exported(model, calibration, weight_bits=bits, activation_bits=bits)
@@ -115,6 +116,7 @@ WORKLOADS: dict[str, Workload] = {
     "fashion CNN W4A8": Workload(_small("fashion_cnn", 4), 25),
     "fashion ViT PT2E W4A4": Workload(_exported(4), 60),
     "fashion ViT PT2E W3A3": Workload(_exported(3), 60),
+    "outlier ViT PT2E W4A4": Workload(_exported(4, with_outliers), 60),
     "EfficientNet-Lite0 W8A8": Workload(_photographs, 180),
     "EfficientNet-Lite0 W8A8, recipe": Workload(partial(_photographs, ready=True), 180),
 }
