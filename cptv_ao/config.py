@@ -31,7 +31,8 @@ class RefineConfig:
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, outlier channels of layer norms move into the weights that read them (if their float weights are
-            known). Of lowered FX models, and only where `include` and `kinds` leave nothing out.
+            known). In PT2E graphs these too, and the channels of what linear layers read move to the middle of their
+            ranges, by biases. Only where `include` and `kinds` leave nothing out; never of reference models.
         gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
             0 for none. Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.

@@ -33,6 +33,7 @@ from cptv_ao.losses import kl
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells"
 LEARNING_RATES = (0.01, 0.03, 0.1)
+LEAST_RATE = 0.001
 _FOREVER = 10**6
 
 
@@ -144,18 +145,24 @@ def run_unit(name: str, seed: int, methods: list[str]) -> None:
 
 
 def tune_unit(name: str) -> None:
-    """Choose the gradient's learning rate for one workload, by KL on unseen images of another draw."""
+    """Choose the gradient's learning rate for one workload, by KL on unseen images of another draw: of three, and of
+    further ones as long as the best is at an end."""
     unit_threads()
     if tuned(name).exists():
         return
     case = WORKLOADS[name].make(TUNING_SEED)
-    losses = {}
-    for rate in LEARNING_RATES:
-        model, _ = refined(case, gradient(WORKLOADS[name].seconds, TUNING_SEED, rate))
-        losses[rate] = judge(case, model)["kl"]
+    losses: dict[float, float] = {}
+    rates = list(LEARNING_RATES)
+    while rates:
+        for rate in rates:
+            model, _ = refined(case, gradient(WORKLOADS[name].seconds, TUNING_SEED, rate))
+            losses[rate] = judge(case, model)["kl"]
+        best = min(losses, key=losses.__getitem__)
+        beyond = {min(losses): 0.3 * best, max(losses): 3 * best}.get(best, 0.0)
+        rates = [float(f"{beyond:.1g}")] if LEAST_RATE <= beyond <= 1 else []
     print(f"{name}: " + ", ".join(f"lr {rate}: KL {loss:.4f}" for rate, loss in losses.items()), flush=True)
     tuned(name).parent.mkdir(parents=True, exist_ok=True)
-    tuned(name).write_text(json.dumps({"chosen": min(losses, key=losses.__getitem__), "kl": losses}, indent=1))
+    tuned(name).write_text(json.dumps({"chosen": best, "kl": losses}, indent=1))
 
 
 def start_unit(name: str, *words: str) -> None:
