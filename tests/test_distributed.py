@@ -82,6 +82,21 @@ def check_every_world_size(case: Case, folder: Path, monkeypatch: pytest.MonkeyP
         assert found == [wanted] * size
 
 
+def test_ranks_move_a_pt2e_graph_to_the_same_form(tmp_path: Path) -> None:
+    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+
+    def work(_: int) -> Any:
+        import test_pt2e_forms as forms  # in the ranks alone: a process that has exported cannot be forked
+
+        model = forms.apart(outlier=60)
+        graph = forms.quantized(model)
+        forms.refine(graph, model, gradient_steps=4)
+        assert forms.NOTE in cptv_ao.report(graph).notes
+        return forms.weights(graph), forms.steps(Backend(graph))
+
+    assert together(2, work, tmp_path) == together(1, work, tmp_path) * 2
+
+
 def test_more_ranks_than_batches(conv: Case, tmp_path: Path) -> None:
     wanted = refine(conv.copy(), batches=conv.batches[:2])
     assert together(4, lambda _: refine(conv, batches=conv.batches[:2]), tmp_path) == [wanted] * 4

@@ -115,7 +115,7 @@ def test_the_table_of_other_tools_is_that_of_the_benchmark(
 
 def test_the_short_table_is_that_of_the_benchmark(cells: list[dict[str, Any]]) -> None:
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)[^|]* \| ([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 7
 
     def top1(workload: str, method: str) -> str:
         of = [cell for cell in cells if (cell["workload"], cell["method"]) == (workload, method)]
@@ -127,7 +127,7 @@ def test_the_short_table_is_that_of_the_benchmark(cells: list[dict[str, Any]]) -
     gaps = {
         workload: gap for workload, gap in gaps.items() if not workload.endswith(", recipe")
     }  # not what stock gives
-    widest = sorted(gaps, key=lambda workload: -mean(gaps[workload]))[:6]
+    widest = sorted(gaps, key=lambda workload: -mean(gaps[workload]))[:7]
     assert [row[0].split(" (")[0] for row in rows] == widest
     for (_, _, *figures), workload in zip(rows, widest, strict=True):
         assert figures == [top1(workload, method) for method in ("start", "gradient", "ours")], workload

@@ -10,7 +10,6 @@ import nets
 import pytest
 import torch
 import workloads
-from ranks import together
 from small import small_config
 from state import weights
 from torch import Tensor, nn
@@ -196,19 +195,6 @@ def test_what_was_given_comes_back_where_it_is_better() -> None:
     refine(graph, model, loss=loss)
     assert weights(graph) == as_given
     assert cptv_ao.report(graph).before == cptv_ao.report(graph).after
-
-
-def test_all_ranks_end_with_the_same(tmp_path: Path) -> None:
-    model = apart(outlier=60)
-    graph = quantized(model)
-
-    def work(_: int) -> Any:
-        refined = copy.deepcopy(graph)
-        refine(refined, model, gradient_steps=4, evaluations=2)
-        assert NOTE in cptv_ao.report(refined).notes
-        return weights(refined), steps(Backend(refined))
-
-    assert together(2, work, tmp_path) == [work(0)] * 2
 
 
 def refine(graph: GraphModule, model: nn.Module, **changes: Any) -> None:
