@@ -22,6 +22,8 @@ from recovery import RESULTS, cell, has_attention, judge
 from tables import Cells, markdown, top1
 from torch import Tensor, nn
 
+import cptv_ao
+
 CELLS = RESULTS / "rivals"
 
 
@@ -86,12 +88,21 @@ def sequential_mse(case: Case) -> nn.Module:
     return sim.model
 
 
+def ours_soon(case: Case) -> nn.Module:
+    """Ours in the time of the fastest of the others."""
+    config = cptv_ao.RefineConfig(max_seconds=8)
+    return cptv_ao.refine(
+        case.quantized, case.calibration, float_model=case.float_model, config=config, progress=False, inplace=False
+    )
+
+
 METHODS: dict[str, Callable[[Case], nn.Module]] = {"NNCF": nncf, "AIMET sequential MSE": sequential_mse}
+OURS_SOON = "ours, max_seconds=8"
 ROWS = {
-    "outlier ViT W8A8": ("NNCF",),
-    "fashion CNN W8A8": tuple(METHODS),
+    "outlier ViT W8A8": ("NNCF", OURS_SOON),
+    "fashion CNN W8A8": (*METHODS, OURS_SOON),
     "fashion CNN W4A8": ("AIMET sequential MSE",),
-    "EfficientNet-Lite0 W8A8": tuple(METHODS),
+    "EfficientNet-Lite0 W8A8": (*METHODS, OURS_SOON),
 }
 
 
@@ -100,7 +111,7 @@ def run_cell(name: str, method: str, seed: int) -> None:
     unit_threads()
     case = WORKLOADS[name].make(seed)
     started = time.monotonic()
-    model = METHODS[method](case)
+    model = (METHODS | {OURS_SOON: ours_soon})[method](case)
     result = {"workload": name, "method": method, "seed": seed, "seconds": time.monotonic() - started}
     result |= judge(case, model)
     CELLS.mkdir(parents=True, exist_ok=True)
