@@ -44,12 +44,14 @@ def centre(backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Ba
         world: the ranks that all do so.
     """
     shared = [part for part in shared if all(reader.bias for reader in part.readers)]
-    ends = channel_ends(backend, [part.value for part in shared], batches, world)
+    if not shared:
+        return 0
+    twin = unquantized(backend)
+    ends = channel_ends(twin, [part.value for part in shared], batches, world)
     worth = [part for part in shared if part.value in ends and _narrower(ends[part.value])]
     if not worth:
         return 0
     few = batches[0].few(_FEW)
-    twin = unquantized(backend)
     entries, wanted, before = _entries(twin, worth, few), _output(twin, few), backend.snapshot()
     found = [part for part in worth if part.value in entries]
     for parts in (found, [part for part in found if part.as_norm is not None]):

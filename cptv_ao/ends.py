@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
-from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.measures import Watcher, real
 from cptv_ao.sites import QParams, ScaleSite
-from cptv_ao.twin import unquantized
+from cptv_ao.twin import Twin
 from cptv_ao.world import World
 
 # Images on which values are looked at.
@@ -35,15 +33,8 @@ class Ends:
         return max(0.0, float(self.high.max())) - min(0.0, float(self.low.min()))
 
 
-def channel_ends(backend: Backend, nodes: Sequence[str], batches: Sequence[Batch], world: World) -> dict[str, Ends]:
-    """Ends of what nodes give in float, by node, over their last dimension, as rank 0 sees them; nothing where the
-    float twin does not know an op."""
-    if not nodes:
-        return {}
-    try:
-        twin = unquantized(backend)
-    except UnsupportedModelError:
-        return {}
+def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], world: World) -> dict[str, Ends]:
+    """Ends of what nodes of a twin give, by node, over their last dimension, as rank 0 sees them."""
     wanted, seen = set(nodes), dict[str, Ends]()
 
     def see(node: Node, value: Any) -> Any:

@@ -28,12 +28,14 @@ from cptv_ao.backends.exported import is_exported
 from cptv_ao.centring import centre
 from cptv_ao.data import Batch
 from cptv_ao.ends import Ends, channel_ends, ranged
+from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
 from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInputs
 from cptv_ao.sites import QParams, ScaleSite, same
 from cptv_ao.smoothing import outlier_exponents
+from cptv_ao.twin import unquantized
 from cptv_ao.weights import fold_factors
 from cptv_ao.world import ALONE, World
 
@@ -46,10 +48,11 @@ _HALF, _BEYOND = 127, 0.1
 
 
 def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -> list[str]:
-    """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms.
+    """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms; in a
+    PT2E graph smooth outliers, and centre what linear layers read.
 
     Args:
-        backend: of a lowered model, which is written. Outliers are smoothed where the readers' float weights are known.
+        backend: of the model, which is written. Outliers are smoothed where the readers' float weights are known.
         batches: calibration images.
         world: the ranks that all do so.
 
@@ -60,7 +63,7 @@ def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -
         return _equalize_exported(backend, batches, world)
     patterns = Patterns(backend)
     folded = sum(_fold(backend, norm) for norm in patterns.unfused_norms())
-    read = [n for n in patterns.read_norms() if all(name in backend.float_weights for name in n.readers)]
+    read = _smoothable(backend, patterns.read_norms())
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     codes = _codes(backend, batches[0], world) if clipped or read else 0
     cut = sum(_cut(backend, site, codes) for site in clipped)
@@ -75,9 +78,8 @@ def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -
 def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
     """The same for a PT2E graph, where norms are float, and what they give is put on a scale."""
     shared = SharedInputs(backend).find()
-    names = {name for name in backend.float_weights if backend.shiftable(name)}
-    read = [norm for part in shared if (norm := part.as_norm) is not None and names.issuperset(norm.readers)]
-    notes = _smoothed(backend, batches, read, None, world)
+    norms = [norm for part in shared if (norm := part.as_norm) is not None]
+    notes = _smoothed(backend, batches, _smoothable(backend, norms), None, world)
     if centred := centre(backend, shared, batches, world):
         notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
     return notes
@@ -126,11 +128,24 @@ def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     return True
 
 
+def _smoothable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
+    """Those whose readers' float weights are known, and not rounded by the graph itself."""
+    names = {name for name in backend.float_weights if backend.shiftable(name)}
+    return [norm for norm in norms if names.issuperset(norm.readers)]
+
+
 def _smoothed(
     backend: Backend, batches: Sequence[Batch], norms: Sequence[ReadNorm], codes: int | None, world: World
 ) -> list[str]:
-    """Move the outlier channels of norms into the weights that read them, and tell of it."""
-    ends = channel_ends(backend, [norm.node for norm in norms], batches, world)
+    """Move the outlier channels of norms into the weights that read them, and tell of it; nothing where the float twin
+    does not know an op."""
+    if not norms:
+        return []
+    try:
+        twin = unquantized(backend)
+    except UnsupportedModelError:
+        return []
+    ends = channel_ends(twin, [norm.node for norm in norms], batches, world)
     counts = [_smooth(backend, norm, ends[norm.node], codes) for norm in norms if norm.node in ends]
     moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
     return [moved] if any(counts) else []

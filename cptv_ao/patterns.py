@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_sca
 _CLIPS = {"relu": math.inf, "relu6": 6.0}
 # What a value can be asked for without its numbers.
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+_SHAPES = {"aten.sym_size", "aten._assert_tensor_metadata"}
 
 _Found = TypeVar("_Found")
 
@@ -131,11 +132,11 @@ class Patterns:
             return None
         if "relu" in self._name(layer).lower():
             return None
-        return layer if [user for user in value.users if _reads(user)] == [norm] else None
+        return layer if [user for user in value.users if reads(user)] == [norm] else None
 
     def _after(self, norm: Node) -> ScaleSite | None:
         """The site on whose scale the output of a norm is put at once."""
-        readers = [user for user in norm.users if _reads(user)]
+        readers = [user for user in norm.users if reads(user)]
         if len(readers) != 1 or op_name(readers[0]) != "quantize_per_tensor":
             return None
         return self._outputs.get(readers[0].name)
@@ -145,7 +146,7 @@ class Patterns:
         if output is None or norm is None:
             return None
         tensors, shape = norm
-        users = [user for user in node.users if _reads(user)]
+        users = [user for user in node.users if reads(user)]
         readers = [self._weights[user.name] for user in users if user.name in self._weights]
         linear = all("linear" in reader.op.lower() for reader in readers)
         if not (tensors and users) or len(shape) != 1 or len(readers) < len(users) or not linear:
@@ -183,7 +184,7 @@ class Patterns:
                 highs += behind
             elif name.lower().rstrip("_") in _CLIPS:
                 highs.append(_CLIPS[name.lower().rstrip("_")])
-            elif _reads(user):
+            elif reads(user):
                 return None
         return highs
 
@@ -194,14 +195,26 @@ class Patterns:
     def _tensors(self, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, str] | None:
         """Paths of these arguments of a node, those that are None left out; None where one is shared or computed."""
         nodes = {name: given[name] for name in names if given.get(name) is not None}
-        if not all(isinstance(n, Node) and n.op == "get_attr" and len(n.users) == 1 for n in nodes.values()):
-            return None
-        paths = {name: str(node.target) for name, node in nodes.items()}
-        return paths if self._once.issuperset(paths.values()) else None
+        paths = {name: path for name, node in nodes.items() if (path := own_path(node, self._once)) is not None}
+        return paths if len(paths) == len(nodes) else None
 
 
-def _reads(user: Node) -> bool:
+def own_path(value: Any, once: Container[str]) -> str | None:
+    """Path of the tensor that a value is, where one node alone reads it; None of any other value.
+
+    Args:
+        value: argument of a node.
+        once: targets that one node of the graph has.
+    """
+    if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
+        return None
+    return str(value.target) if str(value.target) in once else None
+
+
+def reads(user: Node) -> bool:
     """Whether a node reads the numbers of its first input, not just its shape."""
     if user.op == "call_method":
         return str(user.target) not in {"size", "dim"}
-    return user.target is not getattr or user.args[1] not in _ATTRIBUTES
+    if user.target is getattr:
+        return user.args[1] not in _ATTRIBUTES
+    return op_name(user) not in _SHAPES

@@ -19,7 +19,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import weight_sites
 from cptv_ao.backends.passing import op_name
-from cptv_ao.patterns import ReadNorm
+from cptv_ao.patterns import ReadNorm, own_path, reads
 
 # Ops that move values of channels about, or pick some.
 _PICKS = {"getitem", "aten.chunk", "aten.select", "aten.slice", "aten.split", "aten.split_with_sizes", "aten.unbind"}
@@ -27,7 +27,6 @@ _MOVES = _PICKS | {
     "aten.alias", "aten.clone", "aten.contiguous", "aten.dropout", "aten.expand", "aten.flatten", "aten.permute",
     "aten.reshape", "aten.squeeze", "aten.transpose", "aten.unflatten", "aten.unsqueeze", "aten.view",
 }  # fmt: skip
-_SHAPES = {"aten.sym_size", "aten._assert_tensor_metadata"}
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,9 @@ class SharedInputs:
         return [found for node in self._model.graph.nodes if (found := self._shared(node)) is not None]
 
     def _shared(self, value: Node) -> SharedInput | None:
-        users = [user for user in value.users if op_name(user) not in _SHAPES]
-        sites = [self._quantized.get(user.name) for user in users]
-        names = [name for name in sites if name is not None]
-        if not names or len(names) < len(sites) or not self._alone(names):
+        users = [user for user in value.users if reads(user)]
+        names = [self._quantized[user.name] for user in users if user.name in self._quantized]
+        if not names or len(names) < len(users) or not self._alone(names):
             return None
         readers = [self._reader(layer, back) for user in users for back in user.users for layer in back.users]
         read = [reader for reader in readers if reader is not None]
@@ -106,12 +104,12 @@ class SharedInputs:
         if source is None or not read or len(read) < len(readers):
             return None
         norm = op_name(source) == "aten.layer_norm"
-        weight, bias = (self._parameter(source, place) for place in ((2, 3) if norm else (1, 2)))
+        weight = own_path(_argument(source, 2), self._once) if norm else None
+        bias = own_path(_argument(source, 3 if norm else 2), self._once)
         if bias is None or (norm and (weight is None or len(source.args[1]) != 1)):  # type: ignore[arg-type]
             return None
-        owner = names[0] if norm else self._weight_of.get(_argument(source, 1), names[0])
-        held = weight if norm else None
-        return SharedInput(tuple(names), value.name, source.name, owner, held, bias, tuple(read))
+        owner = names[0] if norm else self._weight(source) or names[0]
+        return SharedInput(tuple(names), value.name, source.name, owner, weight, bias, tuple(read))
 
     def _alone(self, names: list[str]) -> bool:
         """Whether these sites are tied to each other at most."""
@@ -121,21 +119,19 @@ class SharedInputs:
 
     def _reader(self, layer: Node, dequantized: Node) -> Reader | None:
         """A linear layer that reads a dequantized value, with a weight and a bias of its own."""
-        weight = self._weight_of.get(_argument(layer, 1))
+        weight = self._weight(layer)
         if op_name(layer) != "aten.linear" or layer.args[0] is not dequantized or weight is None:
             return None
-        bias = self._parameter(layer, 2)
-        has_bias = len(layer.args) > 2 and layer.args[2] is not None
-        if len(self._sites[weight].nodes) != 1 or (has_bias and bias is None):
+        given = _argument(layer, 2)
+        bias = own_path(given, self._once)
+        if len(self._sites[weight].nodes) != 1 or (given is not None and bias is None):
             return None
         return Reader(weight, bias)
 
-    def _parameter(self, node: Node, place: int) -> str | None:
-        """Path of an argument that is a tensor which nothing else uses."""
-        held = node.args[place] if len(node.args) > place else None
-        if not isinstance(held, Node) or held.op != "get_attr" or len(held.users) != 1:
-            return None
-        return str(held.target) if str(held.target) in self._once else None
+    def _weight(self, layer: Node) -> str | None:
+        """Site of the weight of a linear layer, where it is one."""
+        weight = _argument(layer, 1)
+        return self._weight_of.get(weight.name) if isinstance(weight, Node) else None
 
     def _source(self, value: Node) -> Node | None:
         """The norm or linear layer whose channels a value has; what is on the way moves them, or mixes positions."""
@@ -144,7 +140,7 @@ class SharedInputs:
             name = op_name(node)
             if name == "aten.layer_norm":
                 return node if node is value else None
-            users = [user for user in node.users if op_name(user) not in _SHAPES]
+            users = [user for user in node.users if reads(user)]
             if node is not value and len(users) > 1 and not all(op_name(user) in _PICKS for user in users):
                 return None
             if name == "aten.linear":
@@ -158,10 +154,9 @@ class SharedInputs:
         return None
 
 
-def _argument(node: Node, place: int) -> str:
-    """Name of the node that is an argument; empty where it is none."""
-    held = node.args[place] if len(node.args) > place else None
-    return held.name if isinstance(held, Node) else ""
+def _argument(node: Node, place: int) -> Any:
+    """An argument, None where it is left out."""
+    return node.args[place] if len(node.args) > place else None
 
 
 def _is_softmax(node: Any) -> bool:

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from statistics import mean
 
 from cases import SEEDS, WORKLOADS, Case, unit_threads
-from recovery import RESULTS, cell, has_attention, judge
+from recovery import RESULTS, cell, has_attention, judge, refined
 from tables import Cells, markdown, top1
 from torch import Tensor, nn
 
-import cptv_ao
+from cptv_ao import RefineConfig
 
 CELLS = RESULTS / "rivals"
 
@@ -90,19 +90,19 @@ def sequential_mse(case: Case) -> nn.Module:
 
 def ours_soon(case: Case) -> nn.Module:
     """Ours in the time of the fastest of the others."""
-    config = cptv_ao.RefineConfig(max_seconds=8)
-    return cptv_ao.refine(
-        case.quantized, case.calibration, float_model=case.float_model, config=config, progress=False, inplace=False
-    )
+    return refined(case, RefineConfig(max_seconds=8))[0]
 
 
-METHODS: dict[str, Callable[[Case], nn.Module]] = {"NNCF": nncf, "AIMET sequential MSE": sequential_mse}
-OURS_SOON = "ours, max_seconds=8"
+METHODS: dict[str, Callable[[Case], nn.Module]] = {
+    "NNCF": nncf,
+    "AIMET sequential MSE": sequential_mse,
+    "ours, max_seconds=8": ours_soon,
+}
 ROWS = {
-    "outlier ViT W8A8": ("NNCF", OURS_SOON),
-    "fashion CNN W8A8": (*METHODS, OURS_SOON),
+    "outlier ViT W8A8": ("NNCF", "ours, max_seconds=8"),
+    "fashion CNN W8A8": tuple(METHODS),
     "fashion CNN W4A8": ("AIMET sequential MSE",),
-    "EfficientNet-Lite0 W8A8": (*METHODS, OURS_SOON),
+    "EfficientNet-Lite0 W8A8": tuple(METHODS),
 }
 
 
@@ -111,7 +111,7 @@ def run_cell(name: str, method: str, seed: int) -> None:
     unit_threads()
     case = WORKLOADS[name].make(seed)
     started = time.monotonic()
-    model = (METHODS | {OURS_SOON: ours_soon})[method](case)
+    model = METHODS[method](case)
     result = {"workload": name, "method": method, "seed": seed, "seconds": time.monotonic() - started}
     result |= judge(case, model)
     CELLS.mkdir(parents=True, exist_ok=True)
