@@ -18,31 +18,41 @@ class Budget:
     world: World = ALONE
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
-    stopped: Status | None = None
+    _asked: Status | None = None
 
     def stop(self, by: Status = Status.STOPPED) -> None:
-        """End the search after what is running now; who says so first is told."""
-        self.stopped = self.stopped or by
+        """End the search after what is running now; who says so first is told.
+
+        A signal handler may call it at any time, while the ranks ask each other, too.
+        """
+        self._asked = self._asked or by
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
     @property
+    def stopped(self) -> Status | None:
+        """Why all ranks end, where one was asked to; the ranks must ask together."""
+        return self._agreed()[0]
+
+    @property
     def left(self) -> bool:
         """Whether to go on; the ranks must ask together."""
-        may_score, seconds = self._state()
-        return may_score and (self.max_seconds is None or seconds < self.max_seconds)
+        stopped, seconds = self._agreed()
+        return not stopped and self._in_count and (self.max_seconds is None or seconds < self.max_seconds)
 
     @property
     def may_score(self) -> bool:
         """Whether what took the seconds to find may still be scored; the ranks must ask together."""
-        return self._state()[0]
+        return not self.stopped and self._in_count
 
-    def _state(self) -> tuple[bool, float]:
-        """Whether neither a stop nor the count of evaluations ends it, and the seconds so far."""
+    @property
+    def _in_count(self) -> bool:
+        return self.max_evaluations is None or self.evaluations < self.max_evaluations
+
+    def _agreed(self) -> tuple[Status | None, float]:
+        """Why to end, and the seconds so far: those of the rank that has more of them."""
         reasons = [None, *Status]
-        reason, seconds = self.world.most(float(reasons.index(self.stopped)), self.seconds)
-        self.stopped = reasons[int(reason)]
-        in_count = self.max_evaluations is None or self.evaluations < self.max_evaluations
-        return not self.stopped and in_count, seconds
+        reason, seconds = self.world.most(float(reasons.index(self._asked)), self.seconds)
+        return reasons[int(reason)], seconds

@@ -60,8 +60,8 @@ def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
     def handle(_: int, __: object) -> None:
         signal.signal(signal.SIGINT, before)
-        tqdm.write("cptv_ao: stopping with the best scales so far; Ctrl-C again gives up", file=sys.stderr)
         stop()
+        tqdm.write("cptv_ao: stopping with the best scales so far; Ctrl-C again gives up", file=sys.stderr)
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -276,8 +276,9 @@ def _proposer(
 
 
 def _status(loop: Loop, moved: bool) -> Status:
-    if loop.budget.stopped:
-        return loop.budget.stopped
+    stopped = loop.budget.stopped
+    if stopped:
+        return stopped
     if not loop.budget.left:
         return Status.BUDGET
     if moved:
