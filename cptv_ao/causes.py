@@ -17,7 +17,7 @@ from cptv_ao.config import RefineConfig
 from cptv_ao.evaluator import Evaluator, first_floating
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Watcher
-from cptv_ao.scoring import Images, Scoring
+from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.simulated import on_device
 from cptv_ao.twin.simulation import SimulatedBackend
 
@@ -64,7 +64,7 @@ def causes_on_twin(
         UnsupportedModelError: the twin does not know an op.
     """
     twin = simulated.twin
-    evaluator = Scoring(simulated.model, on_device(simulated, images), Images((), ()), config).search
+    evaluator = Scoring(simulated.model, Calibration(config, on_device(simulated, images))).search
     known, there = set(twin.names), {node.name for node in twin.module.graph.nodes}
     own = {block.name: [site for site in block.sites if site.name in known] for block in blocks}
     nodes = {name: [n for site in sites for n in site.nodes if n in there] for name, sites in own.items()}

@@ -27,7 +27,7 @@ from cptv_ao.guard import eval_mode, without_torch_floods
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.report import META_KEY
-from cptv_ao.scoring import Images, Scoring
+from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey
 from cptv_ao.twin.simulation import SimulatedBackend
@@ -107,7 +107,7 @@ def _diagnosis(
     teacher = sources.teacher_for(backend)
     with as_float(teacher):
         images = Images.of(batches, teacher, config)
-        kernels = Scoring(backend.model, images, Images((), ()), config).search
+        kernels = Scoring(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
         survey = Survey(backend, blocks)

@@ -33,7 +33,7 @@ from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
 from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInputs
-from cptv_ao.sites import QParams, ScaleSite, same
+from cptv_ao.sites import REDUCED_QMAX, QParams, ScaleSite, same
 from cptv_ao.smoothing import outlier_exponents
 from cptv_ao.twin import unquantized
 from cptv_ao.weights import fold_factors
@@ -43,8 +43,8 @@ from cptv_ao.world import ALONE, World
 _FEW = 16
 # A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
 _WASTE = 0.1
-# Steps of 7 bits, and the share of codes beyond them, of one activation, that says that all 8 are used.
-_HALF, _BEYOND = 127, 0.1
+# Share of the codes of one activation beyond 7 bits that says that all 8 are used.
+_BEYOND = 0.1
 
 
 def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -> list[str]:
@@ -179,11 +179,11 @@ def _codes(backend: Backend, batch: Batch, world: World) -> int:
 
     def see(_: Node, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_quantized and value.dtype == torch.quint8:
-            shares.append(float((value.int_repr() > _HALF).float().mean()))
+            shares.append(float((value.int_repr() > REDUCED_QMAX).float().mean()))
         return value
 
     Watcher(backend.model).watch(batch.few(_FEW), see)
-    return _HALF if world.first(max(shares)) < _BEYOND else 2 * _HALF + 1
+    return REDUCED_QMAX if world.first(max(shares)) < _BEYOND else 2 * REDUCED_QMAX + 1
 
 
 def _peak(weight: Tensor, site: ScaleSite) -> Tensor:

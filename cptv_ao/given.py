@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.config import RefineConfig
 from cptv_ao.equalize import equalize
 from cptv_ao.errors import NonFiniteError
 from cptv_ao.report import Losses, Report, Status
-from cptv_ao.scoring import Images, Scoring, Shipped
-from cptv_ao.world import World
+from cptv_ao.scoring import Calibration, Scoring, Shipped
 
 
 @dataclass(frozen=True)
@@ -32,38 +30,31 @@ class Given:
         return replace(report, status=Status.REJECTED, before=self.losses, after=self.losses, moves=())
 
 
-def equalized(
-    backend: Backend,
-    shipped: Scoring | Shipped,
-    images: Images,
-    held_out: Images,
-    config: RefineConfig,
-    world: World,
-) -> tuple[Given, Scoring] | None:
+def equalized(backend: Backend, judge: Scoring | Shipped, calibration: Calibration) -> tuple[Given, Scoring] | None:
     """Make an equivalent form of a model.
 
     Args:
         backend: of the model, which is written.
-        shipped: gives the losses that count.
-        images, held_out, config, world: as for `Scoring`.
+        judge: gives the losses that count.
+        calibration: as for `Scoring`.
 
     Returns:
         The model that was given, and what scores the one that is there now, whose tensors are others; None where there
         is no other form, or none that computes numbers.
     """
     state = backend.snapshot()
-    done = equalize(backend, images.batches, world)
+    done = equalize(backend, calibration.search.batches, calibration.world)
     if not done:
         return None
     now = backend.snapshot()
     backend.restore_all(state)
-    given = Given(shipped.losses(), state, tuple(done))
+    given = Given(judge.losses(), state, tuple(done))
     backend.restore_all(now)
     try:
-        scoring = Scoring(backend.model, images, held_out, config, world)
+        scoring = Scoring(backend.model, calibration)
     except NonFiniteError:
         scoring = None
-    if world.most(float(scoring is None))[0] or scoring is None:  # each rank looks at its own images
+    if calibration.world.most(float(scoring is None))[0] or scoring is None:  # each rank looks at its own images
         backend.restore_all(state)
         return None
     return given, scoring

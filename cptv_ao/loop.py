@@ -16,11 +16,11 @@ from cptv_ao.backends.backend import Backend, count_shifted
 from cptv_ao.blocks import Block
 from cptv_ao.budget import Budget
 from cptv_ao.config import RefineConfig
-from cptv_ao.evaluator import Evaluator
 from cptv_ao.events import STOP, Callback, Event
 from cptv_ao.given import Given
 from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
+from cptv_ao.scoring import Scoring
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Vector
 from cptv_ao.sites import ScaleSite, same
@@ -48,8 +48,7 @@ class Loop:
         self,
         backend: Backend,
         blocks: Sequence[Block],
-        search: Evaluator,
-        holdout: Evaluator | None,
+        scoring: Scoring,
         config: RefineConfig,
         listeners: Sequence[Callback],
         budget: Budget,
@@ -57,7 +56,7 @@ class Loop:
         given: Given | None = None,
     ) -> None:
         self.backend, self._world = backend, world
-        self.search, self._holdout = search, holdout
+        self.search, self._holdout = scoring.search, scoring.holdout
         self._config = config
         self.listeners = list(listeners)
         self.rng: np.random.Generator = np.random.default_rng(config.seed)
@@ -69,8 +68,8 @@ class Loop:
         self.budget = budget
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
-        self.loss = search.score()
-        search.keep()
+        self.loss = self.search.score()
+        self.search.keep()
         #: where the search starts: the model that was given, or an equivalent one
         self.first_state = backend.snapshot()
         self.start = self._both(self.loss) if given is None else given.losses

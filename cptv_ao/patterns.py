@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -85,8 +85,7 @@ class Patterns:
     def __init__(self, backend: Backend) -> None:
         self._model = backend.model
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
-        nodes = [node for node in self._model.graph.nodes if node.op in {"get_attr", "call_module"}]
-        self._once = {target for target, count in Counter(str(n.target) for n in nodes).items() if count == 1}
+        self._once = read_once(self._model.graph.nodes)
         ties = Counter(site.tied for site in backend.sites.values())
         alone = [s for s in backend.sites.values() if len(s.nodes) == 1 and not s.fixed and ties[s.tied] == 1]
         self._outputs = {site.nodes[0]: site for site in alone if site.kind == "activation"}
@@ -199,12 +198,18 @@ class Patterns:
         return paths if len(paths) == len(nodes) else None
 
 
+def read_once(nodes: Iterable[Node]) -> set[str]:
+    """Targets of the tensors and modules that one node alone has."""
+    targets = Counter(str(node.target) for node in nodes if node.op in {"get_attr", "call_module"})
+    return {target for target, count in targets.items() if count == 1}
+
+
 def own_path(value: Any, once: Container[str]) -> str | None:
     """Path of the tensor that a value is, where one node alone reads it; None of any other value.
 
     Args:
         value: argument of a node.
-        once: targets that one node of the graph has.
+        once: as `read_once` gives it.
     """
     if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
         return None

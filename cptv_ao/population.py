@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.data import Batch
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.sites import REDUCED_QMAX, QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.exported import FloatWeighted
@@ -18,8 +18,8 @@ from cptv_ao.twin.modules import Weighted
 # Multiples of a weight scale that are tried per channel, and images that they are tried on.
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
 _IMAGES = 64
-# reduce_range calibrates for 7 bits: half the scale uses the whole container, twice the scale leaves it.
-HALF = 127 / 255
+# After reduce_range half the scale uses the whole container, twice the scale leaves it.
+HALF = REDUCED_QMAX / 255
 
 Proposal = tuple[str, Callable[[], Assignment]]
 """What an individual is, and its scales; these are computed when they are asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,22 +12,19 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.budget import Budget
-from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.losses import get_loss
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
-from cptv_ao.sites import ScaleSite
+from cptv_ao.scoring import Calibration, Images
+from cptv_ao.sites import REDUCED_QMAX, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs
-from cptv_ao.world import ALONE, World
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85
-# Codes 0..127 times int8 weights cannot saturate the int16 pair sums of kernels without VNNI.
-_NARROW_QMAX = 127
 # Images on which saturation is looked for.
 _PROBE_IMAGES = 16
 # Images of one step of the descent: larger batches of the loader are cut.
@@ -40,24 +37,16 @@ class Proposer:
     Args:
         backend: of the model.
         groups: the tied groups that are searched, by the name of their leader.
-        batches, teacher: the search images and the teacher's outputs on them.
-        world: the ranks that share the steps of the descent.
+        calibration: whose search images the descent learns from.
 
     Raises:
         UnsupportedModelError: the model has an op that the float twin does not know.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        groups: Mapping[str, tuple[ScaleSite, ...]],
-        batches: Sequence[Batch],
-        teacher: Sequence[Tensor],
-        config: RefineConfig,
-        world: World = ALONE,
-    ) -> None:
-        self._backend, self._groups, self._config, self._world = backend, groups, config, world
-        self._batches, self._teacher = _steps(batches, teacher)
+    def __init__(self, backend: Backend, groups: Mapping[str, tuple[ScaleSite, ...]], calibration: Calibration) -> None:
+        self._backend, self._groups = backend, groups
+        self._config, self._world = calibration.config, calibration.world
+        self._batches, self._teacher = _steps(calibration.search)
         self._twin = Twin(backend)
         self._twin.reround_weights()
         #: images run through the twin; forward and backward count as three
@@ -65,7 +54,7 @@ class Proposer:
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
         #: asked before each proposal and step whether to go on
-        self.budget = Budget(None, None, world)
+        self.budget = Budget(None, None, self._world)
 
     def __iter__(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
@@ -112,7 +101,7 @@ class Proposer:
 
     def _limit(self, leads: Iterable[str]) -> None:
         """Keep the codes of these groups where no kernel saturates."""
-        self._twin.limit([site.name for lead in leads for site in self._groups[lead]], _NARROW_QMAX)
+        self._twin.limit([site.name for lead in leads for site in self._groups[lead]], REDUCED_QMAX)
 
     def _follow(self) -> None:
         """Give the twin the scales that are in the model."""
@@ -143,7 +132,7 @@ class Proposer:
             self.image_forwards = descent.image_forwards
             highest = self._saturating(proposal[1]())
             self._limit(highest)
-            descent.rescale({lead: code / _NARROW_QMAX for lead, code in highest.items() if code > _NARROW_QMAX})
+            descent.rescale({lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX})
             before = self._scales()
             yield proposal
             if torch.equal(self._scales(), before):
@@ -154,11 +143,11 @@ class Proposer:
         return torch.cat([self._backend.read(lead).scale.reshape(-1) for lead in self._groups])
 
 
-def _steps(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
+def _steps(images: Images) -> tuple[list[Batch], list[Tensor]]:
     """The batches of the steps: those of the loader, cut where they are large."""
     parts: list[Batch] = []
     targets: list[Tensor] = []
-    for batch, target in zip(batches, teacher, strict=True):
+    for batch, target in zip(images.batches, images.targets, strict=True):
         for rows in batch.parts(round(batch.images / _STEP_IMAGES)):
             parts.append(batch.rows(rows.start, rows.stop))
             targets.append(target[rows])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,28 +17,26 @@ from torch.fx import GraphModule
 
 from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported, takes_fixed_batch
+from cptv_ao.backends.exported import takes_fixed_batch
 from cptv_ao.backends.reference import write_back
 from cptv_ao.blocks import find_blocks
 from cptv_ao.budget import Budget
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches, split_batches
-from cptv_ao.errors import CptvWarning, NonFiniteError, UnsupportedModelError
+from cptv_ao.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
-from cptv_ao.given import equalized
+from cptv_ao.ground import Ground, find_ground
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
 from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
-from cptv_ao.scoring import Images, Scoring, Shipped
-from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
+from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sites import QParams
 from cptv_ao.sources import Sources, check_negatives, open_backend
-from cptv_ao.twin.simulation import SimulatedBackend
 from cptv_ao.weights import as_float, find_float_weights
 from cptv_ao.world import World
 
@@ -145,65 +142,43 @@ def _refine(
     config, world = search.config, search.world
     if sources.weights is not None:
         find_float_weights(backend, sources.weights)
-    checkpoint = _checkpoint(backend, batches, search)
-    split = split_batches(batches, config.holdout)
-    check_negatives(config, (*split.search, *split.holdout))
-    if sources.weights is None:
+    else:
         warnings.warn(
             "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
             "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
             CptvWarning,
             stacklevel=3,
         )
-    teacher = sources.teacher_for(backend)
-    with as_float(teacher):
-        images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-    kernels = Scoring(backend.model, images, held_out, config, world)
+    checkpoint = _checkpoint(backend, batches, search)
+    calibration = _calibration(backend, batches, sources, search)
+    kernels = Scoring(backend.model, calibration)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
-    notes += agreement_notes(backend, images.batches[0], config)
+    notes += agreement_notes(backend, calibration.search.batches[0], config)
     moved_from = {name: backend.read(name) for name in backend.sites}
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
-    on_twin = config.score_on == "simulation" or is_exported(backend.model)  # a PT2E graph simulates itself
-    scored, shipped = kernels, _shipped(kernels, backend, on_twin, images, held_out, search)
-    found = equalized(backend, shipped, images, held_out, config, world) if search.equalize else None
-    given, kernels = found or (None, kernels)
-    shipped = kernels if shipped is scored else shipped
+    ground = find_ground(backend, kernels, calibration, search.equalize)
     blocks = find_blocks(backend.sites.values(), config.blocks)
-    simulated = SimulatedBackend(backend, config.device) if on_twin else None
-    if simulated is None:
-        scoring, searched, before = kernels, backend, None
-    else:
-        scoring = Scoring(simulated.model, on_device(simulated, images), on_device(simulated, held_out), config, world)
-        searched, before = as_backend(simulated), shipped.losses()
-    first = given if simulated is None else None
-    loop = Loop(searched, blocks, scoring.search, scoring.holdout, config, search.listeners, budget, world, first)
-    if not all(math.isfinite(losses.search) for losses in (loop.start, before or loop.start)):
-        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
-    proposer = _proposer(backend, simulated, loop, images, config, world, notes)
-    with stop_on_interrupt(loop.budget.stop), progress_bar(loop, search.progress):
+    loop = Loop(ground.backend, blocks, ground.scoring, config, search.listeners, budget, world, ground.given)
+    check_losses(loop.start)
+    proposer = _proposer(ground, loop, config, notes)
+    with stop_on_interrupt(budget.stop), progress_bar(loop, search.progress):
         _run(loop, proposer, checkpoint)
-    report = _report(loop, moved_from, kernels, config, notes)
-    if simulated is not None and before is not None:
-        report = confirmed(report, simulated, backend, shipped, before)
-        report = report if given is None else given.judge(report, backend)
-    if given is not None and report.after != given.losses:
-        report = replace(report, notes=(*report.notes, *given.done))
-    parts = {id(part): part.image_forwards for part in (scored, kernels, scoring, proposer) if part is not None}
-    return replace(report, image_forwards=int(world.sum(torch.tensor(sum(parts.values())))))
+    report = ground.judged(_report(loop, moved_from, kernels, config, notes))
+    forwards = ground.image_forwards + (0 if proposer is None else proposer.image_forwards)
+    return replace(report, image_forwards=int(world.sum(torch.tensor(forwards))))
 
 
-def _shipped(
-    kernels: Scoring, backend: Backend, on_twin: bool, images: Images, held_out: Images, search: _Search
-) -> Scoring | Shipped:
-    """What accepts or rejects."""
-    config = search.config
-    if config.accept_on is None:
-        return kernels
-    if not on_twin:
-        raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
-    return Shipped(backend.model, config.accept_on, images, held_out, config, search.world)
+def _calibration(backend: Backend, batches: list[Batch], sources: Sources, search: _Search) -> Calibration:
+    """The images of the loader, split in two, and what the teacher makes of them."""
+    config, world = search.config, search.world
+    split = split_batches(batches, config.holdout)
+    check_negatives(config, (*split.search, *split.holdout))
+    teacher = sources.teacher_for(backend)
+    with as_float(teacher):
+        images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
+    return Calibration(config, images, held_out, world)
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:
@@ -254,22 +229,12 @@ def _report(
     )
 
 
-def _proposer(
-    backend: Backend,
-    simulated: SimulatedBackend | None,
-    loop: Loop,
-    images: Images,
-    config: RefineConfig,
-    world: World,
-    notes: list[str],
-) -> Proposer | None:
+def _proposer(ground: Ground, loop: Loop, config: RefineConfig, notes: list[str]) -> Proposer | None:
     """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
     if not (config.population or config.gradient_steps) or not loop.groups:
         return None
     try:
-        if simulated is not None:
-            return SimulatedProposer(simulated, backend, loop.groups, images, config, world)
-        return Proposer(backend, loop.groups, images.batches, images.targets, config, world)
+        return ground.proposer(loop.groups)
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None

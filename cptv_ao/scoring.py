@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,25 +36,34 @@ class Images:
         return Images(tuple(batches), tuple(targets))
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What the models of one search are scored on, and how.
+
+    Attributes:
+        config: for the loss.
+        search, holdout: images of all ranks.
+        world: the ranks that share the batches.
+    """
+
+    config: RefineConfig
+    search: Images
+    holdout: Images = Images((), ())
+    world: World = ALONE
+
+
 class Scoring:
     """Evaluators of one model on the search images and, where there are any, on the held-out ones.
-
-    Args:
-        model: the one that is scored.
-        search, holdout: images of all ranks.
-        config: for the loss.
-        world: the ranks that share the batches.
 
     Raises:
         FloatModelMismatchError: the model's output has another shape than the teacher's.
         NonFiniteError: the model's output is NaN or infinite.
     """
 
-    def __init__(
-        self, model: GraphModule, search: Images, holdout: Images, config: RefineConfig, world: World = ALONE
-    ) -> None:
-        self.search = _evaluator(model, search, config, world)
-        self.holdout = _evaluator(model, holdout, config, world) if holdout.batches else None
+    def __init__(self, model: GraphModule, calibration: Calibration) -> None:
+        config, world = calibration.config, calibration.world
+        self.search = _evaluator(model, calibration.search, config, world)
+        self.holdout = _evaluator(model, calibration.holdout, config, world) if calibration.holdout.batches else None
 
     @property
     def image_forwards(self) -> int:
@@ -63,6 +73,17 @@ class Scoring:
     def losses(self) -> Losses:
         """Of the scales that are in the model now."""
         return Losses(self.search.score(), None if self.holdout is None else self.holdout.score())
+
+
+def check_losses(losses: Losses) -> Losses:
+    """Those of the model that was given.
+
+    Raises:
+        NonFiniteError: no search can start from them.
+    """
+    if not math.isfinite(losses.search):
+        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+    return losses
 
 
 def _evaluator(model: GraphModule, images: Images, config: RefineConfig, world: World) -> Evaluator:
@@ -87,20 +108,12 @@ class Shipped:
     Args:
         model: whose scales change between calls.
         make: gives what is run.
-        search, holdout, config, world: as for `Scoring`.
     """
 
-    def __init__(
-        self,
-        model: GraphModule,
-        make: Callable[[Any], Any],
-        search: Images,
-        holdout: Images,
-        config: RefineConfig,
-        world: World = ALONE,
-    ) -> None:
-        self._model, self._make, self._world = model, make, world
-        self._search, self._holdout = search, holdout
+    def __init__(self, model: GraphModule, make: Callable[[Any], Any], calibration: Calibration) -> None:
+        config = calibration.config
+        self._model, self._make, self._world = model, make, calibration.world
+        self._search, self._holdout = calibration.search, calibration.holdout
         self._select, self._loss = config.output or first_floating, get_loss(config.loss, config.temperature)
 
     def losses(self) -> Losses:

@@ -10,7 +10,6 @@ attention add up to one. So it can be given back in the biases on the right.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import weight_sites
 from cptv_ao.backends.passing import op_name
-from cptv_ao.patterns import ReadNorm, own_path, reads
+from cptv_ao.patterns import ReadNorm, own_path, read_once, reads
 
 # Ops that move values of channels about, or pick some.
 _PICKS = {"getitem", "aten.chunk", "aten.select", "aten.slice", "aten.split", "aten.split_with_sizes", "aten.unbind"}
@@ -82,8 +81,7 @@ class SharedInputs:
 
     def __init__(self, backend: Backend) -> None:
         self._model, self._sites = backend.model, backend.sites
-        held = Counter(str(node.target) for node in self._model.graph.nodes if node.op == "get_attr")
-        self._once = {target for target, count in held.items() if count == 1}
+        self._once = read_once(self._model.graph.nodes)
         self._weight_of = weight_sites(self._model, backend.sites)
         self._quantized = {
             site.nodes[0]: site.name for site in backend.sites.values() if site.kind == "activation" and not site.fixed

@@ -8,14 +8,12 @@ from typing import cast
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.config import RefineConfig
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status
-from cptv_ao.scoring import Images, Scoring, Shipped
+from cptv_ao.scoring import Calibration, Images, Scoring, Shipped
 from cptv_ao.sites import ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin.simulation import SimulatedBackend
-from cptv_ao.world import World
 
 
 class SimulatedProposer(Proposer):
@@ -33,11 +31,9 @@ class SimulatedProposer(Proposer):
         simulated: SimulatedBackend,
         backend: Backend,
         groups: Mapping[str, tuple[ScaleSite, ...]],
-        images: Images,
-        config: RefineConfig,
-        world: World,
+        calibration: Calibration,
     ) -> None:
-        super().__init__(backend, groups, images.batches, images.targets, config, world)
+        super().__init__(backend, groups, calibration)
         self._simulated = simulated
 
     def _limited(self) -> list[str]:
@@ -69,13 +65,13 @@ def on_device(simulated: SimulatedBackend, images: Images) -> Images:
 
 
 def confirmed(
-    found: Report, simulated: SimulatedBackend, backend: Backend, kernels: Scoring | Shipped, before: Losses
+    found: Report, simulated: SimulatedBackend, backend: Backend, judge: Scoring | Shipped, before: Losses
 ) -> Report:
     """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
 
     Args:
         found: what the search on the twin reports.
-        kernels, before: of the lowered model, and its losses as it was given.
+        judge, before: gives the losses of the lowered model that count, and those before the search.
 
     Returns:
         The report of what ships: before and after are losses of the kernels. Where they are worse, the model has the
@@ -86,7 +82,7 @@ def confirmed(
         return replace(found, before=before, after=before, notes=(*found.notes, told))
     given = backend.snapshot()
     simulated.commit()
-    after = kernels.losses()
+    after = judge.losses()
     if not after.worse_than(before):
         return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
     backend.restore_all(given)

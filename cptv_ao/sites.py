@@ -57,6 +57,10 @@ class ScaleSite:
         return self.shape[0] if self.shape else 1
 
 
+#: The highest code of 0..255 that observers with reduce_range calibrate for: 7 bits. Times int8 weights, such codes
+#: cannot saturate the int16 pair sums of kernels without VNNI.
+REDUCED_QMAX = 127
+
 #: A shift is counted in these parts of a step: -127..127 is half a step down to half a step up.
 SHIFT_PARTS = 254
 

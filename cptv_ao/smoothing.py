@@ -8,7 +8,7 @@ column never becomes larger than the largest one of its layer, so that weights l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.nn import functional
 
 from cptv_ao.measures import OUTLIER
+from cptv_ao.patterns import own_path, read_once
 from cptv_ao.scopes import fetch
 
 #: Less is not worth it, and could not be told from roundings.
@@ -32,11 +33,12 @@ def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
         values: what the nodes of the graph gave on example images.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    once = read_once(graph.nodes)
     found = 0
     with torch.no_grad():
         for node in graph.nodes:
-            norm = _parameters(node, model, modules, graph)
-            layers = _readers(node, modules, graph, values)
+            norm = _parameters(node, model, modules, once)
+            layers = _readers(node, modules, once, values)
             value = values.get(node)
             if norm is not None and layers and isinstance(value, Tensor) and norm[0].shape == value.shape[-1:]:
                 found += _divide(norm, layers, value)
@@ -73,45 +75,36 @@ def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
 
 
 def _parameters(
-    node: Node, model: nn.Module, modules: Mapping[str, nn.Module], graph: Graph
+    node: Node, model: nn.Module, modules: Mapping[str, nn.Module], once: Container[str]
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a norm over the last dimension, where nothing else uses them."""
     if node.op == "call_module":
         norm = modules[str(node.target)]
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or _uses(graph, str(node.target)) != 1:
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or str(node.target) not in once:
             return None
         return norm.weight, norm.bias
     if node.target is not functional.layer_norm:
         return None
     given = dict(zip(("input", "normalized_shape", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    weight, bias = (_held(given.get(name), model, graph) for name in ("weight", "bias"))
+    paths = [own_path(given.get(name), once) for name in ("weight", "bias")]
+    weight, bias = (None if path is None else fetch(model, path) for path in paths)
     if weight is None or (bias is None and given.get("bias") is not None):
         return None
     return weight, bias
 
 
-def _held(source: Any, model: nn.Module, graph: Graph) -> Tensor | None:
-    """A tensor of the model that one node of the graph reads once."""
-    if not isinstance(source, Node) or source.op != "get_attr" or len(source.users) != 1:
-        return None
-    found: Tensor = fetch(model, str(source.target))
-    return found if _uses(graph, str(source.target)) == 1 else None
-
-
-def _readers(node: Node, modules: Mapping[str, nn.Module], graph: Graph, values: Mapping[Node, Any]) -> list[nn.Linear]:
+def _readers(
+    node: Node, modules: Mapping[str, nn.Module], once: Container[str], values: Mapping[Node, Any]
+) -> list[nn.Linear]:
     """The linear layers that read a value, if nothing else does (but its shape) and they read nothing else."""
     layers = []
     for user in node.users:
         if user in values and not isinstance(values[user], Tensor):
             continue  # its shape
         layer = modules.get(str(user.target)) if user.op == "call_module" else None
-        if type(layer) is not nn.Linear or _uses(graph, str(user.target)) != 1:
+        if type(layer) is not nn.Linear or str(user.target) not in once:
             return []
         if sum(module is layer or getattr(module, "weight", None) is layer.weight for module in modules.values()) > 1:
             return []  # shared
         layers.append(layer)
     return layers
-
-
-def _uses(graph: Graph, target: str) -> int:
-    return sum(str(node.target) == target for node in graph.nodes)

@@ -1,0 +1,109 @@
+"""Where a search takes place: on the kernels of the model, or on its float twin with the kernels as the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.exported import is_exported
+from cptv_ao.given import Given, equalized
+from cptv_ao.proposals import Proposer
+from cptv_ao.report import Report
+from cptv_ao.scoring import Calibration, Scoring, Shipped, check_losses
+from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
+from cptv_ao.sites import ScaleSite
+from cptv_ao.twin.simulation import SimulatedBackend
+
+
+class Ground:
+    """The kernels of a model: what is searched is what ships.
+
+    Args:
+        backend: of the model, which gets an equivalent form where it has one.
+        kernels: scores the model that was given.
+        calibration: as for `Scoring`.
+        equalize: whether to look for an equivalent form.
+
+    Attributes:
+        backend: what the search writes its candidates into.
+        scoring: what it scores them with.
+    """
+
+    def __init__(self, backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> None:
+        self.backend, self._calibration = backend, calibration
+        accept_on = calibration.config.accept_on
+        self._judge = kernels if accept_on is None else Shipped(backend.model, accept_on, calibration)
+        self._scorings: list[Scoring] = []
+        self._search_with(kernels)
+        found = equalized(backend, self._judge, calibration) if equalize else None
+        self._form = found[0] if found else None
+        if found:
+            self._judge = found[1] if accept_on is None else self._judge
+            self._search_with(found[1])
+
+    def _search_with(self, scoring: Scoring) -> None:
+        self.scoring = scoring
+        self._scorings.append(scoring)
+
+    @property
+    def given(self) -> Given | None:
+        """The model that was given, where the search starts from another form of it, with losses like the search's."""
+        return self._form
+
+    @property
+    def image_forwards(self) -> int:
+        """Images scored so far by this rank."""
+        return sum(scoring.image_forwards for scoring in self._scorings)
+
+    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]]) -> Proposer:
+        """Proposals for the whole model.
+
+        Raises:
+            UnsupportedModelError: the float twin does not know an op of it.
+        """
+        return Proposer(self.backend, groups, self._calibration)
+
+    def judged(self, found: Report) -> Report:
+        """What the search has made of the model that ships."""
+        form = self._form
+        return found if form is None or found.after == form.losses else replace(found, notes=found.notes + form.done)
+
+
+class SimulatedGround(Ground):
+    """The float twin of a model, on any device: what is found there ships where the kernels find it no worse."""
+
+    def __init__(self, backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> None:
+        super().__init__(backend, kernels, calibration, equalize)
+        self._shipping = backend
+        self._simulated = SimulatedBackend(backend, calibration.config.device)
+        self.backend = as_backend(self._simulated)
+        search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
+        self._search_with(Scoring(self._simulated.model, replace(calibration, search=search, holdout=holdout)))
+        self._before = check_losses(self._judge.losses())
+
+    @property
+    def given(self) -> None:
+        """None: the losses of the model that was given are those of what ships, none of the twin's."""
+        return None
+
+    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]]) -> Proposer:
+        return SimulatedProposer(self._simulated, self._shipping, groups, self._calibration)
+
+    def judged(self, found: Report) -> Report:
+        report = confirmed(found, self._simulated, self._shipping, self._judge, self._before)
+        return super().judged(report if self._form is None else self._form.judge(report, self._shipping))
+
+
+def find_ground(backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> Ground:
+    """Where this config searches this model; arguments as for `Ground`.
+
+    Raises:
+        ValueError: `accept_on` where the kernels that are searched accept.
+    """
+    config = calibration.config
+    if config.score_on == "simulation" or is_exported(backend.model):  # a PT2E graph simulates itself
+        return SimulatedGround(backend, kernels, calibration, equalize)
+    if config.accept_on is not None:
+        raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
+    return Ground(backend, kernels, calibration, equalize)
