@@ -17,8 +17,9 @@ from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
 from cptv_ao.pieces import clone
 from cptv_ao.sites import QParams
-from cptv_ao.twin.build import Builder
+from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
+from cptv_ao.twin.lowered import LoweredBuilder
 from cptv_ao.twin.modules import Weighted, WeightQuantizer, whole_parts
 from cptv_ao.twin.values import QTensor, Rounding
 
@@ -43,11 +44,11 @@ class Twin:
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
-        builder: Builder | ExportedBuilder
+        builder: Builder
         if is_exported(backend.model):
             builder = ExportedBuilder(backend)
         else:
-            builder = Builder(backend, engine or str(torch.backends.quantized.engine))
+            builder = LoweredBuilder(backend, engine or str(torch.backends.quantized.engine))
         self.module = builder.build()
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}

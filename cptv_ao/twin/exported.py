@@ -6,20 +6,18 @@ After:  Quantizer(x)                 -> Dequantize            -> FloatWeighted(x
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import weight_sites
-from cptv_ao.scopes import fetch
-from cptv_ao.twin.build import assign
+from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Linear, Product
-from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
+from cptv_ao.twin.modules import WeightQuantizer
 from cptv_ao.twin.values import QTensor
 
 _aten = torch.ops.aten
@@ -66,39 +64,17 @@ class FloatWeighted(nn.Module):
         return self._product.error(value, self.weight.error(scale))
 
 
-class ExportedBuilder:
-    """Builds the graph node by node, from the backend of a PT2E graph."""
+class ExportedBuilder(Builder):
+    """From the backend of a PT2E graph."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend, self._model = backend, backend.model
-        self._graph, self._owned = Graph(), dict[str, nn.Module]()
-        self.sites: dict[str, SiteModule] = {}
-        #: the twin's node by the name of the given one
-        self.nodes: dict[str, Node] = {}
-        activations = (site for site in backend.sites.values() if site.kind == "activation")
-        self._activation = {node: site.name for site in activations for node in site.nodes}
+        super().__init__(backend)
         self._weight_of = weight_sites(backend.model, backend.sites)
-
-    def build(self) -> GraphModule:
-        """The float graph; parameters and constants are copies."""
-        root = nn.Module()
-        for node in self._model.graph.nodes:
-            self._add(node)
-        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
-        for node in self._graph.nodes:
-            if node.op == "get_attr":
-                assign(root, str(node.target), copy.deepcopy(fetch(self._model, str(node.target))))
-        for name, module in self._owned.items():
-            root.add_module(name, module)
-        twin = GraphModule(root, self._graph, "Twin")
-        twin.graph.lint()
-        twin.train(False)
-        return twin
 
     def _add(self, node: Node) -> None:
         if node.op == "output":
             info = getattr(self._model.graph._codegen, "pytree_info", None)
-            flat: Any = torch.fx.node.map_arg(node.args[0], lambda n: self.nodes[n.name])
+            flat = self._mapped(node.args[0])
             spec = None if info is None else info.out_spec
             self._graph.output(flat if spec is None else tree_unflatten(flat, spec))
         elif node.op == "call_module":  # guards of the export: nothing depends on them
@@ -116,7 +92,7 @@ class ExportedBuilder:
             weighed = self._weight_of[cast(Node, weight).name]
             self._call(node, FloatWeighted(self._weight(weighed), product), (value, *rest[:1]))
         else:
-            self.nodes[node.name] = self._graph.node_copy(node, lambda n: self.nodes[n.name])
+            self._copy(node)
             if node.op == "call_function":
                 self.nodes[node.name].target = _out_of_place(node.target)
 
@@ -133,24 +109,6 @@ class ExportedBuilder:
         given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :]]
         stride, padding, dilation = (tuple(v) * (rank // len(v)) for v in given[:3])
         return Convolution(stride, padding, dilation, given[3])
-
-    def _quantizer(self, name: str) -> Quantizer:
-        if name not in self.sites:
-            self.sites[name] = Quantizer(self._backend.sites[name], self._backend.read(name))
-        return cast(Quantizer, self.sites[name])
-
-    def _weight(self, name: str) -> WeightQuantizer:
-        if name not in self.sites:
-            codes, weight = self._backend.weight(name).int_repr(), self._backend.float_weights.get(name)
-            site, shiftable = self._backend.sites[name], self._backend.shiftable(name)
-            self.sites[name] = WeightQuantizer(site, self._backend.read(name), codes, weight, shiftable)
-        return cast(WeightQuantizer, self.sites[name])
-
-    def _call(self, node: Node, module: nn.Module, args: Any) -> None:
-        name = f"op_{node.name}"
-        self._owned[name] = module
-        mapped = torch.fx.node.map_arg(args, lambda n: self.nodes[n.name])
-        self.nodes[node.name] = self._graph.create_node("call_module", name, mapped, {}, name=node.name)
 
 
 def _out_of_place(target: Any) -> Any:

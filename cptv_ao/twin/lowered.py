@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import fetch
+from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.lift import lifted
 from cptv_ao.twin.modules import (
@@ -28,11 +29,9 @@ from cptv_ao.twin.modules import (
     Pointwise,
     Quantizer,
     ScaledBy,
-    SiteModule,
     Sum,
     Times,
     Weighted,
-    WeightQuantizer,
 )
 
 _POINTWISE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -44,142 +43,105 @@ _POINTWISE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 _NORM_NAMES = {"normalized_shape": "shape", "input": "value"}
 
 
-class Builder:
-    """Builds the graph node by node; one small method per form of op.
+class LoweredBuilder(Builder):
+    """One small method per form of op.
 
     Args:
         engine: the quantized engine whose arithmetic is followed; QNNPACK's differs from the others'.
     """
 
     def __init__(self, backend: Backend, engine: str) -> None:
+        super().__init__(backend)
         self._qnnpack = engine == "qnnpack"
-        self._backend = backend
-        self._model = backend.model
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
         self._by_name = {node.name: node for node in self._model.graph.nodes}
-        self._graph = Graph()
-        self._owned: dict[str, nn.Module] = {}
-        self.sites: dict[str, SiteModule] = {}
-        #: the twin's node by the name of the lowered one
-        self.nodes: dict[str, Node] = {}
-        self._activation = {n: s.name for s in backend.sites.values() if s.kind == "activation" for n in s.nodes}
-        self._weight = {n: s.name for s in backend.sites.values() if s.kind == "weight" for n in s.nodes}
+        self._weight_of = {n: s.name for s in backend.sites.values() if s.kind == "weight" for n in s.nodes}
 
-    def build(self) -> GraphModule:
-        """The float graph; parameters and constants are copies."""
-        root = nn.Module()
-        for node in self._model.graph.nodes:
-            self.nodes[node.name] = self._node(node)
-        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
-        for node in self._graph.nodes:
-            if node.op == "get_attr":
-                assign(root, node.target, copy.deepcopy(fetch(self._model, node.target)))
-        for name, module in self._owned.items():
-            root.add_module(name, module)
-        twin = GraphModule(root, self._graph, "Twin")
-        twin.graph.lint()
-        return twin.eval()
-
-    def _node(self, node: Node) -> Node:
+    def _add(self, node: Node) -> None:
         if node.op == "call_module":
-            return self._module(node, self._modules[str(node.target)])
-        if node.op == "call_function":
-            return self._function(node)
-        if node.op == "call_method":
+            self._call(node, self._module(node, self._modules[str(node.target)]))
+        elif node.op == "call_function":
+            self._function(node)
+        elif node.op == "call_method":
             method = str(node.target)
             if method.endswith("_") and not method.endswith("__"):  # never in place: others may hold the codes
                 method = method.removesuffix("_")
-            return self._lift(node, method, getattr(torch.Tensor, method))
-        return self._graph.node_copy(node, lambda n: self.nodes[n.name])
+            self._lift(node, method, getattr(torch.Tensor, method))
+        else:
+            self._copy(node)
 
-    def _module(self, node: Node, module: nn.Module) -> Node:
+    def _module(self, node: Node, module: nn.Module) -> nn.Module:
         kind = type(module)
         if ".quantized" not in kind.__module__:
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
             if hasattr(own, "inplace"):
                 cast(Any, own).inplace = False
-            return self._call(node, Lift(kind.__name__, own))
+            return Lift(kind.__name__, own)
         if ".dynamic" in kind.__module__ or kind.__name__ == "Embedding":
-            return self._call(node, Lift(kind.__name__, _weight_only(module)))
-        if node.name in self._weight:
-            weight = self._weight_module(node.name)
+            return Lift(kind.__name__, _weight_only(module))
+        if node.name in self._weight_of:
+            weight = self._weight(self._weight_of[node.name])
             bias = cast(Any, module)._weight_bias()[1]
             relu = "ReLU" in kind.__name__
             product = _product_of(module)
-            return self._call(node, Weighted(weight, self._quantizer(node), bias, product, relu, self._qnnpack))
+            return Weighted(weight, self._output(node), bias, product, relu, self._qnnpack)
         if node.name in self._activation and kind.__name__ == "LayerNorm":
-            return self._call(node, NormModule(self._quantizer(node), module))
+            return NormModule(self._output(node), module)
         if node.name in self._activation:
-            return self._call(node, Pointwise(self._quantizer(node), _float_op(module)))
-        return self._call(node, Lift(kind.__name__ if kind.__name__ != "Dropout" else "Identity", nn.Identity()))
+            return Pointwise(self._output(node), _float_op(module))
+        return Lift(kind.__name__ if kind.__name__ != "Dropout" else "Identity", nn.Identity())
 
-    def _function(self, node: Node) -> Node:
+    def _function(self, node: Node) -> None:
         target = node.target
         if target is torch.quantize_per_tensor:
             lead = self._backend.passed.get(self._activation.get(node.name, ""))
             source = node.args[0] if lead is None else self._by_name[self._backend.sites[lead].nodes[0]]
-            quantizer = self._quantizer(node)
+            quantizer = self._output(node)
             quantizer.passes = lead is not None
-            return self._call(node, quantizer, (source,), {})
-        if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+            self._call(node, quantizer, (source,))
+        elif isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
             packet = getattr(target, "overloadpacket", target)
-            return self._quantized_function(node, str(packet).split(".")[-1])
-        name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-        return self._lift(node, name, cast(Callable[..., Any], target))
+            self._quantized_function(node, str(packet).split(".")[-1])
+        else:
+            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
+            self._lift(node, name, cast(Callable[..., Any], target))
 
-    def _quantized_function(self, node: Node, name: str) -> Node:
+    def _quantized_function(self, node: Node, name: str) -> None:
         relu = name.endswith("_relu")
         base = name.removesuffix("_relu")
-        if base in {"add", "mul"} and node.name not in self._activation:
-            if base == "mul" and isinstance(node.args[1], (int, float)):
-                return self._call(node, ScaledBy())
-            raise self._unsupported(node, name)
-        output = self._quantizer(node)
+        if base == "mul" and node.name not in self._activation and isinstance(node.args[1], (int, float)):
+            self._call(node, ScaledBy())
+            return
+        output = self._output(node)
         if base in {"add", "mul"}:
             op = Sum(output, relu, self._qnnpack) if base == "add" else Times(output, relu)
-            return self._call(node, op, node.args[:2], {})
-        if base == "layer_norm":
+            self._call(node, op, node.args[:2])
+        elif base == "layer_norm":
             kwargs = {k: v for k, v in node.kwargs.items() if not k.startswith("output_")}
-            return self._call(node, Norm(output), node.args, {_NORM_NAMES.get(k, k): v for k, v in kwargs.items()})
-        if base in _POINTWISE_FUNCTIONS:
-            return self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1], {})
-        if node.name in self._weight:
+            self._call(node, Norm(output), node.args, {_NORM_NAMES.get(k, k): v for k, v in kwargs.items()})
+        elif base in _POINTWISE_FUNCTIONS:
+            self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1])
+        elif node.name in self._weight_of:
             packed = next(n for n in node.all_input_nodes if n.op == "get_attr" and "packed_weight" in str(n.target))
             bias = fetch(self._model, str(packed.target)).unpack()[1]
             product = _packed_product(fetch(self._model, str(packed.target)))
-            weighted = Weighted(self._weight_module(node.name), output, bias, product, relu, self._qnnpack)
-            return self._call(node, weighted, node.args[:1], {})
-        raise self._unsupported(node, name)
+            weighted = Weighted(self._weight(self._weight_of[node.name]), output, bias, product, relu, self._qnnpack)
+            self._call(node, weighted, node.args[:1])
+        else:
+            raise self._unsupported(node, name)
 
-    def _lift(self, node: Node, name: str, function: Callable[..., Any]) -> Node:
-        if not node.all_input_nodes:
-            return self._graph.node_copy(node, lambda n: self.nodes[n.name])
-        return self._call(node, Lift(name, function))
+    def _lift(self, node: Node, name: str, function: Callable[..., Any]) -> None:
+        if node.all_input_nodes:
+            self._call(node, Lift(name, function))
+        else:
+            self._copy(node)
 
-    def _call(self, node: Node, module: nn.Module, args: Any = None, kwargs: Any = None) -> Node:
-        name = f"op_{node.name}"
-        self._owned[name] = module
-        mapped = torch.fx.node.map_arg(node.args if args is None else args, lambda n: self.nodes[n.name])
-        named = torch.fx.node.map_arg(node.kwargs if kwargs is None else kwargs, lambda n: self.nodes[n.name])
-        return self._graph.create_node("call_module", name, mapped, named, name=node.name)
-
-    def _quantizer(self, node: Node) -> Quantizer:
+    def _output(self, node: Node) -> Quantizer:
+        """What puts the output of a node on its scale."""
         if node.name not in self._activation:
             raise self._unsupported(node, str(node.target))
-        name = self._activation[node.name]
-        if name not in self.sites:
-            self.sites[name] = Quantizer(self._backend.sites[name], self._backend.read(name))
-        return cast(Quantizer, self.sites[name])
-
-    def _weight_module(self, node_name: str) -> WeightQuantizer:
-        name = self._weight[node_name]
-        if name not in self.sites:
-            codes = self._backend.weight(name).int_repr()
-            weight = self._backend.float_weights.get(name)
-            qparams = self._backend.read(name)
-            self.sites[name] = WeightQuantizer(self._backend.sites[name], qparams, codes, weight, True)
-        return cast(WeightQuantizer, self.sites[name])
+        return self._quantizer(self._activation[node.name])
 
     def _unsupported(self, node: Node, op: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{node.name}: the float twin does not know {op}", node.name)
@@ -261,18 +223,3 @@ def _weight_only(module: nn.Module) -> nn.Module:
 
 def _own(value: Tensor) -> Tensor:
     return value.detach().clone()
-
-
-def assign(root: nn.Module, target: str, value: Any) -> None:
-    """Hold a parameter, tensor or constant of a model at its own path, without gradient."""
-    *path, leaf = target.split(".")
-    for part in path:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    if isinstance(value, nn.Parameter):
-        value.requires_grad_(False)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        root.register_buffer(leaf, value.detach())
-    else:
-        setattr(root, leaf, value)

@@ -1,0 +1,93 @@
+"""What every graph of a twin is built with: its nodes, which keep their names, and one module per site."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.scopes import fetch
+from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
+
+
+class Builder(ABC):
+    """Builds the float graph of a model node by node.
+
+    Attributes:
+        sites: the twin's modules that hold qparams, by the name of their site.
+        nodes: the twin's node by the name of the model's one.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._model = backend, backend.model
+        self._graph, self._owned = Graph(), dict[str, nn.Module]()
+        self.sites: dict[str, SiteModule] = {}
+        self.nodes: dict[str, Node] = {}
+        activations = (site for site in backend.sites.values() if site.kind == "activation")
+        self._activation = {node: site.name for site in activations for node in site.nodes}
+
+    def build(self) -> GraphModule:
+        """The float graph; parameters and constants are copies."""
+        root = nn.Module()
+        for node in self._model.graph.nodes:
+            self._add(node)
+        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
+        for node in self._graph.nodes:
+            if node.op == "get_attr":
+                _assign(root, str(node.target), copy.deepcopy(fetch(self._model, str(node.target))))
+        for name, module in self._owned.items():
+            root.add_module(name, module)
+        twin = GraphModule(root, self._graph, "Twin")
+        twin.graph.lint()
+        return twin.eval()
+
+    @abstractmethod
+    def _add(self, node: Node) -> None:
+        """Put what stands for a node of the model into the graph."""
+
+    def _call(self, node: Node, module: nn.Module, args: Any = None, kwargs: Any = None) -> None:
+        """A module in the place of a node, with these arguments of the model's nodes, or with all of the node's own."""
+        name = f"op_{node.name}"
+        self._owned[name] = module
+        args, kwargs = (node.args, node.kwargs) if args is None else (args, kwargs or {})
+        mapped, named = self._mapped(args), self._mapped(kwargs)
+        self.nodes[node.name] = self._graph.create_node("call_module", name, mapped, named, name=node.name)
+
+    def _copy(self, node: Node) -> None:
+        self.nodes[node.name] = self._graph.node_copy(node, lambda n: self.nodes[n.name])
+
+    def _mapped(self, given: Any) -> Any:
+        """Arguments with the twin's nodes."""
+        return torch.fx.node.map_arg(given, lambda n: self.nodes[n.name])
+
+    def _quantizer(self, site: str) -> Quantizer:
+        if site not in self.sites:
+            self.sites[site] = Quantizer(self._backend.sites[site], self._backend.read(site))
+        return cast(Quantizer, self.sites[site])
+
+    def _weight(self, site: str) -> WeightQuantizer:
+        if site not in self.sites:
+            codes, weight = self._backend.weight(site).int_repr(), self._backend.float_weights.get(site)
+            qparams, shiftable = self._backend.read(site), self._backend.shiftable(site)
+            self.sites[site] = WeightQuantizer(self._backend.sites[site], qparams, codes, weight, shiftable)
+        return cast(WeightQuantizer, self.sites[site])
+
+
+def _assign(root: nn.Module, target: str, value: Any) -> None:
+    """Hold a parameter, tensor or constant of a model at its own path, without gradient."""
+    *path, leaf = target.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, nn.Parameter):
+        value.requires_grad_(False)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(leaf, value.detach())
+    else:
+        setattr(root, leaf, value)
