@@ -1,13 +1,16 @@
-"""The state of a search in a file, written after each block: killed and called again, a refine goes on from there.
+"""The state of a search in a file, written in the descent and after each block: killed and called again, a refine goes
+on from there.
 
 The file holds the scales that are in the model and the best ones, the random generator, the step sizes, the position
-and the losses, beside fingerprints of the model, the config and the data. Safetensors and JSON, no pickle.
+and the losses, where the descent is, and fingerprints of the model, the config and the data. Safetensors and JSON, no
+pickle.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +22,16 @@ from torch import Tensor
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.files import sweep
 from cptv_ao.loop import Loop, Position
+from cptv_ao.proposals import Proposer
 from cptv_ao.report import BlockResult, Losses, Point
 from cptv_ao.saved import parse_file, write_file
 from cptv_ao.sites import QParams
 from cptv_ao.world import ALONE, World
+
+# In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
+# the moments of Adam for each weight make large files.
+_SECONDS, _SHARE = 60.0, 0.01
+_DESCENT = "descent/"
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
@@ -66,14 +75,15 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], prints: Mapping[str, Any], world: World = ALONE) -> None:
         self._path, self._world, self._fingerprint = Path(path), world, dict(prints)
+        self._due = time.monotonic() + _SECONDS
         here = world.rank == 0 and self._path.exists()
         content = world.bytes_from_first(self._path.read_bytes() if here else None)
         self._found = None if content is None else parse_file(content, self._path)
         if self._found is not None:
             self._check(self._found[1].get("fingerprint"))
 
-    def resume(self, loop: Loop) -> bool:
-        """Bring a search to where the file left it; False where there was no file.
+    def resume(self, loop: Loop, proposer: Proposer | None) -> bool:
+        """Bring a search to where the file left it; whether its proposals are over.
 
         Raises:
             ScalesFileError: the file does not hold the state of a search.
@@ -84,11 +94,21 @@ class Checkpoint:
         self._found = None
         try:
             _apply(loop, tensors, data)
-        except (KeyError, TypeError, ValueError) as error:
+            descent = data.get("descent")
+            if descent is None or proposer is None:
+                return True
+            own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
+            proposer.resume((own, descent))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); delete it") from error
-        return True
+        return False
 
-    def save(self, loop: Loop) -> None:
+    def pause(self, loop: Loop, proposer: Proposer, worth: bool) -> None:
+        """Between two steps of the descent: save where it is worth it, or where the last time was long ago."""
+        if worth or time.monotonic() >= self._due:
+            self.save(loop, proposer)
+
+    def save(self, loop: Loop, proposer: Proposer | None) -> None:
         """Write where a search is.
 
         Raises:
@@ -96,7 +116,12 @@ class Checkpoint:
         """
         if self._world.rank:
             return
+        started = time.monotonic()
         tensors, data = _capture(loop)
+        descent = None if proposer is None else proposer.state()
+        if descent is not None:
+            tensors |= {_DESCENT + key: tensor for key, tensor in descent[0].items()}
+            data["descent"] = descent[1]
         try:
             write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
         except OSError as error:
@@ -104,6 +129,8 @@ class Checkpoint:
             if self._path.exists():
                 told += "; what was saved before is whole: make room, and call again to go on from there"
             raise type(error)(error.errno, told, str(self._path)) from error
+        now = time.monotonic()
+        self._due = now + max(_SECONDS, (now - started) / _SHARE)
 
     def _check(self, saved: Any) -> None:
         if not isinstance(saved, dict):

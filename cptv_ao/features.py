@@ -44,8 +44,8 @@ class Features:
 
     def __init__(self, twin: Twin, cache_bytes: int) -> None:
         self._twin, self._left = twin, cache_bytes
-        # In float, too, values are held in steps: always the same ones, so that it does not show what was kept.
-        self._steps = {name: {"scale": twin.get(name).scale.float().to(twin.device)} for name in twin.names}
+        #: In float, too, values are held in steps: always the same ones, so that it does not show what was kept.
+        self.steps = {name: {"scale": twin.get(name).scale.float().to(twin.device)} for name in twin.names}
         self._kept: dict[tuple[int, int], Targets] = {}
         #: images that the twin ran in float
         self.image_forwards = 0
@@ -55,7 +55,7 @@ class Features:
         if key in self._kept:
             return self._kept[key]
         with torch.no_grad(), self._twin.in_float(self._twin.names), self._twin.seeing_inputs() as inputs:
-            self._twin.call(self._steps, *part.args, **part.kwargs)
+            self._twin.call(self.steps, *part.args, **part.kwargs)
         self.image_forwards += part.images
         found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}
         targets = {layer: target for layer, target in found.items() if target is not None}

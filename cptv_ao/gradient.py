@@ -7,11 +7,9 @@ it where the kernels confirm it.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,17 +22,21 @@ from cptv_ao.features import Features, distance
 from cptv_ao.leaves import Leaves
 from cptv_ao.losses import Loss
 from cptv_ao.population import rescaled
+from cptv_ao.schedule import Course, Schedule
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.world import ALONE, World
 
-_WARM_UP = 0.1
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
 # depends on the batch alone, never on how many ranks there are.
 _PART_NUMBERS = 2**20
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
+
+
+#: Of a descent: its tensors, and what JSON can hold.
+State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,6 @@ class _Graph:
             ends, pulls = [*ends, self.features], [*pulls, torch.full_like(self.features, feature_pull)]
         found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
         return torch.cat([gradient.reshape(-1) for gradient in found])
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long a descent lasts: `steps` steps, or `seconds` if these are over first, with `proposals` on the way."""
-
-    steps: int
-    learning_rate: float
-    seconds: float = math.inf
-    proposals: int = 4
-    world: World = ALONE
-    started: float = field(default_factory=time.monotonic)
-
-    def progress(self, step: int) -> float:
-        """Share of the descent that is over before a step, 0 to 1; the ranks must ask together."""
-        done = step / self.steps
-        if math.isinf(self.seconds):
-            return done
-        return max(done, self.world.first(time.monotonic() - self.started) / self.seconds)
-
-    def rate(self, progress: float) -> float:
-        """Learning rate: linear warm-up, then a cosine down to zero (Loshchilov & Hutter 2017)."""
-        if progress < _WARM_UP:
-            return self.learning_rate * (progress + 0.01) / (_WARM_UP + 0.01)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - _WARM_UP) / (1 - _WARM_UP))))
 
 
 class GradientDescent:
@@ -114,15 +91,12 @@ class GradientDescent:
         twin.reround_weights()
         self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
         self._feature_weight, self._features = feature_weight, Features(twin, cache_bytes)
-        self._feature_pull = 0.0
         shifts = rounding_rate > 0
         self._groups = [Leaves.of(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
         rates = self._parameters(activation_rate, rounding_rate)
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
-        self._caution = 1.0
+        self._course = Course()
         self._images = 0
-        #: steps so far
-        self.steps = 0
 
     @property
     def image_forwards(self) -> int:
@@ -136,7 +110,7 @@ class GradientDescent:
                 group.set(scales(group.sites[0].name))
         for state in self._adam.state.values():
             state["exp_avg"].zero_()  # where it was heading; how large gradients are still holds
-        self._caution *= _BACK_OFF
+        self._course.caution *= _BACK_OFF
 
     def rescale(self, factors: Mapping[str, float]) -> None:
         """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
@@ -152,27 +126,73 @@ class GradientDescent:
         schedule: Schedule,
         on_step: Callable[[float], None] | None = None,
         going: Callable[[], bool] = lambda: True,
+        on_pause: Callable[[bool], None] | None = None,
     ) -> Iterator[tuple[str, Callable[[], Assignment]]]:
         """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times, and at the end.
 
-        `on_step` is given the loss of each step's batch; `going` is asked before each step whether to go on.
+        `on_step` is given the loss of each step's batch; `going` is asked before each step whether to go on, and
+        `on_pause` called, when `state` says all that there is: with True at the start, behind what was yielded, and
+        where it does not go on.
         """
-        order: list[int] = []
-        due, tried = 1, self.steps
-        while (progress := schedule.progress(self.steps)) < 1.0 and going():
-            if not order:
-                order = [int(i) for i in self._rng.permutation(len(batches))]
-            index = order.pop()
+        course = self._course
+        while (progress := schedule.progress(course.steps)) < 1.0:
+            goes_on = going()
+            if on_pause is not None:
+                on_pause(course.steps == course.proposed_at or not goes_on)
+            if not goes_on:
+                break
+            if not course.order:
+                course.order = [int(i) for i in self._rng.permutation(len(batches))]
+            index = course.order.pop()
             for group in self._adam.param_groups:
-                group["lr"] = schedule.rate(progress) * group["factor"] * self._caution
+                group["lr"] = schedule.rate(progress) * group["factor"] * course.caution
             loss = self._step(index, batches[index], teacher[index])
             if on_step is not None:
                 on_step(loss)
-            if schedule.progress(self.steps) >= due / schedule.proposals:
-                due, tried = due + 1, self.steps
-                yield f"gradient, {self.steps} steps", self.assignment
-        if self.steps > tried:  # the seconds were over before
-            yield f"gradient, {self.steps} steps", self.assignment
+            if schedule.progress(course.steps) >= (course.proposals + 1) / schedule.proposals:
+                yield course.proposed(), self.assignment
+        else:
+            course.over = True
+        if course.steps > course.proposed_at:  # the seconds were over before
+            yield course.proposed(), self.assignment
+
+    @property
+    def steps(self) -> int:
+        """So far."""
+        return self._course.steps
+
+    @property
+    def over(self) -> bool:
+        """Whether the schedule has come to its end, and nothing has stopped it before."""
+        return self._course.over
+
+    def state(self) -> State:
+        """Where the descent is between two steps, for `set_state`."""
+        tensors = {f"steps/{name}": values["scale"] for name, values in self._features.steps.items()}
+        for index, leaf in enumerate(self._leaves):
+            tensors[f"leaf/{index}"] = leaf.detach()
+            tensors |= {f"adam/{index}/{name}": value for name, value in self._adam.state.get(leaf, {}).items()}
+        return tensors, {"course": asdict(self._course), "random": self._rng.bit_generator.state}
+
+    def set_state(self, state: State) -> None:
+        """Go on from what `state` returned for the same model, config and images."""
+        tensors, data = state
+        self._course = Course(**data["course"])
+        self._rng.bit_generator.state = data["random"]
+        for name, values in self._features.steps.items():
+            values["scale"].copy_(tensors[f"steps/{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for index, leaf in enumerate(self._leaves):
+                leaf.copy_(tensors[f"leaf/{index}"])
+                own = f"adam/{index}/"
+                if found := {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}:
+                    moments[index] = found
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})
+
+    @property
+    def _leaves(self) -> list[Tensor]:
+        return [leaf for group in self._adam.param_groups for leaf in group["params"]]
 
     def _parameters(self, activation_rate: float, rounding_rate: float) -> list[dict[str, Any]]:
         """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
@@ -193,7 +213,7 @@ class GradientDescent:
 
         Gradients are summed part by part in a fixed order, so they do not depend on which rank had which part.
         """
-        leaves = [leaf for group in self._adam.param_groups for leaf in group["params"]]
+        leaves = self._leaves
         sizes = [leaf.numel() for leaf in leaves]
         parts = _parts(batch)
         graphs: dict[int, _Graph] = {}
@@ -206,7 +226,7 @@ class GradientDescent:
         with torch.enable_grad():
             loss = self._loss(outputs, teacher)
         (pull,) = torch.autograd.grad(loss, outputs)
-        if self._feature_weight and self.steps == 0:
+        if self._feature_weight and self._course.steps == 0:
             excess = float(loss.detach() - self._loss(teacher, teacher))
             apart = [float(graphs[i].features.detach()) if i in graphs else 0.0 for i in range(len(parts))]
             self._balance(excess, apart)
@@ -214,7 +234,7 @@ class GradientDescent:
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
             mine = [i for i in around if i in graphs]
-            found = {i: graphs.pop(i).gradient(leaves, pull[parts[i][1]], self._feature_pull) for i in mine}
+            found = {i: graphs.pop(i).gradient(leaves, pull[parts[i][1]], self._course.feature_pull) for i in mine}
             for number in around:
                 total += self._world.sum(found[number] if number in found else torch.zeros_like(total))
         # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
@@ -223,7 +243,7 @@ class GradientDescent:
         self._adam.step()
         for group in self._groups:
             group.confine()
-        self.steps += 1
+        self._course.steps += 1
         return float(loss.detach())
 
     def _forward(self, key: tuple[int, int], part: Batch, share: float) -> _Graph:
@@ -247,7 +267,7 @@ class GradientDescent:
             features: of each part; 0 where another rank has it.
         """
         apart = float(self._world.sum(torch.tensor(features)).sum())
-        self._feature_pull = self._feature_weight * abs(excess) / apart if apart > 0 else 0.0
+        self._course.feature_pull = self._feature_weight * abs(excess) / apart if apart > 0 else 0.0
 
 
 def _parts(batch: Batch) -> list[tuple[Batch, slice]]:

@@ -78,7 +78,7 @@ class Loop:
         self.best, self.best_state = self.start, self.given_state
         self.rejected = False
         self.position = Position()
-        #: called when the proposals are over, and after each block
+        #: called when the proposals are over or stopped, and after each block
         self.save: Callable[[], None] = _nothing
         if given is not None:
             self._keep()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from cptv_ao.backends.exported import is_exported
 from cptv_ao.budget import Budget
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
-from cptv_ao.gradient import GradientDescent, Schedule
+from cptv_ao.gradient import GradientDescent, State
 from cptv_ao.losses import get_loss
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
+from cptv_ao.schedule import Schedule
 from cptv_ao.scoring import Calibration, Images
 from cptv_ao.sites import REDUCED_QMAX, ScaleSite
 from cptv_ao.space import Assignment
@@ -53,20 +54,49 @@ class Proposer:
         self.image_forwards = 0
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
+        #: called between steps of the descent, when `state` says where it is; with True where that is worth saving
+        self.on_pause: Callable[[bool], None] | None = None
         #: asked before each proposal and step whether to go on
         self.budget = Budget(None, None, self._world)
+        self._narrowed: set[str] = set()
+        self._began = 0.0
+        self._descending: GradientDescent | None = None
+        self._saved: State | None = None
 
     def __iter__(self) -> Iterator[Proposal]:
+        if self._saved is None:
+            yield from self._population()
+            self._began = self._world.first(self.budget.seconds)
+        if self._config.gradient_steps and (self._saved is not None or self.budget.left):
+            yield from self._descent()
+
+    def state(self) -> State | None:
+        """Where the descent is, for `resume`; None where it has not begun, or has come to its end."""
+        if self._descending is None:
+            return None
+        tensors, data = self._descending.state()
+        return tensors, {**data, "narrowed": sorted(self._narrowed), "began": self._began}
+
+    def resume(self, state: State) -> None:
+        """Begin with the descent, from what `state` returned for the same model, config and images."""
+        self._saved = state
+        self._limit(state[1]["narrowed"])
+        self._began = float(state[1]["began"])
+        self._enter()
+
+    def _population(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
         if is_exported(backend.model):  # its observers calibrate for the very range that the graph enforces
             population = tuple(individual for individual in population if individual != "ranges")
         limited = self._limited()
         self._limit(limited)
+        self._enter()
         for individual in individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0]):
             if self.budget.left:
                 yield individual
-        if self._config.gradient_steps and self.budget.left:
-            yield from self._descent()
+
+    def _enter(self) -> None:
+        """Go to where the search is: nowhere else, on the kernels."""
 
     def _limited(self) -> list[str]:
         """Leaders of the groups that kernels saturate on where all activations use their whole container."""
@@ -99,8 +129,9 @@ class Proposer:
     def _activations(self) -> dict[str, tuple[ScaleSite, ...]]:
         return {lead: group for lead, group in self._groups.items() if group[0].affine}
 
-    def _limit(self, leads: Iterable[str]) -> None:
+    def _limit(self, leads: Collection[str]) -> None:
         """Keep the codes of these groups where no kernel saturates."""
+        self._narrowed.update(leads)
         self._twin.limit([site.name for lead in leads for site in self._groups[lead]], REDUCED_QMAX)
 
     def _follow(self) -> None:
@@ -111,7 +142,7 @@ class Proposer:
     def _descent(self) -> Iterator[Proposal]:
         config = self._config
         self._follow()
-        descent = GradientDescent(
+        self._descending = descent = GradientDescent(
             self._twin,
             self._groups,
             get_loss(config.loss, config.temperature),
@@ -123,11 +154,12 @@ class Proposer:
             rng=np.random.default_rng(config.seed),
             world=self._world,
         )
-        share = _DESCENT_SHARE if config.passes else 1.0
-        limit = self.budget.max_seconds
-        seconds = math.inf if limit is None else share * max(limit - self._world.first(self.budget.seconds), 1e-3)
-        schedule = Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world)
-        proposals = descent.run(self._batches, self._teacher, schedule, self.on_step, lambda: self.budget.left)
+        if self._saved is not None:
+            descent.set_state(self._saved)
+            self._saved = None
+        proposals = descent.run(
+            self._batches, self._teacher, self._schedule(), self.on_step, lambda: self.budget.left, self.on_pause
+        )
         for proposal in proposals:
             self.image_forwards = descent.image_forwards
             highest = self._saturating(proposal[1]())
@@ -137,6 +169,15 @@ class Proposer:
             yield proposal
             if torch.equal(self._scales(), before):
                 descent.go_back_to(self._backend.read)
+        if descent.over:
+            self._descending = None
+
+    def _schedule(self) -> Schedule:
+        config, limit = self._config, self.budget.max_seconds
+        share = _DESCENT_SHARE if config.passes else 1.0
+        seconds = math.inf if limit is None else share * max(limit - self._began, 1e-3)
+        started = self.budget.started + self._began
+        return Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world, started=started)
 
     def _scales(self) -> Tensor:
         """All searched scales that are in the model, one after another."""

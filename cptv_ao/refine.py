@@ -85,9 +85,10 @@ def refine(
         callback: called with an `Event` after each step. It watches; returning `cptv_ao.STOP` ends the search with the
             best scales so far, which is all that it can decide. See `cptv_ao.callbacks`.
         progress: show a progress bar on stderr.
-        checkpoint: path of a file that is written after the proposals and after each block. If it is there already,
-            the search goes on from it, and ends with the very scales of one that was not interrupted (with
-            `max_seconds` it goes on, but what fits into a time differs). It stays when the search is over.
+        checkpoint: path of a file that is written in the descent (after each of its proposals, and about once a
+            minute) and after each block. If it is there already, the search goes on from it, and ends with the very
+            scales of one that was not interrupted (with `max_seconds` it goes on, but what fits into a time differs).
+            It stays when the search is over.
         inplace: write into `model`; False refines and returns a copy.
 
     Returns:
@@ -195,11 +196,13 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> 
 
 def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:
     """The search, from its start or from where the checkpoint left it."""
+    if proposer is not None:
+        proposer.on_step, proposer.budget = loop.step, loop.budget
     if checkpoint is not None:
-        loop.save = partial(checkpoint.save, loop)
-    if checkpoint is None or not checkpoint.resume(loop):
+        loop.save = partial(checkpoint.save, loop, proposer)
         if proposer is not None:
-            proposer.on_step, proposer.budget = loop.step, loop.budget
+            proposer.on_pause = partial(checkpoint.pause, loop, proposer)
+    if checkpoint is None or not checkpoint.resume(loop, proposer):
         loop.propose(proposer or ())
     loop.run()
 

@@ -36,14 +36,12 @@ class SimulatedProposer(Proposer):
         super().__init__(backend, groups, calibration)
         self._simulated = simulated
 
-    def _limited(self) -> list[str]:
-        limited = super()._limited()
+    def _enter(self) -> None:
         simulated = self._simulated
         self._batches = [simulated.batch(batch) for batch in self._batches]
         self._teacher = [target.to(simulated.twin.device) for target in self._teacher]
         self._twin.to(simulated.twin.device)
         self._backend = as_backend(simulated)
-        return limited
 
     def _saturating(self, scales: Assignment) -> dict[str, int]:
         """On the kernels: none once the search is on the twin, which never saturates."""

@@ -19,6 +19,8 @@ from small import small_config
 from test_saved import changed
 
 import cptv_ao
+from cptv_ao.checkpoint import Checkpoint
+from cptv_ao.saved import read_file
 
 CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges"))
 
@@ -69,7 +71,7 @@ def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: d
     path = tmp_path / "search"
     kills = 0
     visits = [event.kind for event in events].index("candidate")
-    for kill_at in (2, visits - 2, visits + 1, 6, 5):  # in the descent, at proposals, in and between blocks
+    for kill_at in (2, visits - 2, 3, 6, 5):  # in the descent, at its proposals, in and between blocks
         killed = small.copy()
         given = killed.converted(killed.batches[0])
         try:
@@ -92,6 +94,65 @@ def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: d
     seconds = [point.seconds for point in found.history]
     assert seconds == sorted(seconds), "the clock goes on where the file left it"
     assert len(seen) < len(events)
+
+
+@pytest.mark.parametrize("changes", [{}, {"score_on": "simulation"}, {"rounding_rate": 0.0, "feature_weight": 0.0}])
+def test_no_step_of_the_descent_is_lost(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Killed after every second event of the descent."""
+    monkeypatch.setattr("cptv_ao.checkpoint._SECONDS", 0.0)
+    monkeypatch.setattr("cptv_ao.checkpoint._SHARE", 1e9)
+    whole, path = small.copy(), tmp_path / "search"
+    events = refine(whole, None, **changes)
+    kinds = [event.kind for event in events]
+    kill_at, kills = kinds.index("step"), 0
+    while not path.exists() or "descent" in read_file(path)[1]:
+        with pytest.raises(Killed):
+            refine(small.copy(), path, kill_at=kill_at, **changes)
+        kill_at, kills = 2, kills + 1
+    assert 4 <= kills <= kinds.count("step") + 1, "each attempt goes on from the last one"
+    assert "step" not in [event.kind for event in refine(small, path, **changes)]
+    assert equal(scales(small), scales(whole))
+    assert torch.equal(small.converted(small.batches[0]), whole.converted(whole.batches[0]))
+    report, found = cptv_ao.report(whole.converted), cptv_ao.report(small.converted)
+    assert (found.after, found.blocks, found.stages, found.moves, found.evaluations) == (
+        report.after, report.blocks, report.stages, report.moves, report.evaluations,
+    )  # fmt: skip
+
+
+def test_a_descent_that_was_stopped_goes_on(conv: Case, tmp_path: Path) -> None:
+    whole, path, steps = conv.copy(), tmp_path / "search", []
+    refine(whole, None)
+
+    def stop(event: cptv_ao.Event) -> Any:
+        steps.append(event.kind == "step")
+        return cptv_ao.STOP if sum(steps) == 3 else None
+
+    stopped = conv.copy()
+    model = cptv_ao.refine(
+        stopped.converted, stopped.batches, float_model=stopped.float_model, config=CONFIG, callback=stop,
+        checkpoint=path, progress=False,
+    )  # fmt: skip
+    assert cptv_ao.report(model).status is cptv_ao.Status.CALLBACK
+    seen = refine(conv, path)
+    assert [event.kind for event in seen].count("step") == CONFIG.gradient_steps - 3
+    assert equal(scales(conv), scales(whole))
+
+
+def test_in_the_descent_it_is_saved_as_often_as_it_pays(
+    conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    save = Checkpoint.save
+
+    def watched(self: Checkpoint, loop: Any, proposer: Any) -> None:
+        saved.append(None if proposer._descending is None else proposer._descending.steps)
+        save(self, loop, proposer)
+
+    monkeypatch.setattr(Checkpoint, "save", watched)
+    refine(conv, tmp_path / "search", gradient_steps=40)
+    assert [steps for steps in saved if steps is not None] == [0, 10, 20, 30], "at its proposals, in the first minute"
 
 
 def test_a_search_that_is_over_is_not_run_again(conv: Case, tmp_path: Path) -> None:

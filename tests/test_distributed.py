@@ -283,16 +283,21 @@ def test_ranks_that_were_given_different_things_are_told(
 # -- resume -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("first", "second", "at"),
+    [(2, 1, "candidate"), (1, 2, "candidate"), (2, 3, "candidate"), (3, 2, "candidate"), (2, 1, "step"), (1, 2, "step")],
+)
 def test_it_goes_on_with_another_world_size(
-    conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int
+    conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int, at: str
 ) -> None:
     parts(monkeypatch)
+    monkeypatch.setattr("cptv_ao.checkpoint._SECONDS", 0.0)
     wanted = refine(conv.copy())
-    path = tmp_path / "search"
+    path, seen = tmp_path / "search", []
 
     def killed(event: cptv_ao.Event) -> None:
-        if event.kind == "candidate" and event.evaluations > 12:
+        seen.append(event.kind)
+        if seen.count(at) > (9 if at == "candidate" else 4):
             raise Killed("enough")
 
     found = together(first, lambda _: refine(conv, checkpoint=path, callback=killed), tmp_path)

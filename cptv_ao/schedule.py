@@ -1,0 +1,63 @@
+"""How long a descent lasts and how fast it goes, and where it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from cptv_ao.world import ALONE, World
+
+_WARM_UP = 0.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a descent lasts: `steps` steps, or `seconds` if these are over first, with `proposals` on the way."""
+
+    steps: int
+    learning_rate: float
+    seconds: float = math.inf
+    proposals: int = 4
+    world: World = ALONE
+    started: float = field(default_factory=time.monotonic)
+
+    def progress(self, step: int) -> float:
+        """Share of the descent that is over before a step, 0 to 1; the ranks must ask together."""
+        done = step / self.steps
+        if math.isinf(self.seconds):
+            return done
+        return max(done, self.world.first(time.monotonic() - self.started) / self.seconds)
+
+    def rate(self, progress: float) -> float:
+        """Learning rate: linear warm-up, then a cosine down to zero (Loshchilov & Hutter 2017)."""
+        if progress < _WARM_UP:
+            return self.learning_rate * (progress + 0.01) / (_WARM_UP + 0.01)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - _WARM_UP) / (1 - _WARM_UP))))
+
+
+@dataclass
+class Course:
+    """Where a descent is between two steps, beside what it moves and Adam's moments.
+
+    Attributes:
+        steps: so far.
+        order: batches of the steps that are next, the last one first.
+        proposals, proposed_at: how many were made, and after how many steps the last one was.
+        caution: what is left of the learning rate after it was sent back.
+        feature_pull: what the distance of the features counts.
+        over: whether the schedule has come to its end.
+    """
+
+    steps: int = 0
+    order: list[int] = field(default_factory=list)
+    proposals: int = 0
+    proposed_at: int = 0
+    caution: float = 1.0
+    feature_pull: float = 0.0
+    over: bool = False
+
+    def proposed(self) -> str:
+        """Count a proposal; its name."""
+        self.proposals, self.proposed_at = self.proposals + 1, self.steps
+        return f"gradient, {self.steps} steps"
