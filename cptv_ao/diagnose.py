@@ -22,6 +22,7 @@ from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch, read_batches
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.equalize import smoothable
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.guard import eval_mode, without_torch_floods
 from cptv_ao.losses import get_loss
@@ -201,6 +202,7 @@ def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Bat
         float_layers=layers,
         float_ops=ops,
         unknown=backend.sites.unknown,
+        smoothable=tuple(sorted(smoothable(backend))),
         wide_weights=survey.wide_weights(),
         saturating=saturating,
         saturation_risk=tuple(n for n, meter in compared.sites.items() if n in wide and meter.high_share > _HIGH),

@@ -73,6 +73,7 @@ class Findings:
         float_layers: linear layers and convolutions that compute in float.
         float_ops: other ops that compute in float, by kind, with how many of each.
         unknown: quantized ops that were not understood, as of `find_sites`.
+        smoothable: activation sites behind norms, whose outlier channels refine moves into the layers that read them.
         wide_weights: weights with codes beyond their nominal range, as `name (-4..4 for -4..3)`.
         saturating: activation sites on which a kernel of this machine saturates, on these images.
         saturation_risk: activation sites that use the upper half of 0..255 in front of 8-bit weights: kernels of x86
@@ -83,6 +84,7 @@ class Findings:
     float_layers: tuple[str, ...] = ()
     float_ops: Mapping[str, int] | None = None
     unknown: tuple[str, ...] = ()
+    smoothable: tuple[str, ...] = ()
     wide_weights: tuple[str, ...] = ()
     saturating: tuple[str, ...] = ()
     saturation_risk: tuple[str, ...] = ()

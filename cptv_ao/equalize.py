@@ -85,6 +85,16 @@ def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World)
     return notes
 
 
+def smoothable(backend: Backend) -> set[str]:
+    """Names of the activation sites whose outlier channels `equalize` moves, where their readers' float weights are
+    known."""
+    if is_exported(backend.model):
+        norms = [norm for part in SharedInputs(backend).find() if (norm := part.as_norm) is not None]
+    else:
+        norms = Patterns(backend).read_norms()
+    return {name for norm in norms if all(map(backend.shiftable, norm.readers)) for name in norm.outputs}
+
+
 def replaceable(backend: Backend) -> tuple[dict[str, str], list[str]]:
     """What `equalize` may replace in a model beside scales: tensors by path, with the site that each belongs to, and
     the weights that may get another bias."""

@@ -111,9 +111,9 @@ def test_without_pandas(made: Diagnosis, monkeypatch: pytest.MonkeyPatch) -> Non
         made.to_pandas()
 
 
-def advice(made: Diagnosis, *, refined: bool = False, **site: object) -> str:
+def advice(made: Diagnosis, *, refined: bool = False, findings: Findings | None = None, **site: object) -> str:
     first = replace(made.sites[0], **site)  # type: ignore[arg-type]
-    (told,) = advise(replace(made, sites=(first, *made.sites[1:]), findings=Findings()), refined)
+    (told,) = advise(replace(made, sites=(first, *made.sites[1:]), findings=findings or Findings()), refined)
     return told
 
 
@@ -121,9 +121,9 @@ def test_advice_names_block_site_and_reason(made: Diagnosis) -> None:
     start = "blocks.3 causes 41 % of the loss, nearly all of it from blocks.3.mlp.fc2.output"
     assert advice(made) == f"{start}, whose range is set by 3 outlier channels (12x): run refine"
     assert advice(made, clipped=0.07) == f"{start}, which clips 7.0 % of its values: run refine"
-    for op in ("quantized.layer_norm", "LayerNorm"):
-        moved = "3 outlier channels (12x), which refine, given float_model, moves into the layers behind it: run refine"
-        assert advice(made, op=op) == f"{start}, whose range is set by {moved}"
+    moved = "3 outlier channels (12x), which refine, given float_model, moves into the layers behind it: run refine"
+    behind_norm = Findings(smoothable=(made.sites[0].name,))
+    assert advice(made, findings=behind_norm) == f"{start}, whose range is set by {moved}"
     few = {"outlier_channels": 0, "used": 0.06}
     assert advice(made, **few) == f"{start}, which uses 6.0 % of its code range: run refine"
     assert advice(made, outlier_channels=0) == f"{start}, whose codes are coarse (11 dB): run refine"

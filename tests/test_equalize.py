@@ -348,7 +348,11 @@ def test_an_outlier_vit_loses_next_to_nothing(vit: nn.Module, digits: Any) -> No
         return float(cptv_ao.losses.kl(logits(network, images[200:]), logits(vit, images[200:])))
 
     start = loss(converted)
+    batches = images[:200].split(50)
+    told = cptv_ao.diagnose(converted, batches[:1], float_model=model)
+    norms = {name.rpartition(".")[0] for name in told.findings.smoothable}
+    assert norms == {f"blocks.{block}.norm{norm}" for block in range(4) for norm in (1, 2)}
     config = cptv_ao.RefineConfig(population=(), gradient_steps=0, passes=0)
-    cptv_ao.refine(converted, images[:200].split(50), float_model=model, config=config, progress=False)
+    cptv_ao.refine(converted, batches, float_model=model, config=config, progress=False)
     assert loss(converted) < 0.05 * start
     assert "24 outlier channels of 8 norms" in " ".join(cptv_ao.report(converted).notes)

@@ -199,3 +199,10 @@ def test_what_was_given_comes_back_where_it_is_better() -> None:
 
 def refine(graph: GraphModule, model: nn.Module, **changes: Any) -> None:
     cptv_ao.refine(graph, BATCHES, float_model=model, config=small_config(**changes), progress=False)
+
+
+def test_diagnose_says_which_outliers_refine_moves() -> None:
+    model = apart(outlier=60)
+    found = cptv_ao.diagnose(quantized(model), BATCHES, float_model=model)
+    assert found.findings.smoothable == ("fc1.input", "qkv.input")
+    assert "which refine, given float_model, moves into the layers behind it" in found.advice[0]

@@ -1,22 +1,28 @@
 """What other tools make of the same float networks: `pip install '.[rivals]'; python examples/benchmarks/rivals.py`.
 
-NNCF and AIMET quantize the float network themselves, with the calibration images and the bits of the accuracy
+NNCF, AIMET and PPQ quantize the float network themselves, with the calibration images and the bits of the accuracy
 benchmark (`recovery.py`), and return a simulation in float, which is judged as it is; ours is a converted model that
-runs on int8 kernels. NNCF quantizes to 8 bits. AIMET leaves what timm's LayerNorm gives in float, so transformers are
-not compared. Each cell is a file, as there. One thread.
+runs on int8 kernels. NNCF and PPQ quantize to 8 bits. AIMET leaves what timm's LayerNorm gives in float, so
+transformers are not compared. PPQ needs an environment of its own, with an old onnx: `pip install '.[ppq]'` there, and
+`--methods PPQ`. Each cell is a file, as there. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from cases import SEEDS, WORKLOADS, Case, unit_threads
 from recovery import RESULTS, cell, has_attention, judge, refined
 from tables import Cells, markdown, top1
@@ -88,6 +94,55 @@ def sequential_mse(case: Case) -> nn.Module:
     return sim.model
 
 
+def _ppq(case: Case, learned: bool) -> nn.Module:
+    os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")  # onnx is older than its protobuf
+    from ppq import QuantizationSettingFactory, TargetPlatform
+    from ppq.api import quantize_onnx_model
+    from ppq.executor import TorchExecutor
+
+    model, images = copy.deepcopy(case.float_model), case.calibration[0]
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's: ONNX has no word for it
+            module.fused_attn = False
+    setting = QuantizationSettingFactory.default_setting()
+    setting.lsq_optimization = learned
+    setting.lsq_optimization_setting.collecting_device = "cpu"
+    with TemporaryDirectory() as folder:
+        path, any_number = f"{folder}/network.onnx", {"images": {0: "n"}, "outputs": {0: "n"}}
+        torch.onnx.export(
+            model, images, path, opset_version=13, dynamo=False,
+            input_names=["images"], output_names=["outputs"], dynamic_axes=any_number,
+        )  # fmt: skip
+        graph = quantize_onnx_model(
+            path, list(case.calibration), max(8, len(case.calibration)), list(images.shape), setting=setting,
+            platform=TargetPlatform.OPENVINO_INT8, device="cpu", verbose=0,
+        )  # fmt: skip
+    return _Executed(TorchExecutor(graph, device="cpu"))
+
+
+class _Executed(nn.Module):
+    """PPQ's graph as a module."""
+
+    def __init__(self, executor: Any) -> None:
+        super().__init__()
+        self._executor = executor
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = self._executor.forward(images)[0]
+        return found
+
+
+def ppq(case: Case) -> nn.Module:
+    """PPQ's default: ranges by percentiles, ties between the inputs of sums."""
+    return _ppq(case, learned=False)
+
+
+def ppq_lsq(case: Case) -> nn.Module:
+    """The same and its LSQ: scales and weights learned block by block, 500 steps each."""
+    return _ppq(case, learned=True)
+
+
 def ours_soon(case: Case) -> nn.Module:
     """Ours in the time of the fastest of the others."""
     return refined(case, RefineConfig(max_seconds=8))[0]
@@ -96,10 +151,12 @@ def ours_soon(case: Case) -> nn.Module:
 METHODS: dict[str, Callable[[Case], nn.Module]] = {
     "NNCF": nncf,
     "AIMET sequential MSE": sequential_mse,
+    "PPQ": ppq,
+    "PPQ LSQ": ppq_lsq,
     "ours, max_seconds=8": ours_soon,
 }
 ROWS = {
-    "outlier ViT W8A8": ("NNCF", "ours, max_seconds=8"),
+    "outlier ViT W8A8": ("NNCF", "PPQ", "PPQ LSQ", "ours, max_seconds=8"),
     "fashion CNN W8A8": tuple(METHODS),
     "fashion CNN W4A8": ("AIMET sequential MSE",),
     "EfficientNet-Lite0 W8A8": tuple(METHODS),
@@ -135,6 +192,7 @@ def table(cells: Cells) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="workloads whose name holds this")
+    parser.add_argument("--methods", default="", help="methods whose name holds this")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument("--table", action="store_true", help="print the table of the cells that are there")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
@@ -144,8 +202,9 @@ def main() -> None:
         name, method, seed = args.cell
         return run_cell(name, method, int(seed))
     if not args.table:
-        for name, methods in ROWS.items():
-            for method in methods if args.only.lower() in name.lower() else ():
+        wanted = [(name, method) for name, methods in ROWS.items() for method in methods]
+        for name, method in wanted:
+            if args.only.lower() in name.lower() and args.methods in method:
                 for seed in SEEDS[: args.seeds]:
                     if not cell(name, method, seed, CELLS).exists():
                         subprocess.run([sys.executable, __file__, "--cell", name, method, str(seed)], check=True)
