@@ -221,10 +221,10 @@ def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> N
     assert loss(1.0) < 0.9 * loss(0.0)
 
 
-def test_a_pt2e_graph_has_features(digits: workloads.Images) -> None:
+def test_a_pt2e_graph_has_features(vit: nn.Module, digits: workloads.Images) -> None:
     pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
-    images, model = digits.train[:40], workloads.trained("digits_vit")
-    graph = workloads.quantize_exported(copy.deepcopy(model), [images], weight_bits=4, activation_bits=4)
+    images, model = digits.train[:40], copy.deepcopy(vit)
+    graph = workloads.quantize_exported(copy.deepcopy(vit), [images], weight_bits=4, activation_bits=4)
     twin = twin_of(graph, model)
     wanted = Features(twin, 0).wanted((0, 0), batch_of(images))
     with torch.no_grad():

@@ -110,7 +110,9 @@ class LoweredBuilder(Builder):
     def _quantized_function(self, node: Node, name: str) -> None:
         relu = name.endswith("_relu")
         base = name.removesuffix("_relu")
-        if base == "mul" and node.name not in self._activation and isinstance(node.args[1], (int, float)):
+        if base in {"add", "mul"} and node.name not in self._activation:
+            if base == "add" or not isinstance(node.args[1], (int, float)):
+                raise self._unsupported(node, name)
             self._call(node, ScaledBy())
             return
         output = self._output(node)
