@@ -99,7 +99,7 @@ class Checkpoint:
                 return True
             own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
             proposer.resume((own, descent))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); delete it") from error
         return False
 

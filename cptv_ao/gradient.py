@@ -175,19 +175,23 @@ class GradientDescent:
         return tensors, {"course": asdict(self._course), "random": self._rng.bit_generator.state}
 
     def set_state(self, state: State) -> None:
-        """Go on from what `state` returned for the same model, config and images."""
+        """Go on from what `state` returned for the same model, config and images.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
         tensors, data = state
         self._course = Course(**data["course"])
         self._rng.bit_generator.state = data["random"]
         for name, values in self._features.steps.items():
-            values["scale"].copy_(tensors[f"steps/{name}"])
+            values["scale"].copy_(_like(values["scale"], tensors[f"steps/{name}"]))
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for index, leaf in enumerate(self._leaves):
-                leaf.copy_(tensors[f"leaf/{index}"])
+                leaf.copy_(_like(leaf, tensors[f"leaf/{index}"]))
                 own = f"adam/{index}/"
                 if found := {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}:
-                    moments[index] = found
+                    moments[index] = {k: v if k == "step" else _like(leaf, v) for k, v in found.items()}
         self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})
 
     @property
@@ -268,6 +272,12 @@ class GradientDescent:
         """
         apart = float(self._world.sum(torch.tensor(features)).sum())
         self._course.feature_pull = self._feature_weight * abs(excess) / apart if apart > 0 else 0.0
+
+
+def _like(tensor: Tensor, saved: Tensor) -> Tensor:
+    if saved.shape != tensor.shape:
+        raise ValueError(f"expected a tensor of shape {tuple(tensor.shape)}, got {tuple(saved.shape)}")
+    return saved
 
 
 def _parts(batch: Batch) -> list[tuple[Batch, slice]]:

@@ -60,29 +60,35 @@ class Proposer:
         self.budget = Budget(None, None, self._world)
         self._narrowed: set[str] = set()
         self._began = 0.0
-        self._descending: GradientDescent | None = None
-        self._saved: State | None = None
+        self._descent: GradientDescent | None = None
 
     def __iter__(self) -> Iterator[Proposal]:
-        if self._saved is None:
+        if self._descent is None:
             yield from self._population()
+            if not self._config.gradient_steps or not self.budget.left:
+                return
             self._began = self._world.first(self.budget.seconds)
-        if self._config.gradient_steps and (self._saved is not None or self.budget.left):
-            yield from self._descent()
+            self._descent = self._new_descent()
+        yield from self._descend(self._descent)
 
     def state(self) -> State | None:
         """Where the descent is, for `resume`; None where it has not begun, or has come to its end."""
-        if self._descending is None:
+        if self._descent is None:
             return None
-        tensors, data = self._descending.state()
+        tensors, data = self._descent.state()
         return tensors, {**data, "narrowed": sorted(self._narrowed), "began": self._began}
 
     def resume(self, state: State) -> None:
-        """Begin with the descent, from what `state` returned for the same model, config and images."""
-        self._saved = state
+        """Begin in the descent, with what `state` returned for the same model, config and images.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
         self._limit(state[1]["narrowed"])
         self._began = float(state[1]["began"])
         self._enter()
+        self._descent = self._new_descent()
+        self._descent.set_state(state)
 
     def _population(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
@@ -139,10 +145,10 @@ class Proposer:
         for name in self._twin.names:
             self._twin.set(name, self._backend.read(name))
 
-    def _descent(self) -> Iterator[Proposal]:
+    def _new_descent(self) -> GradientDescent:
         config = self._config
         self._follow()
-        self._descending = descent = GradientDescent(
+        return GradientDescent(
             self._twin,
             self._groups,
             get_loss(config.loss, config.temperature),
@@ -154,9 +160,8 @@ class Proposer:
             rng=np.random.default_rng(config.seed),
             world=self._world,
         )
-        if self._saved is not None:
-            descent.set_state(self._saved)
-            self._saved = None
+
+    def _descend(self, descent: GradientDescent) -> Iterator[Proposal]:
         proposals = descent.run(
             self._batches, self._teacher, self._schedule(), self.on_step, lambda: self.budget.left, self.on_pause
         )
@@ -170,7 +175,7 @@ class Proposer:
             if torch.equal(self._scales(), before):
                 descent.go_back_to(self._backend.read)
         if descent.over:
-            self._descending = None
+            self._descent = None
 
     def _schedule(self) -> Schedule:
         config, limit = self._config, self.budget.max_seconds

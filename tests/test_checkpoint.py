@@ -147,7 +147,7 @@ def test_in_the_descent_it_is_saved_as_often_as_it_pays(
     save = Checkpoint.save
 
     def watched(self: Checkpoint, loop: Any, proposer: Any) -> None:
-        saved.append(None if proposer._descending is None else proposer._descending.steps)
+        saved.append(None if proposer._descent is None else proposer._descent.steps)
         save(self, loop, proposer)
 
     monkeypatch.setattr(Checkpoint, "save", watched)
@@ -228,6 +228,24 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(conv: Case, tmp_pat
     changed(path, change)
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.CptvError, match=r"not the checkpoint of a search|scale must be finite and > 0"):
+        refine(conv, path)
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+@pytest.mark.parametrize("damage", ["descent/leaf/0", "descent/adam/0/exp_avg", "course", "random"])
+def test_a_damaged_descent_is_refused(conv: Case, tmp_path: Path, damage: str) -> None:
+    def change(tensors: dict[str, Any], data: dict[str, Any]) -> None:
+        if damage in tensors:
+            tensors[damage] = torch.zeros(7, 7)
+        else:
+            data["descent"][damage] = {"steps": 3, "what": 4}
+
+    path = tmp_path / "search"
+    with pytest.raises(Killed):
+        refine(conv.copy(), path, kill_at=8)
+    changed(path, change)
+    given = conv.converted(conv.batches[0])
+    with pytest.raises(cptv_ao.ScalesFileError, match="not the checkpoint of a search"):
         refine(conv, path)
     assert torch.equal(conv.converted(conv.batches[0]), given)
 
