@@ -32,7 +32,7 @@ from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
 from cptv_ao.scopes import fetch
-from cptv_ao.shared_inputs import SharedInputs
+from cptv_ao.shared_inputs import SharedInput, SharedInputs
 from cptv_ao.sites import REDUCED_QMAX, QParams, ScaleSite, same
 from cptv_ao.smoothing import outlier_exponents
 from cptv_ao.twin import unquantized
@@ -78,8 +78,7 @@ def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -
 def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
     """The same for a PT2E graph, where norms are float, and what they give is put on a scale."""
     shared = SharedInputs(backend).find()
-    norms = [norm for part in shared if (norm := part.as_norm) is not None]
-    notes = _smoothed(backend, batches, _smoothable(backend, norms), None, world)
+    notes = _smoothed(backend, batches, _smoothable(backend, _norms(shared)), None, world)
     if centred := centre(backend, shared, batches, world):
         notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
     return notes
@@ -88,11 +87,9 @@ def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World)
 def smoothable(backend: Backend) -> set[str]:
     """Names of the activation sites whose outlier channels `equalize` moves, where their readers' float weights are
     known."""
-    if is_exported(backend.model):
-        norms = [norm for part in SharedInputs(backend).find() if (norm := part.as_norm) is not None]
-    else:
-        norms = Patterns(backend).read_norms()
-    return {name for norm in norms if all(map(backend.shiftable, norm.readers)) for name in norm.outputs}
+    exported = is_exported(backend.model)
+    norms = _norms(SharedInputs(backend).find()) if exported else Patterns(backend).read_norms()
+    return {name for norm in _shiftable(backend, norms) for name in norm.outputs}
 
 
 def replaceable(backend: Backend) -> tuple[dict[str, str], list[str]]:
@@ -140,8 +137,16 @@ def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
 
 def _smoothable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
     """Those whose readers' float weights are known, and not rounded by the graph itself."""
-    names = {name for name in backend.float_weights if backend.shiftable(name)}
-    return [norm for norm in norms if names.issuperset(norm.readers)]
+    known = backend.float_weights.keys()
+    return [norm for norm in _shiftable(backend, norms) if known >= set(norm.readers)]
+
+
+def _shiftable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
+    return [norm for norm in norms if all(map(backend.shiftable, norm.readers))]
+
+
+def _norms(shared: Sequence[SharedInput]) -> list[ReadNorm]:
+    return [norm for part in shared if (norm := part.as_norm) is not None]
 
 
 def _smoothed(

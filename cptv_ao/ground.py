@@ -36,11 +36,11 @@ class Ground:
         self._judge = kernels if accept_on is None else Shipped(backend.model, accept_on, calibration)
         self._scorings: list[Scoring] = []
         self._search_with(kernels)
-        found = equalized(backend, self._judge, calibration) if equalize else None
-        self._form = found[0] if found else None
-        if found:
-            self._judge = found[1] if accept_on is None else self._judge
-            self._search_with(found[1])
+        self._form: Given | None = None
+        if equalize and (found := equalized(backend, self._judge, calibration)):
+            self._form, scoring = found
+            self._judge = scoring if accept_on is None else self._judge
+            self._search_with(scoring)
 
     def _search_with(self, scoring: Scoring) -> None:
         self.scoring = scoring

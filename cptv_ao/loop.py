@@ -25,7 +25,6 @@ from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Vector
 from cptv_ao.sites import ScaleSite, same
 from cptv_ao.space import Assignment, ScaleSpace
-from cptv_ao.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,9 @@ class Loop:
         config: RefineConfig,
         listeners: Sequence[Callback],
         budget: Budget,
-        world: World = ALONE,
         given: Given | None = None,
     ) -> None:
-        self.backend, self._world = backend, world
+        self.backend, self._world = backend, budget.world
         self.search, self._holdout = scoring.search, scoring.holdout
         self._config = config
         self.listeners = list(listeners)

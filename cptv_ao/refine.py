@@ -161,7 +161,7 @@ def _refine(
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
     ground = find_ground(backend, kernels, calibration, search.equalize)
     blocks = find_blocks(backend.sites.values(), config.blocks)
-    loop = Loop(ground.backend, blocks, ground.scoring, config, search.listeners, budget, world, ground.given)
+    loop = Loop(ground.backend, blocks, ground.scoring, config, search.listeners, budget, ground.given)
     check_losses(loop.start)
     proposer = _proposer(ground, loop, config, notes)
     with stop_on_interrupt(budget.stop), progress_bar(loop, search.progress):
