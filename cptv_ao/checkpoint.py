@@ -181,8 +181,9 @@ def _moved(loop: Loop, prefix: str) -> dict[str, Tensor]:
             qparams = loop.backend.read(name)
             tensors[f"{prefix}/{name}/scale"] = qparams.scale
             tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
-            if qparams.shift is not None:
-                tensors[f"{prefix}/{name}/shift"] = qparams.shift.clone()  # "now" and "best" may hold the same
+            for part, beside in (("shift", qparams.shift), ("correction", qparams.correction)):
+                if beside is not None:
+                    tensors[f"{prefix}/{name}/{part}"] = beside.clone()  # "now" and "best" may hold the same
     return tensors
 
 
@@ -214,13 +215,14 @@ def _write(loop: Loop, tensors: Mapping[str, Tensor], prefix: str) -> None:
     for name in loop.first_state:
         scale = tensors.get(f"{prefix}/{name}/scale")
         if scale is not None:
-            zero_point, shift = tensors[f"{prefix}/{name}/zero_point"], tensors.get(f"{prefix}/{name}/shift")
-            loop.backend.write(name, QParams(scale, zero_point, shift))
+            zero_point = tensors[f"{prefix}/{name}/zero_point"]
+            shift, correction = (tensors.get(f"{prefix}/{name}/{part}") for part in ("shift", "correction"))
+            loop.backend.write(name, QParams(scale, zero_point, shift, correction))
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or torch.equal(a, b)
-    if isinstance(a, tuple):
+    if isinstance(a, tuple) and isinstance(b, tuple):
         return all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or (isinstance(a, (int, float, str)) and bool(a == b))

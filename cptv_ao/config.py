@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cptv_ao.losses import LOSSES, Loss
 
 LossName = Literal["kl", "infonce", "soft_infonce", "mse", "cosine"]
 SearchName = Literal["evolution", "paper", "cma"]
-Individual = Literal["output_error", "ranges"]
+Individual = Literal["output_error", "ranges", "biases"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,10 @@ class RefineConfig:
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
-            least change each layer's output; `ranges`, the activations' whole container and half of it.
+            least change each layer's output; `ranges`, the activations' whole container and half of it; `biases`,
+            biases that give each layer's output the mean that it has in float (bias correction, arXiv 1906.04721).
+            Where the kernels accept those, they are found anew with each proposal of the gradient steps. Not of
+            reference models and PT2E graphs.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, outlier channels of layer norms move into the weights that read them (if their float weights are
@@ -72,7 +75,7 @@ class RefineConfig:
     loss: LossName | Loss = "kl"
     temperature: float = 3.0
     search: SearchName = "evolution"
-    population: tuple[Individual, ...] = ("output_error", "ranges")
+    population: tuple[Individual, ...] = ("output_error", "ranges", "biases")
     equalize: bool = True
     gradient_steps: int = 600
     learning_rate: float = 0.03
@@ -144,9 +147,9 @@ class RefineConfig:
             self.include,
         )
         _expect(
-            isinstance(self.population, tuple) and set(self.population) <= {"output_error", "ranges"},
+            isinstance(self.population, tuple) and set(self.population) <= set(get_args(Individual)),
             "population",
-            "a tuple of 'output_error' and 'ranges'",
+            "a tuple of 'output_error', 'ranges' and 'biases'",
             self.population,
         )
         _expect(

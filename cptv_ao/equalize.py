@@ -93,15 +93,14 @@ def smoothable(backend: Backend) -> set[str]:
 
 
 def replaceable(backend: Backend) -> tuple[dict[str, str], list[str]]:
-    """What `equalize` may replace in a model beside scales: tensors by path, with the site that each belongs to, and
-    the weights that may get another bias."""
+    """What a refine may replace in a model beside scales: tensors by path, with the site that each belongs to, and
+    the weights whose layers may get another bias."""
     if is_exported(backend.model):
         return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}, []
     patterns = Patterns(backend)
-    unfused = patterns.unfused_norms()
-    tensors = {path: norm.weight for norm in unfused for path in norm.tensors.values()}
+    tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
     tensors |= {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
-    return tensors, [norm.weight for norm in unfused]
+    return tensors, [site.name for site in backend.sites.values() if site.kind == "weight" and not site.fixed]
 
 
 def _fold(backend: Backend, norm: UnfusedNorm) -> bool:

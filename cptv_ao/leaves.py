@@ -76,7 +76,7 @@ class Leaves:
         if self.offset is not None:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
-        return QParams(scale, zero_point, None if self.shift is None else whole_parts(self.shift))
+        return QParams(scale, zero_point, None if self.shift is None else whole_parts(self.shift), now.correction)
 
 
 def _steps(weight: Tensor, qparams: QParams) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cptv_ao.backends.backend import Backend, count_shifted
 from cptv_ao.blocks import Block
@@ -24,7 +23,7 @@ from cptv_ao.scoring import Scoring
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Vector
 from cptv_ao.sites import ScaleSite, same
-from cptv_ao.space import Assignment, ScaleSpace
+from cptv_ao.space import Assignment, Beside, ScaleSpace
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Loop:
             assignment = scales()
             proposed = self._whole.repair(self._whole.from_assignment(assignment))
             proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
-            self._whole.write(proposed, self._shifts(assignment))
+            self._whole.write(proposed, self._beside(assignment))
             loss = self._score(proposed, self.loss)
             better = loss < self.loss
             if better:
@@ -113,14 +112,14 @@ class Loop:
             self._keep()
         self.save()
 
-    def _shifts(self, assignment: Assignment) -> dict[str, Tensor | None]:
-        """Those of an assignment that are others than in the model, from rank 0."""
-        found: dict[str, Tensor | None] = {}
+    def _beside(self, assignment: Assignment) -> dict[str, Beside]:
+        """What weights of an assignment, or those in the model, have beside their scales, from rank 0."""
+        found: dict[str, Beside] = {}
         for name, qparams in assignment.items():
-            if qparams.shift is not None:
-                found[name] = self._world.from_first(qparams.shift)
-            elif self.backend.read(name).shift is not None:
-                found[name] = None
+            now, parts = self.backend.read(name), (qparams.shift, qparams.correction)
+            if any(part is not None for part in (*parts, now.shift, now.correction)):
+                shift, correction = (None if part is None else self._world.from_first(part) for part in parts)
+                found[name] = shift, correction
         return found
 
     def step(self, loss: float) -> None:
@@ -162,8 +161,11 @@ class Loop:
                     weight = self.backend.float_weights.get(name)
                     turned = 0 if weight is None else count_shifted(weight, new, site)
                     codes = 0 if weight is None else weight.numel()
+                    scales, corrected = ratio.numel(), new.correction is not None
                     moves.append(
-                        SiteMove(name, site.kind, block, ratio.numel(), changed, far, step, low, high, codes, turned)
+                        SiteMove(
+                            name, site.kind, block, scales, changed, far, step, low, high, codes, turned, corrected
+                        )
                     )
         return tuple(moves)
 

@@ -81,6 +81,8 @@ def _losses(report: Report) -> str:
     turned = sum(m.turned for m in report.moves)
     if turned:
         moved += f", <b>{turned / sum(m.codes for m in report.moves):.1%}</b> of the weight codes rounded the other way"
+    if corrected := sum(m.corrected for m in report.moves):
+        moved += f", the biases of <b>{corrected}</b> layers corrected"
     cost = f"<b>{report.evaluations:,}</b> candidates scored, <b>{report.image_forwards:,}</b> image-forwards"
     machine = f"{report.threads} thread{'s' if report.threads != 1 else ''}, seed {report.seed}"
     facts = f"<p>{moved}; {cost}, <b>{_seconds(report.seconds)}</b>, {machine}.</p>"

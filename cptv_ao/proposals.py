@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
+from cptv_ao.biases import FORWARDS, corrections
 from cptv_ao.budget import Budget
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import first_floating
@@ -50,8 +53,7 @@ class Proposer:
         self._batches, self._teacher = _steps(calibration.search)
         self._twin = Twin(backend)
         self._twin.reround_weights()
-        #: images run through the twin; forward and backward count as three
-        self.image_forwards = 0
+        self._forwards = 0
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
         #: called between steps of the descent, when `state` says where it is; with True where that is worth saving
@@ -61,6 +63,11 @@ class Proposer:
         self._narrowed: set[str] = set()
         self._began = 0.0
         self._descent: GradientDescent | None = None
+
+    @property
+    def image_forwards(self) -> int:
+        """Images run through the twin so far by this rank; forward and backward count as three."""
+        return self._forwards
 
     def __iter__(self) -> Iterator[Proposal]:
         if self._descent is None:
@@ -100,6 +107,25 @@ class Proposer:
         for individual in individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0]):
             if self.budget.left:
                 yield individual
+        if "biases" in population and self._correctable() and self.budget.left:
+            yield "biases corrected", partial(self._corrected, dict)
+
+    def _correctable(self) -> list[str]:
+        """Weights whose layers may get another bias."""
+        weights = [lead for lead, group in self._groups.items() if group[0].kind == "weight"]
+        return [name for name in weights if self._backend.correctable(name)]
+
+    def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
+        """An assignment with the biases that fit it."""
+        assignment = scales()
+        self._follow()
+        for name, qparams in assignment.items():
+            self._twin.set(name, qparams)
+        found, images = corrections(self._twin, self._correctable(), self._batches)
+        self._forwards += FORWARDS * images
+        self._follow()
+        held = {name: assignment.get(name, self._backend.read(name)) for name in found}
+        return assignment | {name: replace(held[name], correction=found[name]) for name in found}
 
     def _enter(self) -> None:
         """Go to where the search is: nowhere else, on the kernels."""
@@ -136,9 +162,11 @@ class Proposer:
         return {lead: group for lead, group in self._groups.items() if group[0].affine}
 
     def _limit(self, leads: Collection[str]) -> None:
-        """Keep the codes of these groups where no kernel saturates."""
-        self._narrowed.update(leads)
-        self._twin.limit([site.name for lead in leads for site in self._groups[lead]], REDUCED_QMAX)
+        """Keep the codes of these groups, and of no others, where no kernel saturates."""
+        for lead in self._narrowed.symmetric_difference(leads):
+            for site in self._groups[lead]:
+                self._twin.limit([site.name], REDUCED_QMAX if lead in leads else site.qmax)
+        self._narrowed = set(leads)
 
     def _follow(self) -> None:
         """Give the twin the scales that are in the model."""
@@ -165,15 +193,22 @@ class Proposer:
         proposals = descent.run(
             self._batches, self._teacher, self._schedule(), self.on_step, lambda: self.budget.left, self.on_pause
         )
+        counted = descent.image_forwards
         for proposal in proposals:
-            self.image_forwards = descent.image_forwards
+            self._forwards += descent.image_forwards - counted
+            counted = descent.image_forwards
             highest = self._saturating(proposal[1]())
-            self._limit(highest)
-            descent.rescale({lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX})
-            before = self._scales()
-            yield proposal
+            narrowed = self._narrowed
+            self._limit(narrowed | highest.keys())
+            narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
+            descent.rescale(narrower)
+            before, (name, scales) = self._scales(), proposal
+            corrects = any(self._backend.read(weight).correction is not None for weight in self._correctable())
+            yield name, partial(self._corrected, scales) if corrects else scales
+            self._follow()
             if torch.equal(self._scales(), before):
                 descent.go_back_to(self._backend.read)
+                self._limit(narrowed)
         if descent.over:
             self._descent = None
 

@@ -123,7 +123,10 @@ def refine(
         sources = Sources.of(model, lowered, float_model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
             listeners = [callback] if callback is not None and world.rank == 0 else []
-            equalizes = config.equalize and config.searches_all and lowered is model
+            if lowered is not model:  # a reference model keeps its form and its biases
+                kept = tuple(individual for individual in config.population if individual != "biases")
+                config = replace(config, equalize=False, population=kept)
+            equalizes = config.equalize and config.searches_all
             search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
             batches = read_batches(calib_loader, takes_fixed_batch(lowered))
             report = _refine(backend, batches, sources, search)

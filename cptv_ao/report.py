@@ -37,7 +37,8 @@ class SiteMove:
     """How far one site moved: largest |log2(new / old)| of its scales, largest zero_point step.
 
     `low` and `high` are the least and the greatest log2(new / old) of its scales, with their signs. Of a weight's
-    `codes`, `turned` are not the nearest ones to the float weight, but those on its other side.
+    `codes`, `turned` are not the nearest ones to the float weight, but those on its other side; `corrected`: its layer
+    has another bias.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SiteMove:
     high: float
     codes: int = 0
     turned: int = 0
+    corrected: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class Report:
         codes, turned = (sum(getattr(m, part) for m in self.moves) for part in ("codes", "turned"))
         if turned:
             lines += ["", f"{turned} of {codes} weight codes ({turned / codes:.1%}) are rounded the other way"]
+        if corrected := sum(m.corrected for m in self.moves):
+            lines += ["", f"the biases of {corrected} layers are corrected"]
         lines += ["", *self.notes] if self.notes else []
         lines.append("")
         lines.append(

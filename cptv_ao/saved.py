@@ -22,8 +22,8 @@ from cptv_ao.guard import without_torch_floods
 from cptv_ao.scopes import fetch
 from cptv_ao.sites import QParams, ScaleSite
 
-# Version 1 had no tensors beside the sites.
-_KEY, _VERSION, _READ = "cptv_ao", 2, (1, 2)
+# Version 1 had no tensors beside the sites, version 2 no biases but those of folded norms.
+_KEY, _VERSION, _READ = "cptv_ao", 3, (1, 2, 3)
 _BESIDE = "beside."
 
 
@@ -54,7 +54,7 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
         tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in held}
         for name in biased:
             bias = backend.bias(name)
-            tensors[f"{name}.bias"] = torch.zeros(backend.sites[name].shape) if bias is None else bias.detach().clone()
+            tensors[f"{name}.bias"] = torch.zeros(0) if bias is None else bias.detach().clone()
     write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
 
 
@@ -80,11 +80,10 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
         held, biased = replaceable(backend)
         beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
-        biases = {name: tensors[f"{name}.bias"] for name in biased if f"{name}.bias" in tensors}
+        given = {name: tensors[f"{name}.bias"] for name in biased if f"{name}.bias" in tensors}
         for part, value in beside.items():
             _expect_like(path, part, fetch(model, part), value)
-        for name, bias in biases.items():
-            _expect_like(path, f"{name}.bias", backend.read(name).scale, bias)
+        biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
         before = backend.snapshot()
         try:
             for name, (qparams, codes) in values.items():
@@ -177,6 +176,15 @@ def _value(
     elif not torch.equal(backend.read(site.name).scale, qparams.scale):
         raise ScalesFileError(f"{path} is of another model: {site.name} has other scales there ({site.fixed})")
     return qparams, found.get("codes")
+
+
+def _bias(path: Any, backend: Backend, name: str, saved: Tensor) -> Tensor | None:
+    """What the layer of a weight gets; None where it has no bias, and none was saved (as an empty tensor)."""
+    own = backend.bias(name)
+    if not saved.numel():
+        return None if own is None else torch.zeros_like(own)
+    _expect_like(path, f"{name}.bias", torch.zeros(len(backend.weight(name))) if own is None else own, saved)
+    return saved
 
 
 def _expect_like(path: Any, name: str, own: Tensor, found: Tensor) -> None:

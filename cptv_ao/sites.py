@@ -73,11 +73,14 @@ class QParams:
         scale, zero_point: float64 and int64 tensors of the site's shape, on the CPU.
         shift: of a weight only, int8 of the weight's own shape: rounds it up or down where that is better than to the
             nearest code (AdaRound, arXiv 2004.10568); None: all to the nearest.
+        correction: of a weight only, float32 (C,): what is added to the bias of its layer, in the units of its output
+            (bias correction, arXiv 1906.04721); None: nothing.
     """
 
     scale: Tensor
     zero_point: Tensor
     shift: Tensor | None = None
+    correction: Tensor | None = None
 
     @property
     def shift_steps(self) -> Tensor | None:
@@ -112,17 +115,21 @@ class QParams:
                 f"{site.name}: zero_point must be in {site.qmin}..{site.qmax}, got {int(zero_point.reshape(-1)[0])}",
                 site.name,
             )
-        return QParams(scale, zero_point, self.shift)
+        return QParams(scale, zero_point, self.shift, self.correction)
 
 
 def same(a: QParams, b: QParams) -> bool:
-    """Whether two qparams make the same codes of every value."""
-    shifts = (a.shift, b.shift)
+    """Whether two qparams make the same codes of every value, and correct the same."""
     if not (torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)):
         return False
-    if a.shift is None or b.shift is None:
-        return not any(bool(shift.any()) for shift in shifts if shift is not None)
-    return torch.equal(a.shift, b.shift)
+    return _equal(a.shift, b.shift) and _equal(a.correction, b.correction)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """None is all zero."""
+    if a is None or b is None:
+        return not any(bool(part.any()) for part in (a, b) if part is not None)
+    return torch.equal(a, b)
 
 
 class SiteTable(Mapping[str, ScaleSite]):

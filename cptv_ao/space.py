@@ -23,6 +23,9 @@ _LEAST_RATIO, _MOST_RATIO = 2.0**-14, 2.0**8 * (1 - 1e-6)
 Assignment = dict[str, QParams]
 """Scales and zero_points by site name."""
 
+Beside = tuple[Tensor | None, Tensor | None]
+"""Shift and correction of a weight."""
+
 
 class ScaleSpace:
     """The groups of one block (or of the whole model) as a vector.
@@ -100,14 +103,16 @@ class ScaleSpace:
             return float(vector[self._slices[lead]][0])
         return float(self._backend.read(lead).scale)
 
-    def write(self, vector: Vector, shifts: Mapping[str, Tensor | None] | None = None) -> None:
-        """Write a repaired vector into the model, and other shifts of some weights, by site name."""
-        shifts = shifts or {}
+    def write(self, vector: Vector, beside: Mapping[str, Beside] | None = None) -> None:
+        """Write a repaired vector into the model, and what some weights have beside it, by site name."""
+        beside = beside or {}
         for group in self.layout.groups:
             parts = [group.scales] if group.zero_points is None else [group.scales, group.zero_points]
-            if group.name in shifts:
+            if group.name in beside:
                 site = self._groups[group.name][0]
-                self._backend.write(site.name, replace(self._qparams(vector, group, site), shift=shifts[site.name]))
+                shift, correction = beside[site.name]
+                qparams = self._qparams(vector, group, site)
+                self._backend.write(site.name, replace(qparams, shift=shift, correction=correction))
                 self._current[group.scales] = vector[group.scales]
                 continue
             if all(np.array_equal(vector[p], self._current[p]) for p in parts):
@@ -122,7 +127,7 @@ class ScaleSpace:
                 self._current[part] = vector[part]
 
     def undo(self) -> None:
-        """Put the base back, shifts included."""
+        """Put the base back, with what weights have beside it."""
         for name, state in self._states.items():
             self._backend.restore(name, state)
         self._current = self._base.copy()

@@ -22,7 +22,7 @@ import cptv_ao
 from cptv_ao.checkpoint import Checkpoint
 from cptv_ao.saved import read_file
 
-CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges"))
+CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges", "biases"))
 
 
 class Killed(Exception):

@@ -25,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 import cptv_ao, nets
 from small import small_config
-config = small_config(passes=2, evaluations=4, gradient_steps=10, population=("output_error", "ranges"))
+config = small_config(passes=2, evaluations=4, gradient_steps=10, population=("output_error", "ranges", "biases"))
 batches = list(nets.images(16, 3, 16, 16).split(4))
 reports = {{}}
 for net in (nets.ConvNet, nets.FunctionalNet):

@@ -23,7 +23,7 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.world import World
 
-CONFIG = small_config(passes=2, evaluations=4, gradient_steps=6, population=("output_error", "ranges"))
+CONFIG = small_config(passes=2, evaluations=4, gradient_steps=6, population=("output_error", "ranges", "biases"))
 
 # The published search does not end when it gains nothing.
 ENDLESS: dict[str, Any] = {"search": "paper", "passes": 10**6}

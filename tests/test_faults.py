@@ -18,7 +18,7 @@ from state import everything, weights
 
 import cptv_ao
 
-CONFIG = small_config(passes=2, evaluations=3, gradient_steps=6, population=("output_error",))
+CONFIG = small_config(passes=2, evaluations=3, gradient_steps=6, population=("output_error", "biases"))
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts, /proc")
 
 

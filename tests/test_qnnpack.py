@@ -92,7 +92,9 @@ def test_what_moves_is_seen(models: tuple[nn.Module, GraphModule], factor: float
 
 def test_what_refine_leaves_is_what_ships(models: tuple[nn.Module, GraphModule]) -> None:
     model, quantized = models
-    config = small_config(evaluations=6, gradient_steps=8, population=("output_error", "ranges"), holdout=0.25)
+    config = small_config(
+        evaluations=6, gradient_steps=8, population=("output_error", "ranges", "biases"), holdout=0.25
+    )
     cptv_ao.refine(quantized, BATCHES, float_model=model, config=config, progress=False)
     report = cptv_ao.report(quantized)
     assert any(move.zero_point for move in report.moves)

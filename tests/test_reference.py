@@ -149,7 +149,8 @@ def test_copy_of_another_model_is_refused_and_nothing_is_written() -> None:
 
 
 def _config(**changes: Any) -> cptv_ao.RefineConfig:
-    return small_config(**({"evaluations": 6, "holdout": 0.5} | changes))
+    """Biases are asked for, and not corrected: a reference model keeps its own."""
+    return small_config(**({"evaluations": 6, "holdout": 0.5, "population": ("biases",)} | changes))
 
 
 @pytest.mark.parametrize("score_on", ["kernels", "simulation"])

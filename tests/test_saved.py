@@ -110,7 +110,7 @@ def no_sites(_: Any, data: dict[str, Any]) -> None:
         (poison, r"fc1.weight: weight scale must be finite and > 0, got nan in channel 2"),
         (negate, "fc1.output: activation scale must be finite and > 0"),
         (float_codes, "fc1.weight.codes: expected torch.int8 .*, got torch.float32"),
-        (version, "expected version 2, got 99"),
+        (version, "expected version 3, got 99"),
         (no_sites, "expected the site table of a model, found none"),
     ],
 )

@@ -61,7 +61,7 @@ def test_never_worse_on_the_kernels(case: Case, device: str) -> None:
 @pytest.mark.parametrize("proposals", ["population", "gradient"])
 def test_proposals_are_tried_on_the_twin(case: Case, device: str, proposals: str) -> None:
     before = loss_of(case.converted, case.float_model, case.batches)
-    population = ("output_error", "ranges") if proposals == "population" else ()
+    population = ("output_error", "ranges", "biases") if proposals == "population" else ()
     steps = 60 if proposals == "gradient" else 0
     proposed: dict[str, Any] = {"population": population, "gradient_steps": steps, "learning_rate": 0.005}
     config = _simulated(device, holdout=0, passes=0, **proposed)

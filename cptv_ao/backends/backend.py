@@ -52,6 +52,8 @@ class Backend:
         self._remembered = found.remembered if torch.backends.quantized.engine == "qnnpack" else ()
         self._float_weights: dict[str, Tensor] = {}
         self._shifts: dict[str, Tensor | None] = {}
+        # By weight whose layer has a corrected bias: the bias that it was given, and what was added.
+        self._corrected: dict[str, tuple[Tensor | None, Tensor] | None] = {}
         #: sites of values that are the very ones of another site, whose scale is theirs
         self.passed: dict[str, str] = {}
         # Tensors beside the scales that were replaced, as they were given, by their path; by site.
@@ -62,11 +64,15 @@ class Backend:
                 self.set_float_weight(name, held)
 
     def read(self, name: str) -> QParams:
-        """Scale and zero_point as they are in the model now (float64, int64; copies), and how a weight is rounded."""
-        return replace(self._homes[name].read(), shift=self._shifts.get(name))
+        """Scale and zero_point as they are in the model now (float64, int64; copies), how a weight is rounded, and what
+        was added to the bias of its layer."""
+        corrected = self._corrected.get(name)
+        correction = None if corrected is None else corrected[1]
+        return replace(self._homes[name].read(), shift=self._shifts.get(name), correction=correction)
 
     def write(self, name: str, qparams: QParams) -> None:
-        """Write a scale; a weight is re-rounded from its float weight, as `shift` says, and clamped to qmin..qmax.
+        """Write a scale; a weight is re-rounded from its float weight, as `shift` says, and clamped to qmin..qmax, and
+        the bias of its layer is what it was given plus the `correction`.
 
         Raises:
             InvalidScaleError: see `QParams.checked`; the model is untouched.
@@ -76,11 +82,22 @@ class Backend:
         checked = qparams.checked(site)
         home = self._homes[name]
         if isinstance(home, WeightHome):
-            home.write_weight(round_weight(self._float_weights[name], checked, site), site, checked)
+            codes = round_weight(self._float_weights[name], checked, site)
+            home.write_weight(codes, site, checked, self._correct(name, checked.correction))
             self._shifts[name] = checked.shift
         else:
             home.write(checked)
             self._renew(name)
+
+    def _correct(self, name: str, correction: Tensor | None) -> Tensor | None:
+        """The bias of a layer with this correction; None where it is the one that is there."""
+        corrected = self._corrected.get(name)
+        if correction is None and corrected is None:
+            return None
+        given = self.bias(name)
+        self._corrected[name] = None if correction is None else (given, correction)
+        added = torch.zeros_like(corrected[1]) if correction is None and corrected is not None else correction
+        return added if given is None or added is None else given + added
 
     def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None, bias: Tensor | None = None) -> None:
         """Write qparams as they are, and the codes of a weight (int8), which are not rounded again; a bias if given.
@@ -107,12 +124,12 @@ class Backend:
     def state(self, name: str) -> Any:
         """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
         replaced = tuple((path, fetch(self.model, path)) for path in self._replaced.get(name, ()))
-        tied = self.sites[name].tied
-        return self._homes[name].state(), self._shifts.get(name), self._float_weights.get(name), replaced, tied
+        beside = self._shifts.get(name), self._corrected.get(name), self._float_weights.get(name)
+        return self._homes[name].state(), beside, replaced, self.sites[name].tied
 
     def restore(self, name: str, state: Any) -> None:
         """Put back what `state` returned."""
-        held, self._shifts[name], weight, replaced, tied = state
+        held, (self._shifts[name], self._corrected[name], weight), replaced, tied = state
         self._homes[name].restore(held)
         if weight is not None:
             self._float_weights[name] = weight
@@ -149,8 +166,13 @@ class Backend:
             self._shifts[name] = shift_of(given, quantized.int_repr(), self._homes[name].read(), self.sites[name])
 
     def bias(self, name: str) -> Tensor | None:
-        """What is added to the products with a weight, in float; (C,)."""
-        return self._weight_home(name).bias()
+        """What is added to the products with a weight, in float, less a correction; (C,)."""
+        corrected = self._corrected.get(name)
+        return self._weight_home(name).bias() if corrected is None else corrected[0]
+
+    def correctable(self, name: str) -> bool:
+        """Whether the bias of a weight's layer is packed with it: so in lowered models."""
+        return isinstance(self._homes[name], PackedHome)
 
     def scale_channels(self, name: str, factor: Tensor, bias: Tensor) -> None:
         """Multiply what a layer gives, channel by channel, and give it another bias.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -84,6 +84,11 @@ class Twin:
             for buffers, before in kept:
                 buffers.update(before)
 
+    @property
+    def layers(self) -> Sequence[Weighted | FloatWeighted]:
+        """Those with a weight on a scale, in graph order."""
+        return self._weighted
+
     def layer_inputs(self, batch: Batch) -> LayerInputs:
         """What each weighted layer is given when the twin runs on a batch, which is left as it is."""
         with torch.no_grad(), self.seeing_inputs() as seen:
@@ -106,13 +111,14 @@ class Twin:
                 hook.remove()
 
     def get(self, name: str) -> QParams:
-        """Scale and zero_point of a site, and how a weight is rounded."""
+        """Scale and zero_point of a site, how a weight is rounded, and what is added to the bias of its layer."""
         site = self._sites[name]
-        shift = site.shift if isinstance(site, WeightQuantizer) else None
+        shift, correction = (site.shift, site.correction) if isinstance(site, WeightQuantizer) else (None, None)
         return QParams(
             site.scale.double().cpu(),
             site.zero_point.round().long().cpu(),
             None if shift is None else whole_parts(shift),
+            None if correction is None else correction.cpu(),
         )
 
     def set(self, name: str, qparams: QParams) -> None:
@@ -126,7 +132,7 @@ class Twin:
         module.scale.copy_(checked.scale)
         module.zero_point.copy_(checked.zero_point)
         if isinstance(module, WeightQuantizer):
-            module.set_shift(checked)
+            module.set_beside(checked)
             module.refresh()
 
     def shiftable_weight(self, name: str) -> Tensor | None:
@@ -135,10 +141,12 @@ class Twin:
         return module.weight if isinstance(module, WeightQuantizer) and module.shiftable else None
 
     def state(self, name: str) -> tuple[Tensor | None, ...]:
-        """What is held for a site, for `restore`: copies, but of the shift of a weight, which nobody writes into."""
+        """What is held for a site, for `restore`: copies, but of what nobody writes into (shift, correction)."""
         module = self._sites[name]
         held = module.scale.clone(), module.zero_point.clone()
-        return (*held, module.codes.clone(), module.shift) if isinstance(module, WeightQuantizer) else held
+        if not isinstance(module, WeightQuantizer):
+            return held
+        return (*held, module.codes.clone(), module.shift, module.correction)
 
     def restore(self, name: str, state: tuple[Any, ...]) -> None:
         """Put back what `state` returned."""
@@ -147,7 +155,7 @@ class Twin:
         module.zero_point.copy_(state[1])
         if isinstance(module, WeightQuantizer):
             module.codes.copy_(state[2])
-            module.shift = state[3]
+            module.shift, module.correction = state[3:]
 
     def reround_weights(self, enabled: bool = True) -> None:
         """Take weight codes from the float weights at the present scales (True), or as they are in the model."""

@@ -81,16 +81,17 @@ class LoweredBuilder(Builder):
         if ".dynamic" in kind.__module__ or kind.__name__ == "Embedding":
             return Lift(kind.__name__, _weight_only(module))
         if node.name in self._weight_of:
-            weight = self._weight(self._weight_of[node.name])
-            bias = cast(Any, module)._weight_bias()[1]
-            relu = "ReLU" in kind.__name__
-            product = _product_of(module)
-            return Weighted(weight, self._output(node), bias, product, relu, self._qnnpack)
+            return self._weighted(node, _product_of(module), "ReLU" in kind.__name__)
         if node.name in self._activation and kind.__name__ == "LayerNorm":
             return NormModule(self._output(node), module)
         if node.name in self._activation:
             return Pointwise(self._output(node), _float_op(module))
         return Lift(kind.__name__ if kind.__name__ != "Dropout" else "Identity", nn.Identity())
+
+    def _weighted(self, node: Node, product: Product, relu: bool) -> Weighted:
+        site = self._weight_of[node.name]
+        bias = self._backend.bias(site)
+        return Weighted(self._weight(site), self._output(node), bias, product, relu, self._qnnpack)
 
     def _function(self, node: Node) -> None:
         target = node.target
@@ -126,10 +127,8 @@ class LoweredBuilder(Builder):
             self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1])
         elif node.name in self._weight_of:
             packed = next(n for n in node.all_input_nodes if n.op == "get_attr" and "packed_weight" in str(n.target))
-            bias = fetch(self._model, str(packed.target)).unpack()[1]
             product = _packed_product(fetch(self._model, str(packed.target)))
-            weighted = Weighted(self._weight(self._weight_of[node.name]), output, bias, product, relu, self._qnnpack)
-            self._call(node, weighted, node.args[:1])
+            self._call(node, self._weighted(node, product, relu), node.args[:1])
         else:
             raise self._unsupported(node, name)
 

@@ -61,6 +61,7 @@ class WeightQuantizer(SiteModule):
     codes: Tensor
     weight: Tensor | None
     shift: Tensor | None
+    correction: Tensor | None
 
     def __init__(
         self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None, shiftable: bool
@@ -74,16 +75,25 @@ class WeightQuantizer(SiteModule):
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
         #: in steps, -0.5 to 0.5; see `QParams`
         self.register_buffer("shift", None)
-        self.set_shift(qparams)
+        #: of the bias; see `QParams`
+        self.register_buffer("correction", None)
+        self.set_beside(qparams)
         #: whether weights may be rounded to other codes than the nearest
         self.shiftable = shiftable and float_weight is not None
         #: take the codes from `codes` (True) or from the float weight at the present scale (False)
         self.keep_codes = True
 
-    def set_shift(self, qparams: QParams) -> None:
-        """Round as the shift of qparams says."""
-        shift = qparams.shift_steps
-        self.shift = None if shift is None else shift.to(self.scale.device)
+    def set_beside(self, qparams: QParams) -> None:
+        """Round as the shift of qparams says, and correct the bias so."""
+        shift, correction, device = qparams.shift_steps, qparams.correction, self.scale.device
+        self.shift = None if shift is None else shift.to(device)
+        self.correction = None if correction is None else correction.to(device)
+
+    def corrected(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of the layer; as it was given where it computes in float."""
+        if self.correction is None or self.rounding == "none":
+            return bias
+        return self.correction if bias is None else bias + self.correction
 
     def forward(self) -> Tensor:
         """Centred codes (C, ...)."""
@@ -150,7 +160,8 @@ class Weighted(nn.Module):
 
     def forward(self, value: QTensor) -> QTensor:
         like, limits = self.output.like(self._relu)
-        given = (value.codes, value.scale, self.weight(), self.weight.scale, self.bias, like.scale, like.zero_point)
+        bias = self.weight.corrected(self.bias)
+        given = (value.codes, value.scale, self.weight(), self.weight.scale, bias, like.scale, like.zero_point)
         return like.with_codes(Weigh.apply(*given, self._product, self._whole_bias, limits))
 
     @property

@@ -80,6 +80,10 @@ class SimulatedBackend:
         for name, state in snapshot.items():
             self.restore(name, state)
 
+    def correctable(self, name: str) -> bool:
+        """As of the lowered model."""
+        return self._backend.correctable(name)
+
     def movable(self) -> dict[str, tuple[ScaleSite, ...]]:
         """As of the lowered model, less what the twin's output does not depend on."""
         groups = self._backend.movable()

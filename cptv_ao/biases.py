@@ -1,0 +1,93 @@
+"""Bias correction: what quantization takes from the mean of a channel, or adds to it, goes into the bias of its layer.
+
+Layer after layer, on the values that the corrected layers before it give (Nagel et al., ICCV 2019, arXiv 1906.04721;
+Finkelstein et al., arXiv 1906.03193).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptv_ao.data import Batch
+from cptv_ao.twin import Twin
+from cptv_ao.twin.modules import Weighted
+from cptv_ao.twin.values import QTensor
+
+# Images whose means are compared.
+_IMAGES = 200
+#: Forwards that an image costs: one in float, and one in which each layer runs once more when it is corrected.
+FORWARDS = 3
+
+
+def corrections(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> tuple[dict[str, Tensor], int]:
+    """Correct the biases of layers at the scales that are in the twin.
+
+    Args:
+        twin: written: the corrections of these layers.
+        names: of the weight sites whose layers may get another bias; those that run more than once do not.
+        batches: search images, of which the first ones are used.
+
+    Returns:
+        What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
+    """
+    found = groupby(sorted(_weighted(twin, names), key=_site), _site)
+    layers = {name: layer for name, (layer, *others) in ((n, list(group)) for n, group in found) if not others}
+    images = 0
+    with torch.no_grad():
+        for batch in batches:
+            if images >= _IMAGES:
+                break
+            images += batch.images
+            _correct(twin, layers.values(), batch, batch.images / images)
+    held = {name: layer.weight.correction for name, layer in layers.items()}
+    return {name: correction.cpu() for name, correction in held.items() if correction is not None}, images
+
+
+def _weighted(twin: Twin, names: Collection[str]) -> list[Weighted]:
+    return [layer for layer in twin.layers if isinstance(layer, Weighted) and _site(layer) in names]
+
+
+def _site(layer: Weighted) -> str:
+    return layer.weight.site.name
+
+
+def _correct(twin: Twin, layers: Collection[Weighted], batch: Batch, share: float) -> None:
+    """Move the corrections by a share of what the means on a batch are apart."""
+    wanted: dict[Weighted, Tensor] = {}
+
+    def see(layer: Any, _: Any, output: QTensor) -> None:
+        wanted[layer] = _mean(layer, output)
+
+    def correct(layer: Any, args: tuple[QTensor], output: QTensor) -> QTensor:
+        missing = (share * (wanted[layer] - _mean(layer, output))).nan_to_num_(0.0, 0.0, 0.0)
+        before = layer.weight.correction
+        layer.weight.correction = missing if before is None else before + missing
+        corrected: QTensor = layer.forward(*args)
+        return corrected
+
+    with twin.in_float(twin.names):
+        _hooked(twin, layers, see, batch)
+    _hooked(twin, layers, correct, batch)
+
+
+def _hooked(twin: Twin, layers: Collection[Weighted], hook: Any, batch: Batch) -> None:
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        twin(*batch.args, **batch.kwargs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _mean(layer: Weighted, output: QTensor) -> Tensor:
+    """Of each channel (C,), within what the output's codes can stand for: what is beyond it, the function behind the
+    layer clips in float, too (ReLU6), or nothing brings back."""
+    values, like = output.dequantize(), layer.output
+    low, high = ((end - like.zero_point) * like.scale for end in (like.site.qmin, like.site.qmax))
+    others = [dim for dim in range(values.dim()) if dim != layer.channel_dim % values.dim()]
+    return values.clamp(low, high).mean(others)
