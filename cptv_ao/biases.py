@@ -6,8 +6,8 @@ Finkelstein et al., arXiv 1906.03193).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cptv_ao.data import Batch
 from cptv_ao.twin import Twin
+from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted
 from cptv_ao.twin.values import QTensor
 
@@ -35,28 +36,24 @@ def corrections(twin: Twin, names: Collection[str], batches: Sequence[Batch]) ->
     Returns:
         What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
     """
-    found = groupby(sorted(_weighted(twin, names), key=_site), _site)
-    layers = {name: layer for name, (layer, *others) in ((n, list(group)) for n, group in found) if not others}
+    runs = Counter(map(_site, twin.layers))
+    layers = [one for one in twin.layers if isinstance(one, Weighted) and _site(one) in names and runs[_site(one)] == 1]
     images = 0
     with torch.no_grad():
         for batch in batches:
             if images >= _IMAGES:
                 break
             images += batch.images
-            _correct(twin, layers.values(), batch, batch.images / images)
-    held = {name: layer.weight.correction for name, layer in layers.items()}
+            _correct(twin, layers, batch, batch.images / images)
+    held = {_site(layer): layer.weight.correction for layer in layers}
     return {name: correction.cpu() for name, correction in held.items() if correction is not None}, images
 
 
-def _weighted(twin: Twin, names: Collection[str]) -> list[Weighted]:
-    return [layer for layer in twin.layers if isinstance(layer, Weighted) and _site(layer) in names]
-
-
-def _site(layer: Weighted) -> str:
+def _site(layer: Weighted | FloatWeighted) -> str:
     return layer.weight.site.name
 
 
-def _correct(twin: Twin, layers: Collection[Weighted], batch: Batch, share: float) -> None:
+def _correct(twin: Twin, layers: Sequence[Weighted], batch: Batch, share: float) -> None:
     """Move the corrections by a share of what the means on a batch are apart."""
     wanted: dict[Weighted, Tensor] = {}
 
@@ -75,7 +72,7 @@ def _correct(twin: Twin, layers: Collection[Weighted], batch: Batch, share: floa
     _hooked(twin, layers, correct, batch)
 
 
-def _hooked(twin: Twin, layers: Collection[Weighted], hook: Any, batch: Batch) -> None:
+def _hooked(twin: Twin, layers: Sequence[Weighted], hook: Any, batch: Batch) -> None:
     hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
         twin(*batch.args, **batch.kwargs)

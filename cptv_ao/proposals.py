@@ -53,7 +53,8 @@ class Proposer:
         self._batches, self._teacher = _steps(calibration.search)
         self._twin = Twin(backend)
         self._twin.reround_weights()
-        self._forwards = 0
+        #: images run through the twin so far by this rank; forward and backward count as three
+        self.image_forwards = 0
         #: called with the loss of each step of the descent
         self.on_step: Callable[[float], None] | None = None
         #: called between steps of the descent, when `state` says where it is; with True where that is worth saving
@@ -63,11 +64,6 @@ class Proposer:
         self._narrowed: set[str] = set()
         self._began = 0.0
         self._descent: GradientDescent | None = None
-
-    @property
-    def image_forwards(self) -> int:
-        """Images run through the twin so far by this rank; forward and backward count as three."""
-        return self._forwards
 
     def __iter__(self) -> Iterator[Proposal]:
         if self._descent is None:
@@ -115,14 +111,19 @@ class Proposer:
         weights = [lead for lead, group in self._groups.items() if group[0].kind == "weight"]
         return [name for name in weights if self._backend.correctable(name)]
 
+    @property
+    def _corrects(self) -> bool:
+        """Whether the kernels have accepted corrected biases."""
+        return any(self._backend.read(name).correction is not None for name in self._correctable())
+
     def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
-        """An assignment with the biases that fit it."""
+        """Scales with the biases that fit them."""
         assignment = scales()
         self._follow()
         for name, qparams in assignment.items():
             self._twin.set(name, qparams)
         found, images = corrections(self._twin, self._correctable(), self._batches)
-        self._forwards += FORWARDS * images
+        self.image_forwards += FORWARDS * images
         self._follow()
         held = {name: assignment.get(name, self._backend.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}
@@ -195,7 +196,7 @@ class Proposer:
         )
         counted = descent.image_forwards
         for proposal in proposals:
-            self._forwards += descent.image_forwards - counted
+            self.image_forwards += descent.image_forwards - counted
             counted = descent.image_forwards
             highest = self._saturating(proposal[1]())
             narrowed = self._narrowed
@@ -203,8 +204,7 @@ class Proposer:
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
             descent.rescale(narrower)
             before, (name, scales) = self._scales(), proposal
-            corrects = any(self._backend.read(weight).correction is not None for weight in self._correctable())
-            yield name, partial(self._corrected, scales) if corrects else scales
+            yield name, partial(self._corrected, scales) if self._corrects else scales
             self._follow()
             if torch.equal(self._scales(), before):
                 descent.go_back_to(self._backend.read)
