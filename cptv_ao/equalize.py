@@ -92,15 +92,13 @@ def smoothable(backend: Backend) -> set[str]:
     return {name for norm in _shiftable(backend, norms) for name in norm.outputs}
 
 
-def replaceable(backend: Backend) -> tuple[dict[str, str], list[str]]:
-    """What a refine may replace in a model beside scales: tensors by path, with the site that each belongs to, and
-    the weights whose layers may get another bias."""
+def replaceable(backend: Backend) -> dict[str, str]:
+    """Tensors that `equalize` may replace in a model, by path, with the site that each belongs to."""
     if is_exported(backend.model):
-        return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}, []
+        return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}
     patterns = Patterns(backend)
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
-    tensors |= {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
-    return tensors, [site.name for site in backend.sites.values() if site.kind == "weight" and not site.fixed]
+    return tensors | {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
 
 
 def _fold(backend: Backend, norm: UnfusedNorm) -> bool:

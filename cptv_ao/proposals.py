@@ -117,14 +117,13 @@ class Proposer:
         return any(self._backend.read(name).correction is not None for name in self._correctable())
 
     def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
-        """Scales with the biases that fit them."""
+        """Scales with the biases that fit them; the twin has both until it follows the model again."""
         assignment = scales()
         self._follow()
         for name, qparams in assignment.items():
             self._twin.set(name, qparams)
         found, images = corrections(self._twin, self._correctable(), self._batches)
         self.image_forwards += FORWARDS * images
-        self._follow()
         held = {name: assignment.get(name, self._backend.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}
 
@@ -195,15 +194,15 @@ class Proposer:
             self._batches, self._teacher, self._schedule(), self.on_step, lambda: self.budget.left, self.on_pause
         )
         counted = descent.image_forwards
-        for proposal in proposals:
+        for name, scales in proposals:
             self.image_forwards += descent.image_forwards - counted
             counted = descent.image_forwards
-            highest = self._saturating(proposal[1]())
+            highest = self._saturating(scales())
             narrowed = self._narrowed
             self._limit(narrowed | highest.keys())
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
             descent.rescale(narrower)
-            before, (name, scales) = self._scales(), proposal
+            before = self._scales()
             yield name, partial(self._corrected, scales) if self._corrects else scales
             self._follow()
             if torch.equal(self._scales(), before):

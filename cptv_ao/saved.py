@@ -50,9 +50,8 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
             tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = qparams.scale, qparams.zero_point
             if site.kind == "weight" and not site.fixed:
                 tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
-        held, biased = replaceable(backend)
-        tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in held}
-        for name in biased:
+        tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in replaceable(backend)}
+        for name in _biased(backend):
             bias = backend.bias(name)
             tensors[f"{name}.bias"] = torch.zeros(0) if bias is None else bias.detach().clone()
     write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
@@ -78,9 +77,9 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         backend = Backend(model)
         _same_sites(path, backend, data.get("sites"))
         values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
-        held, biased = replaceable(backend)
+        held = replaceable(backend)
         beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
-        given = {name: tensors[f"{name}.bias"] for name in biased if f"{name}.bias" in tensors}
+        given = {name: tensors[f"{name}.bias"] for name in _biased(backend) if f"{name}.bias" in tensors}
         for part, value in beside.items():
             _expect_like(path, part, fetch(model, part), value)
         biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
@@ -176,6 +175,11 @@ def _value(
     elif not torch.equal(backend.read(site.name).scale, qparams.scale):
         raise ScalesFileError(f"{path} is of another model: {site.name} has other scales there ({site.fixed})")
     return qparams, found.get("codes")
+
+
+def _biased(backend: Backend) -> list[str]:
+    """Weights whose layers may have another bias than the conversion gave them."""
+    return [name for name, site in backend.sites.items() if not site.fixed and backend.correctable(name)]
 
 
 def _bias(path: Any, backend: Backend, name: str, saved: Tensor) -> Tensor | None:

@@ -144,7 +144,7 @@ def ppq_lsq(case: Case) -> nn.Module:
 
 
 def ours_soon(case: Case) -> nn.Module:
-    """Ours in the time of the fastest of the others."""
+    """Ours in about as many seconds as the quick ones of the others take."""
     return refined(case, RefineConfig(max_seconds=15))[0]
 
 
