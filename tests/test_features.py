@@ -208,17 +208,17 @@ def test_they_count_as_much_beside_a_loss_of_other_units(vit_w2: Case, loss: Los
 
 
 def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> None:
-    """On images that no search has seen."""
-    drawn = digits.calibration(1000, seed=5)
-    vit_w2.batches, images = list(drawn[:600].split(100)), drawn[600:]
+    """On images that no search has seen: the mean of four draws, for a single one scatters by a quarter."""
 
-    def loss(feature_weight: float) -> float:
-        case = vit_w2.copy()
-        refined(case, gradient_steps=200, feature_weight=feature_weight)
+    def loss(seed: int, feature_weight: float) -> float:
+        case, drawn = vit_w2.copy(), digits.calibration(1000, seed=5 + seed)
+        case.batches, images = list(drawn[:600].split(100)), drawn[600:]
+        refined(case, gradient_steps=60, feature_weight=feature_weight, seed=seed)
         with torch.inference_mode():
             return float(kl(case.converted(images), case.float_model(images)))
 
-    assert loss(1.0) < 0.9 * loss(0.0)
+    # Measured on six draws: .61, .76, 1.0, .67, .48, .52; of their means .64.
+    assert sum(loss(seed, 1.0) for seed in range(4)) < 0.9 * sum(loss(seed, 0.0) for seed in range(4))
 
 
 def test_a_pt2e_graph_has_features(vit: nn.Module, digits: workloads.Images) -> None:

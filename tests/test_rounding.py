@@ -125,17 +125,17 @@ def test_a_second_refine_starts_from_what_the_first_one_left(vit_w2: Case) -> No
 
 
 def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: Any) -> None:
-    """On images that no search has seen."""
-    drawn = digits.calibration(1000, seed=5)
-    vit_w2.batches, images = list(drawn[:600].split(100)), drawn[600:]
+    """On images that no search has seen: the mean of four draws, for a single one scatters by a quarter."""
 
-    def loss(**changes: Any) -> float:
-        case = vit_w2.copy()
-        model = refined(case, gradient_steps=300, passes=0, **{"rounding_rate": 0.1, **changes})
+    def loss(seed: int, rounding_rate: float) -> float:
+        case, drawn = vit_w2.copy(), digits.calibration(1000, seed=5 + seed)
+        case.batches, images = list(drawn[:600].split(100)), drawn[600:]
+        model = refined(case, passes=0, rounding_rate=rounding_rate, seed=seed)
         with torch.inference_mode():
             return float(cptv_ao.losses.kl(model(images), case.float_model(images)))
 
-    assert loss() < 0.8 * loss(rounding_rate=0.0)
+    # Measured on six draws: .91, .62, .65, .51, .94, .56; of their means .69.
+    assert sum(loss(seed, 0.1) for seed in range(4)) < 0.9 * sum(loss(seed, 0.0) for seed in range(4))
 
 
 @pytest.mark.parametrize("folded", [True, False])
