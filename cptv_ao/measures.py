@@ -21,7 +21,6 @@ from cptv_ao.twin.values import QTensor
 _NARROW = 129
 #: A channel is an outlier where its largest value is this many times that of the median channel.
 OUTLIER = 4.0
-_LAST = ("Linear", "LayerNorm", "quantized.linear", "quantized.layer_norm")
 
 
 @dataclass
@@ -174,8 +173,6 @@ def _channel_dim(site: ScaleSite, value: Tensor) -> int | None:
     """The dimension of the channels, where it is certain enough to speak of channels."""
     if value.dim() < 2:
         return None
-    if site.op.startswith(("Conv", "BatchNorm", "BNReLU")):
-        return 1
-    if value.dim() <= 3 or site.op.startswith(_LAST):
-        return value.dim() - 1
-    return None
+    if site.channels is not None:
+        return site.channels % value.dim()
+    return value.dim() - 1 if value.dim() <= 3 else None
