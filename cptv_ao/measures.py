@@ -14,7 +14,7 @@ from torch.nn import functional
 from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.data import Batch
 from cptv_ao.sites import QParams, ScaleSite
-from cptv_ao.twin.saturation import ordered
+from cptv_ao.twin.check import ordered
 from cptv_ao.twin.values import QTensor
 
 # Codes above this one overflow where kernels add pairs of products in 16 bits: 2 * 130 * 127 > 2^15.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.ao.nn.intrinsic as nni
@@ -66,6 +66,15 @@ class Op:
         return self.effect in _BRINGING or (self.effect == "moves" and self.name not in _COMPUTING)
 
 
+_MAX_POOLS = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
+_RAW_MAX_POOLS = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
+_ADAPTIVE = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
+_CONVS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+_CONV_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_REFERENCE = (nnqr.Conv1d, nnqr.Conv2d, nnqr.Conv3d)
+_REFERENCE_TRANSPOSED = (nnqr.ConvTranspose1d, nnqr.ConvTranspose2d, nnqr.ConvTranspose3d)
+
 _OPS = (
     Op("chunk", "moves", (torch.chunk,), ("chunk",), (), ("chunk",)),
     Op("clone", "moves", (torch.clone,), ("clone",), (), ("clone", "alias", "copy")),
@@ -92,8 +101,7 @@ _OPS = (
     Op(
         "max_pool",
         "moves",
-        (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
-        + (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+        (*_MAX_POOLS, *_RAW_MAX_POOLS),
         (),
         (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
         ("max_pool1d", "max_pool2d", "max_pool3d"),
@@ -120,7 +128,7 @@ _OPS = (
     Op(
         "adaptive_avg_pool",
         "averages",
-        (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d),
+        _ADAPTIVE,
         (),
         (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
         ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
@@ -186,12 +194,9 @@ _OPS = (
     Op(
         "conv",
         "layer",
-        (functional.conv1d, functional.conv2d, functional.conv3d)
-        + (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+        (*_CONVS, *_TRANSPOSED),
         (),
-        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        + (nnqr.Conv1d, nnqr.Conv2d, nnqr.Conv3d)
-        + (nnqr.ConvTranspose1d, nnqr.ConvTranspose2d, nnqr.ConvTranspose3d),
+        (*_CONV_MODULES, *_REFERENCE, *_REFERENCE_TRANSPOSED),
         ("conv1d", "conv2d", "conv3d", "convolution"),
     ),
     Op("bilinear", "layer", (functional.bilinear,), (), (nn.Bilinear,), ("bilinear",)),
@@ -253,10 +258,19 @@ def packet_of(target: Any) -> torch._ops.OpOverloadPacket | None:
     return packet if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
+def op_name(node: Node) -> str:
+    """Short name of what a node calls, to tell of it: `quantized.add`, `quantize_per_tensor`, `flatten`."""
+    packet = packet_of(node.target)
+    if packet is not None:
+        return str(packet).replace("::", ".")
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
 def by_type(module: nn.Module, table: Mapping[type[nn.Module], _Row]) -> _Row | None:
     """The row of a module's type, or of the type that it has its `forward` from."""
     for kind in type(module).__mro__:
         if kind in table:
-            plain = type(module).forward is kind.forward and "forward" not in vars(module)
+            own, known = (cast(Any, one).forward for one in (type(module), kind))
+            plain = own is known and "forward" not in vars(module)
             return table[kind] if plain else None
     return None

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-import torch
 from torch import nn
 from torch.fx import Node
 
 from cptv_ao.backends.ops import op_of
 from cptv_ao.backends.quantized import of_node
 
+
 def producer(node: Node, known: Container[Node], modules: Mapping[str, nn.Module]) -> Node:
     """Walk up through the ops that keep the qparams of their first input, to a node that is known or does not."""
     while node not in known and node.args and isinstance(node.args[0], Node) and _passes(node, modules):
         node = node.args[0]
     return node
-
-
-def op_name(node: Node) -> str:
-    """Short name of what a node calls, to tell of it: `quantized.add`, `quantize_per_tensor`, `flatten`."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return str(target).replace("::", ".")
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket).replace("::", ".")
-    return getattr(target, "__name__", str(target))
 
 
 def _passes(node: Node, modules: Mapping[str, nn.Module]) -> bool:

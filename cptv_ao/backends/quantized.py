@@ -21,9 +21,9 @@ import torch.ao.nn.sparse.quantized as sparse
 import torch.ao.nn.sparse.quantized.dynamic as sparse_dynamic
 from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.ops import by_type, packet_of
+from cptv_ao.backends.ops import by_type, op_name, packet_of
 
 #: How a quantized op keeps its scales.
 #:     static: a packed weight, and an output scale of its own
@@ -81,7 +81,9 @@ _MODULES: dict[type[nn.Module], Quantized] = {
     **_rows(nnqd, "ConvTranspose1d ConvTranspose2d ConvTranspose3d", Quantized("dynamic", "transposed conv")),
     **_rows(nnqd, "GRU GRUCell LSTM LSTMCell RNNCell", Quantized("lookup")),
     **_rows(nnq, "Embedding EmbeddingBag", Quantized("lookup")),
-    **_rows(nnq, "BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d", Quantized("scaled", channels=1)),
+    **_rows(
+        nnq, "BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d", Quantized("scaled", channels=1)
+    ),
     **_rows(nniq, "BNReLU2d BNReLU3d", Quantized("scaled", after="relu", channels=1)),
     **_rows(nnq, "LayerNorm", Quantized("scaled", channels=-1)),
     **_rows(nnq, "GroupNorm ELU LeakyReLU Hardswish PReLU Quantize", Quantized("scaled")),
@@ -145,6 +147,18 @@ def is_quantized_op(node: Node) -> bool:
     return node.target in _MAKERS if packet is None else packet._qualified_op_name.split("::")[0] in _NAMESPACES
 
 
+def quantized_inside(path: str, module: nn.Module) -> Iterator[str]:
+    """What is quantized in a module that a graph calls as a whole (a standalone one, a leaf), itself included, as
+    `path (op)`."""
+    if is_quantized(module):
+        yield f"{path} ({type(module).__name__})"
+        return
+    if isinstance(module, GraphModule):
+        yield from (f"{path}.{node.name} ({op_name(node)})" for node in module.graph.nodes if is_quantized_op(node))
+    for name, child in module.named_children():
+        yield from quantized_inside(f"{path}.{name}", child)
+
+
 def is_observer(module: nn.Module) -> bool:
     """Whether a module only looks at what passes through it while a model is prepared, or rounds it (QAT)."""
     torchao: Any = sys.modules.get("torchao.quantization.pt2e")
@@ -160,7 +174,10 @@ def _package_types(package: ModuleType) -> Iterator[type[nn.Module]]:
 
 
 # Some of torch's own are among the names of these packages.
-_OF_FLOAT = {kind for kind in vars(nn).values() if isinstance(kind, type)} | {nnq.FloatFunctional, nnq.FXFloatFunctional}
+_OF_FLOAT = {kind for kind in vars(nn).values() if isinstance(kind, type)} | {
+    nnq.FloatFunctional,
+    nnq.FXFloatFunctional,
+}
 _ALL = frozenset(
     kind
     for package in (nnq, nnq.modules, nnqd, nnqr, nniq, nniqd, sparse, sparse_dynamic)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -23,9 +24,9 @@ from cptv_ao.backends.homes import (
     WeightHome,
     infer_range,
 )
-from cptv_ao.backends.ops import op_of, packet_of
-from cptv_ao.backends.passing import op_name, producer
-from cptv_ao.backends.quantized import Quantized, is_observer, is_quantized, is_quantized_op, of_module, of_node
+from cptv_ao.backends.ops import op_name, op_of, packet_of
+from cptv_ao.backends.passing import producer
+from cptv_ao.backends.quantized import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import Scopes, fetch
 from cptv_ao.sites import ScaleSite, SiteTable, output_name, weight_name
@@ -128,7 +129,7 @@ class _Scanner:
     def _visit_module(self, node: Node, module: nn.Module) -> None:
         path, name, known = str(node.target), type(module).__name__, of_module(module)
         if known is None:
-            self._unknown += _inside(path, module)
+            self._unknown += quantized_inside(path, module)
         elif known.role == "reference":
             self._unknown.append(f"{path} (reference {name}, not lowered)")
         elif known.role == "lookup":
@@ -149,7 +150,8 @@ class _Scanner:
         fixed = known.fixed
         if not fixed and "scale" not in module.state_dict():  # nnq.ELU
             fixed = "a state_dict does not keep it"
-        self._add_activation(node, output_name(path), name, path, activation, torch.quint8, fixed, known.channels)
+        dtype = module.dtype if isinstance(module, nnq.Quantize) else torch.quint8
+        self._add_activation(node, output_name(path), name, path, activation, dtype, fixed, known.channels)
 
     def _visit_function(self, node: Node) -> None:
         op, known = op_name(node), of_node(node, self._modules)
@@ -300,14 +302,3 @@ class _Scanner:
 
 def _is_scalar(value: Any, *, floating: bool) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() == floating
-
-
-def _inside(path: str, module: nn.Module) -> Iterator[str]:
-    """What is quantized in a module that the graph calls as a whole (a standalone one, a leaf), itself included."""
-    if is_quantized(module):
-        yield f"{path} ({type(module).__name__})"
-        return
-    if isinstance(module, GraphModule):
-        yield from (f"{path}.{node.name} ({op_name(node)})" for node in module.graph.nodes if is_quantized_op(node))
-    for name, child in module.named_children():
-        yield from _inside(f"{path}.{name}", child)
