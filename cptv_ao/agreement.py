@@ -55,8 +55,8 @@ def disagreeing(backend: Backend, batch: Batch, config: RefineConfig) -> tuple[f
         UnsupportedModelError: no twin is known.
     """
     select = config.output or first_floating
-    twin = Twin(backend)
     few = batch.few(_IMAGES)
+    twin = Twin(backend).checked(few)
     gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
     return gap, sorted(saturating_inputs(backend.model, twin, few)) if gap > _TOLERATED else []
 

@@ -46,7 +46,7 @@ def centre(backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Ba
     shared = [part for part in shared if all(reader.bias for reader in part.readers)]
     if not shared:
         return 0
-    twin = unquantized(backend)
+    twin = unquantized(backend).checked(batches[0])
     ends = channel_ends(twin, [part.value for part in shared], batches, world)
     worth = [part for part in shared if part.value in ends and _narrower(ends[part.value])]
     if not worth:

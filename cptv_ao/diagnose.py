@@ -105,7 +105,7 @@ class _Measured:
 def _diagnosis(
     backend: Backend, sources: Sources, batches: Sequence[Batch], config: RefineConfig, progress: bool
 ) -> Diagnosis:
-    teacher = sources.teacher_for(backend)
+    teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
         images = Images.of(batches, teacher, config)
         kernels = Scoring(backend.model, Calibration(config, images)).search
@@ -148,7 +148,7 @@ def _measured(
     outputs = survey.block_outputs()
     least = _least(images, config)
     try:
-        simulated = SimulatedBackend(backend, config.device)
+        simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
         compared = compared_on_twin(backend, simulated, images.batches, outputs)
         return _Measured(causes_on_twin(simulated, images, blocks, config, least, advance), compared, True)
     except UnsupportedModelError as error:

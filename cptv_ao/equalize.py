@@ -154,7 +154,7 @@ def _smoothed(
     if not norms:
         return []
     try:
-        twin = unquantized(backend)
+        twin = unquantized(backend).checked(batches[0])
     except UnsupportedModelError:
         return []
     ends = channel_ends(twin, [norm.node for norm in norms], batches, world)

@@ -76,7 +76,8 @@ class SimulatedGround(Ground):
     def __init__(self, backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> None:
         super().__init__(backend, kernels, calibration, equalize)
         self._shipping = backend
-        self._simulated = SimulatedBackend(backend, calibration.config.device)
+        simulated = SimulatedBackend(backend, calibration.config.device)
+        self._simulated = simulated.checked(calibration.search.batches[0])
         self.backend = as_backend(self._simulated)
         search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
         self._search_with(Scoring(self._simulated.model, replace(calibration, search=search, holdout=holdout)))

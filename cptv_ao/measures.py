@@ -14,14 +14,13 @@ from torch.nn import functional
 from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.data import Batch
 from cptv_ao.sites import QParams, ScaleSite
-from cptv_ao.twin.saturation import ordered
+from cptv_ao.twin.check import ordered
 from cptv_ao.twin.values import QTensor
 
 # Codes above this one overflow where kernels add pairs of products in 16 bits: 2 * 130 * 127 > 2^15.
 _NARROW = 129
 #: A channel is an outlier where its largest value is this many times that of the median channel.
 OUTLIER = 4.0
-_LAST = ("Linear", "LayerNorm", "quantized.linear", "quantized.layer_norm")
 
 
 @dataclass
@@ -174,8 +173,6 @@ def _channel_dim(site: ScaleSite, value: Tensor) -> int | None:
     """The dimension of the channels, where it is certain enough to speak of channels."""
     if value.dim() < 2:
         return None
-    if site.op.startswith(("Conv", "BatchNorm", "BNReLU")):
-        return 1
-    if value.dim() <= 3 or site.op.startswith(_LAST):
-        return value.dim() - 1
-    return None
+    if site.channels is not None:
+        return site.channels % value.dim()
+    return value.dim() - 1 if value.dim() <= 3 else None

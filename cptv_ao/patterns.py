@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.passing import op_name
+from cptv_ao.backends.ops import op_name
 from cptv_ao.sites import ScaleSite
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -51,7 +51,7 @@ class Proposer:
         self._backend, self._groups = backend, groups
         self._config, self._world = calibration.config, calibration.world
         self._batches, self._teacher = _steps(calibration.search)
-        self._twin = Twin(backend)
+        self._twin = Twin(backend).checked(self._batches[0])
         self._twin.reround_weights()
         #: images run through the twin so far by this rank; forward and backward count as three
         self.image_forwards = 0

@@ -179,7 +179,7 @@ def _calibration(backend: Backend, batches: list[Batch], sources: Sources, searc
     config, world = search.config, search.world
     split = split_batches(batches, config.holdout)
     check_negatives(config, (*split.search, *split.holdout))
-    teacher = sources.teacher_for(backend)
+    teacher = sources.teacher_for(backend, split.search[0])
     with as_float(teacher):
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
     return Calibration(config, images, held_out, world)

@@ -36,6 +36,7 @@ class ScaleSite:
         nodes: names of the graph nodes whose output (activation) or weight the scale describes, in graph order.
         tied: name of the site that leads the group this one moves with; its own name when it moves alone.
         fixed: why it never moves (`"fixed qparams of softmax"`), `""` when it may.
+        channels: of an activation: the dimension of its channels, where the op makes that certain.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ScaleSite:
     nodes: tuple[str, ...]
     tied: str
     fixed: str = ""
+    channels: int | None = None
 
     @property
     def numel(self) -> int:

@@ -12,7 +12,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import is_reference, lower
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
-from cptv_ao.errors import CalibrationDataError
+from cptv_ao.errors import CalibrationDataError, UnsupportedModelError
 from cptv_ao.guard import without_torch_floods
 from cptv_ao.sites import SiteTable
 from cptv_ao.twin import unquantized
@@ -31,13 +31,25 @@ class Sources:
         """Of a model that was given and what is run of it: a reference model holds float weights itself."""
         return Sources(float_model, float_model if float_model is not None or lowered is model else model)
 
-    def teacher_for(self, backend: Backend) -> nn.Module:
+    def teacher_for(self, backend: Backend, batch: Batch) -> nn.Module:
         """The float model, or else the quantized one in float (with the float weights that its backend knows).
+
+        Args:
+            batch: some calibration images, on which the twin is tried.
 
         Raises:
             UnsupportedModelError: there is no float model, and the float twin does not know an op.
         """
-        return self.teacher if self.teacher is not None else unquantized(backend).module
+        if self.teacher is not None:
+            return self.teacher
+        try:
+            return unquantized(backend).checked(batch).module
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"without float_model the teacher is the quantized model in float, which cannot be had: {error}; pass "
+                "float_model= (the float or the prepared model)",
+                error.node,
+            ) from error
 
 
 def find_sites(model: GraphModule) -> SiteTable:

@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.passing import op_name, producer
+from cptv_ao.backends.ops import op_name
+from cptv_ao.backends.passing import producer
 from cptv_ao.blocks import Block
 from cptv_ao.sites import ScaleSite
 

@@ -137,7 +137,7 @@ def test_by_substitution(odd: Case) -> None:
     found = diagnosed(odd)
     assert (everything(odd.converted), everything(odd.float_model)) == given
     assert found.simulated is None and found.floor is None
-    assert "does not know add" in found.notes[0] and "in place of the kernels'" in found.notes[0]
+    assert "does not know quantized.add" in found.notes[0] and "in place of the kernels'" in found.notes[0]
     assert not any(s.sqnr is not None for s in found.sites if s.kind == "activation")
     assert site(found, "blocks.0.a.output").used > 0.3
     assert site(found, "blocks.0.a.weight").sqnr > 10

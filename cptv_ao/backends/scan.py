@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -23,17 +24,14 @@ from cptv_ao.backends.homes import (
     WeightHome,
     infer_range,
 )
-from cptv_ao.backends.passing import op_name, producer
+from cptv_ao.backends.ops import op_name, op_of, packet_of
+from cptv_ao.backends.passing import producer
+from cptv_ao.backends.quantized import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import Scopes, fetch
 from cptv_ao.sites import ScaleSite, SiteTable, output_name, weight_name
 
-_QUANTIZED_NAMESPACE = "torch.ao.nn."
-# Quantized ops without a scale of their own: the output inherits its input's, or the constant's product with it.
-_INHERITING_OPS = {"add", "add_relu", "mul", "mul_relu", "dropout", "max_pool1d", "max_pool2d", "relu6", "leaky_relu"}
-# Quantized modules without a scale of their own.
-_INHERITING_MODULES = {"Dropout", "MaxPool2d", "Identity", "ReLU6", "DeQuantize", "LinearPackedParams"}
-_FIXED_OPS = {"softmax", "sigmoid", "hardsigmoid", "tanh"}
+_DYNAMIC = "dynamic quantization computes its scales at run time"
 _DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
 
 
@@ -57,7 +55,7 @@ def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Fo
     for node in model.graph.nodes:
         scanner.visit(node)
     found = scanner.found()
-    if any("ObserverBase" in {c.__name__ for c in type(m).__mro__} for m in model.modules()):
+    if any(map(is_observer, model.modules())):
         # convert_fx rewrites the graph of the prepared model too, so that quantized ops may be found in it.
         raise UnsupportedModelError(
             "expected a converted model, got one that is only prepared (it holds observers); "
@@ -129,65 +127,70 @@ class _Scanner:
         return not lowered and any("(reference " in unknown for unknown in self._unknown)
 
     def _visit_module(self, node: Node, module: nn.Module) -> None:
-        kind = type(module)
-        if not kind.__module__.startswith(_QUANTIZED_NAMESPACE) or ".quantized" not in kind.__module__:
-            return
-        path, name = str(node.target), kind.__name__
-        if ".reference." in kind.__module__:
+        path, name, known = str(node.target), type(module).__name__, of_module(module)
+        if known is None:
+            self._unknown += quantized_inside(path, module)
+        elif known.role == "reference":
             self._unknown.append(f"{path} (reference {name}, not lowered)")
-            return
-        dynamic = "dynamic quantization computes its scales at run time" if ".dynamic" in kind.__module__ else ""
-        if hasattr(module, "set_weight_bias") and hasattr(module, "weight"):  # a dynamic LSTM has no weight()
-            home: WeightHome = ModuleWeightHome(module)
-            self._add_weight(node, weight_name(path), name, path, home, dynamic)
-        elif dynamic or name in {"Embedding", "EmbeddingBag"}:
+        elif known.role == "lookup":
             self._weight_only.append(f"{path} ({name})")
-            return
-        scale = getattr(module, "scale", None)
-        if dynamic or name in _INHERITING_MODULES:
-            return
-        if scale is None or getattr(module, "zero_point", None) is None:
-            if name not in {"Linear", "Conv2d"}:
-                self._unknown.append(f"{node.name} ({name})")
-            return
+        elif known.product:
+            home: WeightHome = ModuleWeightHome(module)
+            self._add_weight(node, weight_name(path), name, path, home, _DYNAMIC if known.role == "dynamic" else "")
+        if known is not None and known.role in {"static", "scaled"}:
+            self._visit_output(node, module, known)
+
+    def _visit_output(self, node: Node, module: nn.Module, known: Quantized) -> None:
+        """Add the site of a module whose output has a scale of its own."""
+        path, name, scale = str(node.target), type(module).__name__, cast(Any, module).scale
         if isinstance(scale, Tensor):
             activation: ActivationHome = BufferHome(scale, module.zero_point)  # type: ignore[arg-type]
         else:
             activation = AttributeHome(module)
-        fixed = f"fixed qparams of {name.lower()}" if name.lower() in _FIXED_OPS else ""
+        fixed = known.fixed
         if not fixed and "scale" not in module.state_dict():  # nnq.ELU
             fixed = "a state_dict does not keep it"
-        self._add_activation(node, output_name(path), name, path, activation, torch.quint8, fixed)
+        dtype = module.dtype if isinstance(module, nnq.Quantize) else torch.quint8
+        self._add_activation(node, output_name(path), name, path, activation, dtype, fixed, known.channels)
 
     def _visit_function(self, node: Node) -> None:
-        op = op_name(node)
+        op, known = op_name(node), of_node(node, self._modules)
         if node.target is torch.cat:
             self._cats.append(node)
-        if op in {"quantized.add", "quantized.add_relu"}:
-            self._sums.append(node)
-        if op == "quantize_per_tensor":
+        if node.target is torch.quantize_per_tensor:
             dtype = node.args[3] if len(node.args) > 3 else torch.quint8
-            self._visit_buffers(node, op, dtype)
-        elif op.startswith("quantized."):
-            packed = self._visit_packed(node, op)
-            if packed and "dynamic" in op:
-                return
-            if not self._visit_buffers(node, op, torch.quint8) and op.split(".")[1] not in _INHERITING_OPS:
+            if not self._visit_buffers(node, op, dtype, None):
                 self._unknown.append(f"{node.name} ({op})")
-        elif "quantize_per_" in op or "quantized" in op:
+        elif known is not None:
+            self._visit_known(node, op, known)
+        elif is_quantized_op(node):
             self._unknown.append(f"{node.name} ({op})")
 
-    def _visit_packed(self, node: Node, op: str) -> bool:
+    def _visit_known(self, node: Node, op: str, known: Quantized) -> None:
+        """Add the sites of a quantized function."""
+        if packet_of(node.target) is torch.ops.quantized.add or packet_of(node.target) is torch.ops.quantized.add_relu:
+            self._sums.append(node)
+        understood = known.role in {"inherits", "dynamic"}
+        if known.product:
+            packed = self._visit_packed(node, op, known)
+            understood = packed and known.role == "dynamic"
+        if known.role in {"static", "scaled", "binary"}:
+            with_scale = self._visit_buffers(node, op, torch.quint8, known.channels)
+            understood = with_scale or (known.role == "binary" and len(node.args) == 2)
+        if not understood:
+            self._unknown.append(f"{node.name} ({op})")
+
+    def _visit_packed(self, node: Node, op: str, known: Quantized) -> bool:
         packed = [n for n in node.all_input_nodes if n.op == "get_attr" and self._is_packed(str(n.target))]
         for source in packed:
             attribute = str(source.target)
-            dynamic = "dynamic quantization computes its scales at run time" if "dynamic" in op else ""
+            dynamic = _DYNAMIC if known.role == "dynamic" else ""
             scope = self._scopes.of(node)
             home = PackedWeightHome(self._model, attribute)
             self._add_weight(node, self._scopes.name(attribute), op, scope, home, dynamic)
         return bool(packed)
 
-    def _visit_buffers(self, node: Node, op: str, dtype: Any) -> bool:
+    def _visit_buffers(self, node: Node, op: str, dtype: Any, channels: int | None) -> bool:
         """Add the site of a function whose scale and zero_point are buffers of the root."""
         sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
         scales = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=True)]
@@ -201,8 +204,8 @@ class _Scanner:
         if name in self._sites and self._by_attribute.get(attribute) != name:
             name = attribute
         self._by_attribute[attribute] = name
-        fixed = self._fixed_source(node) if op == "quantize_per_tensor" else ""
-        self._add_activation(node, name, op, scope, home, dtype, fixed)
+        fixed = self._fixed_source(node) if node.target is torch.quantize_per_tensor else ""
+        self._add_activation(node, name, op, scope, home, dtype, fixed, channels)
         return True
 
     def _fixed_source(self, node: Node) -> str:
@@ -210,13 +213,19 @@ class _Scanner:
         source = node.args[0]
         if not isinstance(source, Node):
             return ""
-        op = op_name(source)
-        if source.op == "call_module":
-            op = type(self._modules[str(source.target)]).__name__.lower()
-        return f"fixed qparams of {op}" if op.rstrip("_") in _FIXED_OPS else ""
+        op = op_of(source, self._modules)
+        return f"fixed qparams of {op.name}" if op is not None and op.effect == "fixed" else ""
 
     def _add_activation(
-        self, node: Node, name: str, op: str, scope: str, home: ActivationHome, dtype: Any, fixed: str
+        self,
+        node: Node,
+        name: str,
+        op: str,
+        scope: str,
+        home: ActivationHome,
+        dtype: Any,
+        fixed: str,
+        channels: int | None,
     ) -> None:
         self._by_node[node] = name
         if name in self._sites:
@@ -227,7 +236,7 @@ class _Scanner:
         qmin, qmax = _DTYPE_RANGE.get(dtype, (0, 0))
         self._homes[name] = home
         self._sites[name] = ScaleSite(
-            name, "activation", op, scope, (), None, qmin, qmax, not fixed, (node.name,), name, fixed
+            name, "activation", op, scope, (), None, qmin, qmax, not fixed, (node.name,), name, fixed, channels
         )
 
     def _add_weight(self, node: Node, name: str, op: str, scope: str, home: WeightHome, fixed: str) -> None:

@@ -14,16 +14,21 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.data import Batch
-from cptv_ao.evaluator import first_floating
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.evaluator import first_floating, run
 from cptv_ao.pieces import clone
 from cptv_ao.sites import QParams
 from cptv_ao.twin.builder import Builder
+from cptv_ao.twin.check import Checker, ordered
 from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
 from cptv_ao.twin.lowered import LoweredBuilder
 from cptv_ao.twin.modules import Weighted, WeightQuantizer, whole_parts
 from cptv_ao.twin.values import QTensor, Rounding
 
 __all__ = ["LayerInputs", "Twin", "disagreement", "moved", "unquantized"]
+
+# Images on which a twin is checked.
+_FEW = 2
 
 #: what weighted layers are given, by layer
 LayerInputs = dict[Weighted | FloatWeighted, QTensor | Tensor]
@@ -49,11 +54,30 @@ class Twin:
             builder = ExportedBuilder(backend)
         else:
             builder = LoweredBuilder(backend, engine or str(torch.backends.quantized.engine))
+        self._model = backend.model
         self.module = builder.build()
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
         self._weighted = [m for m in self.module.modules() if isinstance(m, (Weighted, FloatWeighted))]
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
+
+    def checked(self, batch: Batch) -> Twin:
+        """Itself, once it has been run on a few images of a batch.
+
+        Raises:
+            UnsupportedModelError: an op is not known on the values that it meets; the message names its node.
+            CalibrationDataError: the model itself cannot be run on this batch.
+        """
+        few = batch.few(_FEW)
+        device = self.device if self._sites else torch.device("cpu")
+        given = replace(few, args=moved(few.args, device), kwargs=moved(few.kwargs, device))
+        try:
+            with torch.no_grad():
+                Checker(self.module).run(*ordered(self.module, given))
+        except UnsupportedModelError:
+            run(self._model, few, 0)  # not for want of an op, where the kernels fail too
+            raise
+        return self
 
     @property
     def names(self) -> list[str]:

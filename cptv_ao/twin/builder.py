@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.ops import op_name
+from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
 
@@ -28,6 +30,7 @@ class Builder(ABC):
         self._graph, self._owned = Graph(), dict[str, nn.Module]()
         self.sites: dict[str, SiteModule] = {}
         self.nodes: dict[str, Node] = {}
+        self._modules = dict(self._model.named_modules(remove_duplicate=False))
         activations = (site for site in backend.sites.values() if site.kind == "activation")
         self._activation = {node: site.name for site in activations for node in site.nodes}
 
@@ -49,6 +52,13 @@ class Builder(ABC):
     @abstractmethod
     def _add(self, node: Node) -> None:
         """Put what stands for a node of the model into the graph."""
+
+    def _unsupported(self, node: Node, op: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{node.name}: the float twin does not know {op}", node.name)
+
+    def _told(self, node: Node) -> str:
+        """What a node calls, to tell of it."""
+        return type(self._modules[str(node.target)]).__name__ if node.op == "call_module" else op_name(node)
 
     def _call(self, node: Node, module: nn.Module, args: Any = None, kwargs: Any = None) -> None:
         """A module in the place of a node, with these arguments of the model's nodes, or with all of the node's own."""

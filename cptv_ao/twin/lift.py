@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,71 +11,114 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cptv_ao.backends.ops import Op
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.values import QTensor, straight_through_round
 
-# Pure selections and reorderings of the codes.
-_SHAPE = {
-    "chunk", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "narrow", "permute", "repeat", "reshape",
-    "split", "squeeze", "transpose", "unbind", "unsqueeze", "view", "max_pool1d", "max_pool2d", "boolean_dispatch",
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "roll", "relu", "relu_", "dropout", "Identity", "Dropout",
-    "Flatten", "MaxPool1d", "MaxPool2d", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "ReLU",
-    "repeat_interleave",
-}  # fmt: skip
-# Averages: computed on the codes and rounded to the same qparams.
-_AVERAGES = {
-    "avg_pool2d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "AvgPool2d", "AvgPool1d",
-    "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "interpolate", "Upsample",
-}  # fmt: skip
-# Clamps to real values, which are rounded to the scale first: their ends where the call does not say otherwise.
-_CLAMPS = {
-    "relu6": (0.0, 6.0), "relu6_": (0.0, 6.0), "ReLU6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "hardtanh_": (-1.0, 1.0),
-    "Hardtanh": (-1.0, 1.0), "clamp": (-math.inf, math.inf), "clamp_": (-math.inf, math.inf),
-}  # fmt: skip
-_PLAIN = {"getattr", "size", "dim", "numel", "shape"}
+# The real values that clamps clamp to, where the call does not say otherwise.
+_CLAMPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (-math.inf, math.inf)}
 # Output qparams that the kernels fix: (scale, zero_point).
 _FIXED: dict[str, tuple[Callable[[Tensor], Tensor], float, int]] = {
     "sigmoid": (torch.sigmoid, 1 / 256, 0),
-    "Sigmoid": (torch.sigmoid, 1 / 256, 0),
     "hardsigmoid": (functional.hardsigmoid, 1 / 256, 0),
-    "Hardsigmoid": (functional.hardsigmoid, 1 / 256, 0),
     "tanh": (torch.tanh, 2 / 256, 128),
-    "Tanh": (torch.tanh, 2 / 256, 128),
 }
+# What a value can be asked for without its numbers.
+_ATTRIBUTES = {"shape", "ndim", "device"}
 
 
-def lifted(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function; where an input is quantized, do to the codes what its kernel would do.
+class Lift(nn.Module):
+    """A float function or module on values that may be quantized.
+
+    Args:
+        name: to tell of it.
+        op: what it is; None where that is not known, so that it can be called with floats alone.
+    """
+
+    def __init__(self, name: str, op: Op | None, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._name, self._op, self.function = name, op, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("inplace"):
+            kwargs["inplace"] = False
+        if not any(map(_is_quantized, (*args, *kwargs.values()))):
+            return self.function(*args, **kwargs)
+        if not args:  # by its name, as torch has it
+            first = "tensors" if "tensors" in kwargs else "input"
+            args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
+        return lifted(self._op, self.function, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return self._name
+
+
+def lifted(op: Op | None, function: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Do to the codes of a quantized value what the kernel of a function would do.
 
     Raises:
-        UnsupportedModelError: the function is not known on quantized tensors.
+        UnsupportedModelError: the function is not known on quantized values, or not with these arguments.
     """
-    first = args[0] if args else None
-    if name in {"cat", "stack"} and isinstance(first, Sequence) and any(isinstance(v, QTensor) for v in first):
-        return _concatenated(function, list(first), *args[1:], **kwargs)
-    if not isinstance(first, QTensor):
-        if any(isinstance(v, QTensor) for v in (*args, *kwargs.values())):
-            raise UnsupportedModelError(f"the twin does not know {name} with a quantized second input", name)
-        return function(*args, **kwargs)
-    if name == "dequantize":
-        return first.dequantize()
-    if name in _PLAIN:
-        return function(first.codes, *args[1:], **kwargs)
-    if name in _SHAPE:
-        return _wrapped(first, function(first.codes, *args[1:], **kwargs))
-    if name == "mean":
-        return _mean(function, first, *args[1:], **kwargs)
-    if name in _AVERAGES:
-        return first.fitted(function(first.codes, *args[1:], **kwargs))
-    if name in _CLAMPS:
-        low, high = _ends(name, function, *args[1:], **kwargs)
-        return first.with_codes(Clamp.apply(first.codes, first.scale, low, high, first.limits()))
-    if name in _FIXED:
-        op, scale, zero_point = _FIXED[name]
-        like = replace(first, scale=first.scale.new_tensor(scale), zero_point=first.scale.new_tensor(float(zero_point)))
-        return like.fitted(op(first.dequantize()) / like.scale)
-    raise UnsupportedModelError(f"the twin does not know {name} on a quantized tensor", name)
+    effect = "" if op is None else op.effect
+    if op is None:
+        raise UnsupportedModelError("it is not known on quantized values")
+    if effect == "joins":
+        return _joined(function, value, *args, **kwargs)
+    if effect == "moves":
+        return _moved(op, function, value, *args, **kwargs)
+    if not isinstance(value, QTensor) or any(map(_is_quantized, (*args, *kwargs.values()))):
+        raise UnsupportedModelError("it is known on a quantized first input alone")
+    if effect == "dequantizes":
+        return value.dequantize()
+    if op.name == "getattr":
+        return _attribute(value, *args)
+    if effect == "asks":
+        return function(value.codes, *args, **kwargs)
+    if effect == "mean":
+        return _mean(function, value, *args, **kwargs)
+    if effect == "averages":
+        return value.fitted(function(value.codes, *args, **kwargs))
+    if effect == "clamps":
+        low, high = _ends(op.name, function, *args, **kwargs)
+        return value.with_codes(Clamp.apply(value.codes, value.scale, low, high, value.limits()))
+    if op.name in _FIXED:
+        compute, scale, zero_point = _FIXED[op.name]
+        like = replace(value, scale=value.scale.new_tensor(scale), zero_point=value.scale.new_tensor(float(zero_point)))
+        return like.fitted(compute(value.dequantize()) / like.scale)
+    raise UnsupportedModelError("it is not known on quantized values")
+
+
+def _moved(op: Op, function: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
+    """What selects and reorders codes; others of the values that are given tell a shape."""
+    if not isinstance(value, QTensor) or any(isinstance(part, torch.dtype) for part in (*args, *kwargs.values())):
+        raise UnsupportedModelError("it is known on a quantized first input alone, without another dtype")
+    if op.name == "relu":
+        return value.with_codes(functional.relu(value.codes))
+    if op.name == "dropout":
+        training = False if isinstance(function, nn.Module) else kwargs.get("training", kwargs.get("train", True))
+        if len(args) > 1:
+            training = args[1]
+        if training:
+            raise UnsupportedModelError("it drops values even in eval mode (training=True)")
+        return value
+    codes, given, named = value.codes, [_codes(part) for part in args], {k: _codes(part) for k, part in kwargs.items()}
+    result = function(codes, *given, **named)
+    if op.name == "max_pool" and not isinstance(result, Tensor):
+        raise UnsupportedModelError("it is not known with return_indices=True")
+    if isinstance(result, (tuple, list)):
+        return type(result)(value.with_codes(part) for part in result)
+    return value.with_codes(result)
+
+
+def _attribute(value: QTensor, name: str, *default: Any) -> Any:
+    if name == "dtype":
+        return torch.quint8 if value.low >= 0 else torch.qint8
+    if name == "is_quantized":
+        return True
+    if name not in _ATTRIBUTES:
+        raise UnsupportedModelError(f"the attribute {name} of a quantized value is not known")
+    return getattr(value.codes, name, *default)
 
 
 def _ends(name: str, function: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
@@ -83,12 +126,12 @@ def _ends(name: str, function: Any, *args: Any, **kwargs: Any) -> tuple[float, f
     low, high = _CLAMPS[name]
     if isinstance(function, nn.Module):
         return float(getattr(function, "min_val", low)), float(getattr(function, "max_val", high))
-    if name.startswith("relu6"):
+    if name == "relu6":
         return low, high
     given = {**dict(zip(("min", "max"), args, strict=False)), **{k.removesuffix("_val"): v for k, v in kwargs.items()}}
     ends = (given.get("min"), given.get("max"))
     if any(isinstance(end, Tensor) for end in ends):
-        raise UnsupportedModelError(f"the twin does not know {name} with tensors as ends", name)
+        raise UnsupportedModelError("it is not known with tensors as ends")
     return low if ends[0] is None else float(ends[0]), high if ends[1] is None else float(ends[1])
 
 
@@ -104,13 +147,21 @@ def _mean(function: Callable[..., Tensor], value: QTensor, dim: Any = None, *arg
     return value.with_codes(straight_through_round(codes + value.zero_point) - value.zero_point)
 
 
-def _concatenated(function: Callable[..., Tensor], values: list[QTensor], *args: Any, **kwargs: Any) -> QTensor:
-    first = values[0]
+def _joined(function: Callable[..., Tensor], values: Any = None, *args: Any, **kwargs: Any) -> QTensor:
+    """What is put onto the qparams of the first of several values."""
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, QTensor) for value in values):
+        raise UnsupportedModelError("it is known on a list of quantized values alone")
+    first: QTensor = values[0]
     same = [v.codes if v.scale is first.scale else v.requantized(first).codes for v in values]
     return first.with_codes(function(same, *args, **kwargs))
 
 
-def _wrapped(like: QTensor, result: Any) -> Any:
-    if isinstance(result, (tuple, list)):
-        return type(result)(like.with_codes(part) for part in result)
-    return like.with_codes(result)
+def _codes(value: Any) -> Any:
+    return value.codes if isinstance(value, QTensor) else value
+
+
+def _is_quantized(value: Any) -> bool:
+    """Whether there is a quantized value in an argument."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_quantized, value))
+    return any(map(_is_quantized, value.values())) if isinstance(value, Mapping) else isinstance(value, QTensor)

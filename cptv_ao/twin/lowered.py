@@ -1,46 +1,38 @@
 """From a lowered graph to the float graph of the twin. Nodes keep their names.
 
 Before: quantize_per_tensor(x, s, z) -> nnq.Linear -> quantized.add(a, b, s, z) -> dequantize
-After:  Quantizer(x)                 -> Weighted   -> Sum(a, b)                 -> lifted("dequantize")
+After:  Quantizer(x)                 -> Weighted   -> Sum(a, b)                 -> Lift(dequantize)
 """
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
+import torch.ao.nn.quantized as nnq
+import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.backends.ops import by_type, of_function, of_module, op_name, op_of, packet_of
+from cptv_ao.backends.passing import producer
+from cptv_ao.backends.quantized import Quantized, is_quantized, is_quantized_op, of_node, quantized_inside
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Linear, Product
-from cptv_ao.twin.lift import lifted
-from cptv_ao.twin.modules import (
-    Norm,
-    NormModule,
-    Pointwise,
-    Quantizer,
-    ScaledBy,
-    Sum,
-    Times,
-    Weighted,
-)
+from cptv_ao.twin.lift import Lift
+from cptv_ao.twin.modules import Norm, NormModule, Pointwise, Quantizer, ScaledBy, Sum, Times, Weighted
+from cptv_ao.twin.pointwise import FUNCTIONS, function_of
 
-_POINTWISE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "hardswish": functional.hardswish,
-    "elu": functional.elu,
-    "leaky_relu": functional.leaky_relu,
-}
 # The kernel's names of the arguments of quantized.layer_norm, and ours.
-_NORM_NAMES = {"normalized_shape": "shape", "input": "value"}
+_NORM_NAMES = {"normalized_shape": "shape"}
+_OUTPUT = ("output_scale", "output_zero_point")
 
 
 class LoweredBuilder(Builder):
@@ -53,128 +45,171 @@ class LoweredBuilder(Builder):
     def __init__(self, backend: Backend, engine: str) -> None:
         super().__init__(backend)
         self._qnnpack = engine == "qnnpack"
-        self._modules = dict(self._model.named_modules(remove_duplicate=False))
         self._by_name = {node.name: node for node in self._model.graph.nodes}
         self._weight_of = {n: s.name for s in backend.sites.values() if s.kind == "weight" for n in s.nodes}
 
     def _add(self, node: Node) -> None:
         if node.op == "call_module":
-            self._call(node, self._module(node, self._modules[str(node.target)]))
+            self._module(node, self._modules[str(node.target)])
         elif node.op == "call_function":
             self._function(node)
         elif node.op == "call_method":
             method = str(node.target)
             if method.endswith("_") and not method.endswith("__"):  # never in place: others may hold the codes
                 method = method.removesuffix("_")
-            self._lift(node, method, getattr(torch.Tensor, method))
+            function = getattr(torch.Tensor, method, None)
+            if function is None:
+                raise self._unsupported(node, method)
+            self._lift(node, function)
         else:
             self._copy(node)
 
-    def _module(self, node: Node, module: nn.Module) -> nn.Module:
-        kind = type(module)
-        if ".quantized" not in kind.__module__:
+    def _module(self, node: Node, module: nn.Module) -> None:
+        known, told = of_node(node, self._modules), type(module).__name__
+        if known is None:
+            if is_quantized(module) or any(quantized_inside(told, module)):
+                raise self._unsupported(node, told)
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
             if hasattr(own, "inplace"):
                 cast(Any, own).inplace = False
-            return Lift(kind.__name__, own)
-        if ".dynamic" in kind.__module__ or kind.__name__ == "Embedding":
-            return Lift(kind.__name__, _weight_only(module))
-        if node.name in self._weight_of:
-            return self._weighted(node, _product_of(module), "ReLU" in kind.__name__)
-        if node.name in self._activation and kind.__name__ == "LayerNorm":
-            return NormModule(self._output(node), module)
-        if node.name in self._activation:
-            return Pointwise(self._output(node), _float_op(module))
-        return Lift(kind.__name__ if kind.__name__ != "Dropout" else "Identity", nn.Identity())
+            self._call(node, Lift(told, of_module(own), own))
+        elif known.role == "static":
+            self._call(node, self._weighted(node, known, _module_product(module), getattr(module, "negative_slope", 0)))
+        elif isinstance(module, nnq.LayerNorm):
+            self._call(node, NormModule(self._output(node), module), node.args[:1])
+        elif isinstance(module, nnq.Quantize):
+            self._call(node, self._output(node))
+        elif (op := function_of(module)) is not None:
+            self._call(node, Pointwise(self._output(node), op))
+        elif (lifted := by_type(module, _FLOAT)) is not None and (own_float := lifted(module)) is not None:
+            self._call(node, Lift(told, of_module(own_float), own_float))
+        elif known.role == "dequantizes":
+            self._call(node, Lift(told, of_function(torch.dequantize), torch.dequantize))
+        else:
+            raise self._unsupported(node, told)
 
-    def _weighted(self, node: Node, product: Product, relu: bool) -> Weighted:
-        site = self._weight_of[node.name]
-        bias = self._backend.bias(site)
-        return Weighted(self._weight(site), self._output(node), bias, product, relu, self._qnnpack)
+    def _weighted(self, node: Node, known: Quantized, product: Product | None, slope: float) -> Weighted:
+        if product is None:
+            raise self._unsupported(node, f"{self._told(node)} with these settings")
+        if known.adds:
+            self._check_added(node)
+        behind: dict[str, Callable[[Tensor], Tensor]] = {
+            "leaky_relu": partial(functional.leaky_relu, negative_slope=slope),
+            "tanh": torch.tanh,
+        }
+        site, relu = self._weight_of[node.name], known.after == "relu"
+        weight, output, bias = self._weight(site), self._output(node), self._backend.bias(site)
+        return Weighted(weight, output, bias, product, relu, self._qnnpack, behind.get(known.after))
+
+    def _check_added(self, node: Node) -> None:
+        """oneDNN's kernel may write its output over what it adds (torch 2.14), so nothing else may read that."""
+        nodes = list(self._model.graph.nodes)
+        place = {other: index for index, other in enumerate(nodes)}
+        root = producer(cast(Node, node.args[1]), (), self._modules)
+        kin = [other for other in nodes if producer(other, (), self._modules) is root]
+        if node.args[0] in kin or any(place[user] > place[node] for other in kin for user in other.users):
+            told = f"{self._told(node)} where what is added is read elsewhere too: its kernel overwrites that"
+            raise self._unsupported(node, told)
 
     def _function(self, node: Node) -> None:
-        target = node.target
-        if target is torch.quantize_per_tensor:
+        known = of_node(node, self._modules)
+        if node.target is torch.quantize_per_tensor:
             lead = self._backend.passed.get(self._activation.get(node.name, ""))
             source = node.args[0] if lead is None else self._by_name[self._backend.sites[lead].nodes[0]]
             quantizer = self._output(node)
             quantizer.passes = lead is not None
             self._call(node, quantizer, (source,))
-        elif isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
-            packet = getattr(target, "overloadpacket", target)
-            self._quantized_function(node, str(packet).split(".")[-1])
+        elif known is not None:
+            self._quantized_function(node, known)
+        elif is_quantized_op(node):
+            raise self._unsupported(node, self._told(node))
         else:
-            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-            self._lift(node, name, cast(Callable[..., Any], target))
+            self._lift(node, cast(Callable[..., Any], node.target))
 
-    def _quantized_function(self, node: Node, name: str) -> None:
-        relu = name.endswith("_relu")
-        base = name.removesuffix("_relu")
-        if base in {"add", "mul"} and node.name not in self._activation:
-            if base == "add" or not isinstance(node.args[1], (int, float)):
-                raise self._unsupported(node, name)
-            self._call(node, ScaledBy())
-            return
-        output = self._output(node)
-        if base in {"add", "mul"}:
-            op = Sum(output, relu, self._qnnpack) if base == "add" else Times(output, relu)
-            self._call(node, op, node.args[:2])
-        elif base == "layer_norm":
-            kwargs = {k: v for k, v in node.kwargs.items() if not k.startswith("output_")}
-            self._call(node, Norm(output), node.args, {_NORM_NAMES.get(k, k): v for k, v in kwargs.items()})
-        elif base in _POINTWISE_FUNCTIONS:
-            self._call(node, Pointwise(output, _POINTWISE_FUNCTIONS[base]), node.args[:1])
-        elif node.name in self._weight_of:
-            packed = next(n for n in node.all_input_nodes if n.op == "get_attr" and "packed_weight" in str(n.target))
-            product = _packed_product(fetch(self._model, str(packed.target)))
-            self._call(node, self._weighted(node, product, relu), node.args[:1])
+    def _quantized_function(self, node: Node, known: Quantized) -> None:
+        packet = packet_of(node.target)
+        if known.role == "binary":
+            self._binary(node, known)
+        elif known.role == "static":
+            self._product(node, known)
+        elif packet is torch.ops.quantized.layer_norm:
+            value, settings = self._bound(node)
+            self._call(
+                node, Norm(self._output(node)), (value,), {_NORM_NAMES.get(k, k): v for k, v in settings.items()}
+            )
+        elif packet in FUNCTIONS:
+            value, settings = self._bound(node)
+            self._call(node, Pointwise(self._output(node), FUNCTIONS[packet]), (value,), settings)
+        elif packet is torch.ops.quantized.dropout:
+            value, settings = self._bound(node)
+            if settings.get("training", False):
+                raise self._unsupported(node, "quantized.dropout with training=True")
+            self._call(node, Lift(self._told(node), _IDENTITY, nn.Identity()), (value,))
         else:
-            raise self._unsupported(node, name)
+            raise self._unsupported(node, self._told(node))
 
-    def _lift(self, node: Node, name: str, function: Callable[..., Any]) -> None:
+    def _binary(self, node: Node, known: Quantized) -> None:
+        """quantized.add and mul, of two tensors or of one and a number."""
+        add = packet_of(node.target) in (torch.ops.quantized.add, torch.ops.quantized.add_relu)
+        relu = known.after == "relu"
+        values = [part for part in node.args[:2] if isinstance(part, Node)]
+        numbers = [part for part in node.args[:2] if isinstance(part, (int, float))]
+        if node.name in self._activation and len(values) == 2 and len(node.args) == 4 and not node.kwargs:
+            output = self._output(node)
+            self._call(node, Sum(output, relu, self._qnnpack) if add else Times(output, relu), tuple(values))
+        elif not add and len(values) == len(numbers) == 1 and len(node.args) == 2 and not node.kwargs:
+            self._call(node, ScaledBy(float(numbers[0]), relu), tuple(values))
+        else:
+            raise self._unsupported(node, self._told(node))
+
+    def _product(self, node: Node, known: Quantized) -> None:
+        """A functional linear or convolution: value, what is added, packed weight, scale, zero_point, slope."""
+        inputs = 1 + known.adds
+        packed = node.args[inputs]
+        if node.name not in self._weight_of or not isinstance(packed, Node) or len(node.args) != inputs + 3:
+            raise self._unsupported(node, self._told(node))
+        product = _packed_product(fetch(self._model, str(packed.target)))
+        self._call(node, self._weighted(node, known, product, 0.0), node.args[:inputs])
+
+    def _bound(self, node: Node) -> tuple[Any, dict[str, Any]]:
+        """The value that a quantized function is given, and its other arguments but the output's qparams, by name."""
+        packet: Any = packet_of(node.target)
+        names = [argument.name for argument in packet.default._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        return given.pop(names[0]), {name: value for name, value in given.items() if name not in _OUTPUT}
+
+    def _lift(self, node: Node, function: Callable[..., Any]) -> None:
         if node.all_input_nodes:
-            self._call(node, Lift(name, function))
+            self._call(node, Lift(op_name(node), op_of(node, self._modules), function))
         else:
             self._copy(node)
 
     def _output(self, node: Node) -> Quantizer:
         """What puts the output of a node on its scale."""
         if node.name not in self._activation:
-            raise self._unsupported(node, str(node.target))
+            raise self._unsupported(node, self._told(node))
         return self._quantizer(self._activation[node.name])
 
-    def _unsupported(self, node: Node, op: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{node.name}: the float twin does not know {op}", node.name)
 
-
-class Lift(nn.Module):
-    """A float function or module on values that may be quantized."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self._name, self.function = name, function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
-        return lifted(self._name, self.function, *args, **kwargs)
-
-
-def _product_of(module: nn.Module) -> Product:
+def _module_product(module: nn.Module) -> Product | None:
+    """Of a quantized module with a weight; None where its settings are not known."""
     owner = cast(Any, module)
-    if not hasattr(module, "stride"):
+    if isinstance(module, nnq.Linear):
         return Linear()
-    if getattr(module, "transposed", False) or getattr(module, "padding_mode", "zeros") != "zeros":
-        raise UnsupportedModelError(f"the float twin does not know {type(module).__name__} with these settings")
+    if owner.transposed or owner.padding_mode != "zeros":
+        return None
     rank = len(owner.kernel_size)
     stride, padding, dilation = (_each(getattr(owner, k), rank) for k in ("stride", "padding", "dilation"))
     return Convolution(stride, padding, dilation, owner.groups)
 
 
-def _packed_product(packed: Any) -> Product:
+def _packed_product(packed: Any) -> Product | None:
+    """Of a packed weight; None where its settings are not known."""
     if not hasattr(packed, "stride"):
         return Linear()
+    if packed.transpose():
+        return None
     return Convolution(tuple(packed.stride()), tuple(packed.padding()), tuple(packed.dilation()), packed.groups())
 
 
@@ -182,39 +217,9 @@ def _each(value: Any, rank: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
 
 
-def _float_op(module: nn.Module) -> Callable[..., Tensor]:
-    """The float computation of a quantized module without a weight of its own."""
-    owner, name = cast(Any, module), type(module).__name__
-    if name in {"BatchNorm2d", "BatchNorm3d", "BNReLU2d", "BNReLU3d"}:
-        stats = [_own(getattr(owner, k)) for k in ("running_mean", "running_var", "weight", "bias")]
-
-        def batch_norm(x: Tensor) -> Tensor:
-            mean, var, weight, bias = (s.to(x) for s in stats)
-            out = functional.batch_norm(x, mean, var, weight, bias, False, 0.0, owner.eps)
-            return functional.relu(out) if "ReLU" in name else out
-
-        return batch_norm
-    simple: dict[str, Callable[..., Tensor]] = {
-        "Hardswish": functional.hardswish,
-        "Sigmoid": torch.sigmoid,
-        "ELU": partial(functional.elu, alpha=getattr(owner, "alpha", 1.0)),
-        "LeakyReLU": partial(functional.leaky_relu, negative_slope=getattr(owner, "negative_slope", 0.01)),
-        "Softmax": partial(functional.softmax, dim=getattr(owner, "dim", -1)),
-    }
-    if name in simple:
-        return simple[name]
-    raise UnsupportedModelError(f"the float twin does not know the quantized module {name}", name)
-
-
-def _weight_only(module: nn.Module) -> nn.Module:
-    """The float module that computes with the weight of one that quantizes nothing else at rest."""
-    owner, name = cast(Any, module), type(module).__name__
-    if name == "Embedding":
-        weight = owner.weight().dequantize()
-        return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
-    if name != "Linear":
-        raise UnsupportedModelError(f"the float twin does not know the dynamic module {name}", name)
-    weight, bias = owner._weight_bias()
+def _linear(module: Any) -> nn.Module:
+    """The float module that computes with the weight of a dynamic one."""
+    weight, bias = module._weight_bias()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).requires_grad_(False)
     linear.weight.copy_(weight.dequantize())
     if bias is not None:
@@ -222,5 +227,17 @@ def _weight_only(module: nn.Module) -> nn.Module:
     return linear
 
 
-def _own(value: Tensor) -> Tensor:
-    return value.detach().clone()
+def _embedding(module: Any) -> nn.Module:
+    weight = module.weight().dequantize()
+    return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
+
+
+_IDENTITY = of_module(nn.Identity())
+# By type of quantized module: the float one that does the same, or computes with its weight.
+_FLOAT: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nnqd.Linear: _linear,
+    nniqd.LinearReLU: lambda module: nn.Sequential(_linear(module), nn.ReLU()),
+    nnq.Embedding: _embedding,
+    nnq.Dropout: lambda module: nn.Identity(),
+    nnq.ReLU6: lambda module: nn.ReLU6(),
+}

@@ -136,9 +136,11 @@ def whole_parts(shift: Tensor) -> Tensor:
 
 
 class Weighted(nn.Module):
-    """A quantized linear or convolution, with or without a fused ReLU.
+    """A quantized linear or convolution, with what is fused behind it.
 
     Args:
+        relu: whether that is a ReLU, which clamps codes.
+        behind: another function of the output, that is computed before it is rounded.
         whole_bias: the kernel rounds the bias to whole accumulator units (QNNPACK).
     """
 
@@ -152,17 +154,30 @@ class Weighted(nn.Module):
         product: Product,
         relu: bool,
         whole_bias: bool,
+        behind: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.output = weight, output
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._product, self._relu, self._whole_bias = product, relu, whole_bias
+        self._product, self._relu, self._whole_bias, self._behind = product, relu, whole_bias, behind
 
-    def forward(self, value: QTensor) -> QTensor:
+    def forward(self, value: QTensor, added: QTensor | None = None) -> QTensor:
+        """Of a value, and of another one that is added to the product before anything else."""
         like, limits = self.output.like(self._relu)
+        fused = added is not None or self._behind is not None
+        if fused:
+            limits = Limits.of(like.zero_point, like.low, like.high, "none")
         bias = self.weight.corrected(self.bias)
         given = (value.codes, value.scale, self.weight(), self.weight.scale, bias, like.scale, like.zero_point)
-        return like.with_codes(Weigh.apply(*given, self._product, self._whole_bias, limits))
+        u: Tensor = Weigh.apply(*given, self._product, self._whole_bias, limits)
+        return self._finished(u, added, like) if fused else like.with_codes(u)
+
+    def _finished(self, u: Tensor, added: QTensor | None, like: QTensor) -> QTensor:
+        if added is not None:
+            u = u + added.codes * (added.scale / like.scale)
+        if self._behind is not None:
+            u = self._behind(u * like.scale) / like.scale
+        return like.fitted(functional.relu(u) if self._relu else u)
 
     @property
     def channel_dim(self) -> int:
@@ -181,7 +196,7 @@ class Sum(nn.Module):
         super().__init__()
         self.output, self._relu, self._fixed_point = output, relu, fixed_point
 
-    def forward(self, a: QTensor, b: QTensor, *_: Any) -> QTensor:
+    def forward(self, a: QTensor, b: QTensor) -> QTensor:
         like, limits = self.output.like(self._relu)
         fixed = self._fixed_point and a.codes.shape == b.codes.shape
         left, right = (a.codes, b.codes) if a.codes.shape == b.codes.shape else _broadcast(a.codes, b.codes)
@@ -196,7 +211,7 @@ class Times(nn.Module):
         super().__init__()
         self.output, self._relu = output, relu
 
-    def forward(self, a: QTensor, b: QTensor, *_: Any) -> QTensor:
+    def forward(self, a: QTensor, b: QTensor) -> QTensor:
         like, _limits = self.output.like()
         u = a.codes * b.codes * (a.scale * b.scale * (1 / like.scale))
         return like.fitted(functional.relu(u) if self._relu else u)
@@ -230,7 +245,7 @@ class NormModule(Norm):
             value = getattr(module, name)
             self.register_buffer(name, None if value is None else value.detach().clone())
 
-    def forward(self, value: QTensor, *_: Any, **__: Any) -> QTensor:
+    def forward(self, value: QTensor) -> QTensor:  # type: ignore[override]
         return super().forward(value, self._shape, self.weight, self.bias, self._eps)
 
 
@@ -241,19 +256,28 @@ class Pointwise(nn.Module):
         super().__init__()
         self.output, self._op = output, op
 
-    def forward(self, value: QTensor, *args: Any, **kwargs: Any) -> QTensor:
-        result: QTensor = self.output(self._op(value.dequantize(), *args, **kwargs))
+    def forward(self, value: QTensor, **settings: Any) -> QTensor:
+        result: QTensor = self.output(self._op(value.dequantize(), **settings))
         return result
 
 
 class ScaledBy(nn.Module):
-    """quantized.mul(q, number): the codes stay, the scale is multiplied."""
+    """quantized.mul of a value and a number, and its fused ReLU: the codes stay, the scale is multiplied."""
 
-    def forward(self, value: QTensor, factor: float) -> QTensor:
+    def __init__(self, factor: float, relu: bool) -> None:
+        super().__init__()
+        self._factor, self._relu = factor, relu
+
+    def forward(self, value: QTensor) -> QTensor:
+        factor = self._factor
+        if factor == 0:
+            return replace(value, codes=0 * value.codes, scale=torch.ones_like(value.scale), zero_point=0 * value.scale)
         if factor < 0:  # the codes are mirrored in their range
             mirrored = value.low + value.high - value.zero_point
-            return replace(value, codes=-value.codes, scale=value.scale * -factor, zero_point=mirrored)
-        return replace(value, scale=value.scale * factor)
+            value = replace(value, codes=-value.codes, scale=value.scale * -factor, zero_point=mirrored)
+        else:
+            value = replace(value, scale=value.scale * factor)
+        return value.with_codes(functional.relu(value.codes)) if self._relu else value
 
 
 def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

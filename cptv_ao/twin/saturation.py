@@ -6,7 +6,6 @@ exact as long as the activation codes stay below 128, which is what reduce_range
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.data import Batch
-from cptv_ao.pieces import clone
 from cptv_ao.twin import Twin
+from cptv_ao.twin.check import ordered
 from cptv_ao.twin.modules import Quantizer, Weighted
 from cptv_ao.twin.values import QTensor
 
@@ -74,13 +73,6 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
                 highest = int((given[0].codes + given[0].zero_point).max())
                 found[sources[layer]] = max(highest, found.get(sources[layer], 0))
     return found
-
-
-def ordered(model: GraphModule, batch: Batch) -> list[Any]:
-    """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
-    names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
-    given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
-    return [clone(given[name]) for name in takewhile(given.__contains__, names)]
 
 
 def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:

@@ -37,6 +37,11 @@ class SimulatedBackend:
         self.twin = Twin(backend).to(device)
         self._given = {name: backend.read(name) for name in self.twin.names}
 
+    def checked(self, batch: Batch) -> SimulatedBackend:
+        """Itself, once the twin has been run: see `Twin.checked`."""
+        self.twin.checked(batch)
+        return self
+
     @property
     def model(self) -> GraphModule:
         """What an evaluator runs."""

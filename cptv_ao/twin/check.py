@@ -1,0 +1,45 @@
+"""Whether a twin can be run at all: some ops are only found not to be known when they meet values."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from cptv_ao.backends.ops import op_name
+from cptv_ao.data import Batch
+from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.pieces import clone
+from cptv_ao.twin.lift import Lift
+
+
+class Checker(Interpreter):
+    """Runs a twin node by node, and says which one cannot be computed."""
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            return super().run_node(n)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            told = _told(n, self.submodules)
+            raise UnsupportedModelError(f"{n.name}: the float twin does not know {told}: {why}", n.name) from error
+
+
+def ordered(model: GraphModule, batch: Batch) -> list[Any]:
+    """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
+    names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
+    given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
+    return [clone(given[name]) for name in takewhile(given.__contains__, names)]
+
+
+def _told(node: Node, modules: dict[str, nn.Module]) -> str:
+    """What a node of a twin stands for."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    if module is None:
+        return op_name(node)
+    return module.extra_repr() if isinstance(module, Lift) else f"{type(module).__name__} with these inputs"
