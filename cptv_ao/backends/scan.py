@@ -24,6 +24,7 @@ from cptv_ao.backends.homes import (
     infer_range,
 )
 from cptv_ao.backends.passing import op_name, producer
+from cptv_ao.backends.slots import Slot
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import Scopes, fetch
 from cptv_ao.sites import ScaleSite, SiteTable, output_name, weight_name
@@ -151,7 +152,7 @@ class _Scanner:
                 self._unknown.append(f"{node.name} ({name})")
             return
         if isinstance(scale, Tensor):
-            activation: ActivationHome = BufferHome(scale, module.zero_point)  # type: ignore[arg-type]
+            activation: ActivationHome = BufferHome(Slot(module, "scale"), Slot(module, "zero_point"))
         else:
             activation = AttributeHome(module)
         fixed = f"fixed qparams of {name.lower()}" if name.lower() in _FIXED_OPS else ""
@@ -195,7 +196,7 @@ class _Scanner:
         if len(scales) != 1 or len(zeros) != 1:
             return False
         attribute = str(scales[0].target)
-        home = BufferHome(fetch(self._model, attribute), fetch(self._model, str(zeros[0].target)))
+        home = BufferHome(Slot.of(self._model, attribute), Slot.of(self._model, str(zeros[0].target)))
         scope = self._scopes.of_attribute(attribute)
         name = self._scopes.name(attribute)
         if name in self._sites and self._by_attribute.get(attribute) != name:
