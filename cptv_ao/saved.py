@@ -18,7 +18,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.equalize import replaceable
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.files import at_once
-from cptv_ao.guard import without_torch_floods
+from cptv_ao.guard import restored_on_error, without_torch_floods
 from cptv_ao.scopes import fetch
 from cptv_ao.sites import QParams, ScaleSite
 
@@ -83,15 +83,11 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         for part, value in beside.items():
             _expect_like(path, part, fetch(model, part), value)
         biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
-        before = backend.snapshot()
-        try:
+        with torch.inference_mode(False), torch.no_grad(), restored_on_error(model, backend):
             for name, (qparams, codes) in values.items():
                 backend.write_exactly(name, qparams, codes, biases.get(name))
             for part, value in beside.items():
                 backend.put(held[part], part, value.to(fetch(model, part).dtype))
-        except BaseException:
-            backend.restore_all(before)
-            raise
     return model
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.reference import is_reference, lower
+from cptv_ao.backends.reference import fix_shared, is_reference, lower
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import CalibrationDataError, UnsupportedModelError
@@ -73,14 +73,17 @@ def open_backend(model: GraphModule, float_model: nn.Module | None, config: Refi
     """Of the model, or of a lowered copy of a reference model, with the code ranges that can be known."""
     if float_model is not None and not isinstance(float_model, nn.Module):
         raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
-    ranges = weight_ranges(float_model)
-    if is_reference(model):
+    ranges, given, reference = weight_ranges(float_model), model, is_reference(model)
+    if reference:
         ranges = weight_ranges(model) | ranges
         model = lower(model)
-    if config.weight_range is None:
-        return Backend(model, ranges)
-    names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
-    return Backend(model, dict.fromkeys(names, config.weight_range))
+    if config.weight_range is not None:
+        names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
+        ranges = dict.fromkeys(names, config.weight_range)
+    backend = Backend(model, ranges)
+    if reference:
+        fix_shared(backend, given)
+    return backend
 
 
 def check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:

@@ -13,16 +13,18 @@ of the two it works on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
+from cptv_ao.backends.slots import Owned, Slot
 from cptv_ao.errors import NonFiniteError
 from cptv_ao.scopes import fetch
 from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
@@ -130,14 +132,14 @@ class Backend:
     def restore(self, name: str, state: Any) -> None:
         """Put back what `state` returned."""
         held, (self._shifts[name], self._corrected[name], weight), replaced, tied = state
-        self._homes[name].restore(held)
         if weight is not None:
             self._float_weights[name] = weight
-        for path, value in (self._replaced.get(name, {}) | dict(replaced)).items():
-            _hold(self.model, path, value)
         if tied != self.sites[name].tied:
             self._tie(name, tied)
             self.passed.pop(name, None)
+        for path, value in (self._replaced.get(name, {}) | dict(replaced)).items():
+            Slot.of(self.model, path).put(value)
+        self._homes[name].restore(held)
         self._renew(name)
 
     def snapshot(self) -> dict[str, Any]:
@@ -145,9 +147,14 @@ class Backend:
         return {name: self.state(name) for name in self.sites}
 
     def restore_all(self, snapshot: Mapping[str, Any]) -> None:
-        """Put back a `snapshot`."""
-        for name, state in snapshot.items():
-            self.restore(name, state)
+        """Put back a `snapshot`: all of it, whatever fails on the way, which is raised then."""
+        with ExitStack() as steps:
+            for name, state in list(snapshot.items())[::-1]:
+                steps.callback(self.restore, name, state)
+
+    def owned(self) -> Owned:
+        """For tensors of one's own in the place of those that writing scales writes into."""
+        return Owned(slot for home in self._homes.values() for slot in home.slots)
 
     def weight(self, name: str) -> Tensor:
         """The quantized weight tensor of a weight site."""
@@ -195,15 +202,22 @@ class Backend:
         self._tie(passed, lead)
         self.passed[passed] = lead
 
+    def fix(self, names: Collection[str], why: str) -> None:
+        """Let sites never move."""
+        self._change(names, fixed=why)
+
     def _tie(self, name: str, lead: str) -> None:
-        sites = [replace(site, tied=lead) if site.name == name else site for site in self.sites.values()]
+        self._change([name], tied=lead)
+
+    def _change(self, names: Collection[str], **fields: Any) -> None:
+        sites = [replace(site, **fields) if site.name in names else site for site in self.sites.values()]
         self.sites = SiteTable(tuple(sites), self.sites.unknown, self.sites.weight_only)
 
     def put(self, name: str, path: str, value: Tensor) -> None:
         """Replace a tensor that the op of a site computes with; the float model may hold the one that was there."""
         given = fetch(self.model, path)
         self._replaced.setdefault(name, {}).setdefault(path, given)
-        _hold(self.model, path, value)
+        Slot.of(self.model, path).put(value)
 
     def shiftable(self, name: str) -> bool:
         """Whether a weight may have other codes than the nearest: not where the graph rounds a float weight itself."""
@@ -243,15 +257,6 @@ class Backend:
         if not isinstance(home, WeightHome):
             raise KeyError(f"{name} is an activation site, not a weight")
         return home
-
-
-def _hold(model: nn.Module, path: str, value: Tensor) -> None:
-    """Put a tensor in the place of another; a parameter stays one."""
-    owner, _, leaf = path.rpartition(".")
-    holder = model.get_submodule(owner)
-    if leaf in holder._parameters and not isinstance(value, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(holder, leaf, value)
 
 
 def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:

@@ -6,18 +6,22 @@ the int8 weight (`fold_quantize=True`) or the float one that the graph rounds ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.homes import Found, WeightHome
+from cptv_ao.backends.homes import BufferHome, Found, WeightHome
+from cptv_ao.backends.slots import Slot
 from cptv_ao.scopes import fetch
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 
 _NAMESPACE = "quantized_decomposed."
+_PER_TENSOR, _PER_CHANNEL = "dequantize_per_tensor.default", "dequantize_per_channel.default"
 
 
 def is_exported(model: nn.Module) -> bool:
@@ -33,39 +37,67 @@ def takes_fixed_batch(model: GraphModule) -> bool:
 
 
 def scan_exported(model: GraphModule) -> Found:
-    """List the sites of a PT2E graph, in graph order. Code ranges are those of the nodes, which enforce them."""
+    """List the sites of a PT2E graph, in graph order. Code ranges are those of the nodes, which enforce them.
+
+    Dynamic quantization has no scales to search: what computes them at run time is told as not understood.
+    """
     sites: dict[str, ScaleSite] = {}
     homes: dict[str, Any] = {}
     unknown: list[str] = []
     by_qparams: dict[tuple[float, int], str] = {}
+    weights = {group[0]: group for group in _weights(model)}
+    known = {node for group in weights.values() for node in group}
     for node in model.graph.nodes:
-        if _dequantizes_weight(node):
-            weight = ExportedWeightHome(model, node)
+        if node in weights:
+            weight = ExportedWeightHome(model, weights[node])
             name = _unique(f"{_scope(node)}.weight", node, sites)
-            site, homes[name] = _weight_site(name, node, weight), weight
-        elif _is_op(node, "quantize_per_tensor.default") and not _is_weight(node):
+            sites[name], homes[name] = _weight_site(name, weights[node], weight), weight
+        elif _quantizes_activation(node):
             name = _unique(f"{_scope(node)}.input", node, sites)
             homes[name] = LiteralHome(model, node)
+            known.update(node.users)
             qmin, qmax = (int(limit) for limit in node.args[3:5])
             # An observer that several nodes share gave them the very same qparams.
             tied = by_qparams.setdefault((float(node.args[1]), int(node.args[2])), name)
-            site = ScaleSite(
+            sites[name] = ScaleSite(
                 name, "activation", "quantize_per_tensor", _scope(node), (), None, qmin, qmax, True, (node.name,), tied
             )
-        else:
-            if _is_op(node, "") and not (_is_op(node, "dequantize_per_tensor.default") or _is_weight(node)):
-                unknown.append(f"{node.name} ({node.target})")
-            continue
-        sites[name] = site
+        elif _is_op(node, "") and node not in known and not (_is_weight(node) or _computed(node)):
+            unknown.append(f"{node.name} ({node.target})")
+    _fix_shared_codes(sites, homes)
     return Found(SiteTable(tuple(sites.values()), tuple(unknown)), homes, (), ())
 
 
-class LiteralHome:
-    """A scale and zero_point among the arguments of a quantize node and of its dequantize nodes."""
+def _weights(model: GraphModule) -> list[list[Node]]:
+    """The dequantize nodes of each weight: several where a module is called more than once, or a weight is tied."""
+    groups: dict[Any, list[Node]] = {}
+    for node in model.graph.nodes:
+        if _dequantizes_weight(node):
+            source = node.args[0]
+            held = source.target if source.op == "get_attr" else source
+            places = (part.target if isinstance(part, Node) else part for part in node.args[1:])
+            groups.setdefault((held, *places), []).append(node)
+    return list(groups.values())
 
-    def __init__(self, model: GraphModule, node: Node) -> None:
+
+def _fix_shared_codes(sites: dict[str, ScaleSite], homes: Mapping[str, Any]) -> None:
+    """Weights whose codes another one has on a scale of its own never move."""
+    held = {name: home.codes_at for name, home in homes.items() if isinstance(home, ExportedWeightHome)}
+    counts = Counter(held.values())
+    for name, codes in held.items():
+        if codes is not None and counts[codes] > 1:
+            sites[name] = replace(sites[name], fixed="its codes stand on another scale, too")
+
+
+class LiteralHome:
+    """A scale and zero_point among the arguments of a quantize node and of its dequantize nodes, or of several
+    dequantize nodes of one weight."""
+
+    slots: tuple[Slot, ...] = ()
+
+    def __init__(self, model: GraphModule, node: Node, *others: Node) -> None:
         self._model, self._node = model, node
-        self._nodes = [node, *(user for user in node.users if _is_op(user, "dequantize_per_tensor"))]
+        self._nodes = [node, *others, *(user for user in node.users if _is_op(user, "dequantize_per_tensor"))]
 
     def read(self) -> QParams:
         scale, zero_point = self._node.args[1:3]
@@ -85,47 +117,34 @@ class LiteralHome:
         self._model.recompile()
 
 
-class _ChannelHome:
-    """A scale and zero_point per channel, as buffers."""
-
-    def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
-        self._scale, self._zero_point = scale, zero_point
-
-    def read(self) -> QParams:
-        return QParams(self._scale.detach().double().cpu(), self._zero_point.detach().long().cpu().clone())
-
-    def write(self, qparams: QParams) -> None:
-        self.restore((qparams.scale, qparams.zero_point))
-
-    def state(self) -> tuple[Tensor, Tensor]:
-        return self._scale.detach().clone(), self._zero_point.detach().clone()
-
-    def restore(self, state: tuple[Tensor, Tensor]) -> None:
-        self._scale.copy_(state[0])
-        self._zero_point.copy_(state[1])
-
-
 class ExportedWeightHome(WeightHome):
-    """A weight before a dequantize node: int8 codes that are written, or a float weight that the graph rounds."""
+    """A weight before its dequantize nodes: int8 codes that are written, or a float weight that the graph rounds."""
 
-    def __init__(self, model: GraphModule, node: Node) -> None:
-        source = node.args[0]
+    def __init__(self, model: GraphModule, nodes: Sequence[Node]) -> None:
+        node, source = nodes[0], nodes[0].args[0]
         assert isinstance(source, Node)
         quantize = source if source.op == "call_function" else None
-        held = fetch(model, str(_constant(node)))
-        self._codes: Tensor | None = None if quantize is not None else held
+        held = Slot.of(model, str(_constant(node)))
+        self._codes: Slot | None = None if quantize is not None else held
         #: the float weight, where the graph holds it
-        self.float_weight: Tensor | None = held if quantize is not None else None
+        self.float_weight: Tensor | None = held.tensor if quantize is not None else None
         self.axis: int | None = None
-        if _is_op(node, "dequantize_per_channel"):
-            scale, zero_point = (fetch(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node))
-            self._qparams: Any = _ChannelHome(scale, zero_point)
+        if _is_op(node, _PER_CHANNEL):
+            scale, zero_point = (Slot.of(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node))
+            self._qparams: Any = BufferHome(scale, zero_point, scale.tensor.shape)
             self.axis = int(node.args[3])  # type: ignore[arg-type]
-            limits = node.args[4:6]
+            limits: Any = node.args[4:7]
         else:
-            self._qparams = LiteralHome(model, node if quantize is None else quantize)
-            limits = node.args[3:5]
-        self.limits = (int(limits[0]), int(limits[1]))  # type: ignore[arg-type]
+            literals = nodes if quantize is None else [quantize]
+            self._qparams = LiteralHome(model, *literals)
+            limits = node.args[3:6]
+        self.limits, self._dtype = (int(limits[0]), int(limits[1])), limits[2]
+        self.slots = (*self._qparams.slots, *(() if self._codes is None else (self._codes,)))
+
+    @property
+    def codes_at(self) -> Slot | None:
+        """Where the codes are, None where a float weight is held."""
+        return self._codes
 
     def read(self) -> QParams:
         qparams: QParams = self._qparams.read()
@@ -133,7 +152,7 @@ class ExportedWeightHome(WeightHome):
 
     def weight(self) -> Tensor:
         qparams = self.read()
-        codes = self._rounded(qparams) if self._codes is None else self._codes
+        codes = self._rounded(qparams) if self._codes is None else self._codes.tensor
         if codes.dtype != torch.int8:
             return codes
         if self.axis is None:
@@ -143,15 +162,15 @@ class ExportedWeightHome(WeightHome):
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
         assert bias is None, "a bias is not part of this home"
         if self._codes is not None:
-            self._codes.copy_(codes)
+            self._codes.tensor.copy_(codes)
         self._qparams.write(qparams)
 
     def state(self) -> Any:
-        return None if self._codes is None else self._codes.clone(), self._qparams.state()
+        return None if self._codes is None else self._codes.tensor.clone(), self._qparams.state()
 
     def restore(self, state: Any) -> None:
         if self._codes is not None:
-            self._codes.copy_(state[0])
+            self._codes.tensor.copy_(state[0])
         self._qparams.restore(state[1])
 
     def _rounded(self, qparams: QParams) -> Tensor:
@@ -161,14 +180,15 @@ class ExportedWeightHome(WeightHome):
             shape[self.axis] = -1
         inverse = (1 / qparams.scale.float()).reshape(shape)
         codes = torch.round(self.float_weight.detach() * inverse) + qparams.zero_point.reshape(shape)
-        return codes.clamp(*self.limits).to(torch.int8)
+        return codes.clamp(*self.limits).to(self._dtype)
 
 
-def _weight_site(name: str, node: Node, home: ExportedWeightHome) -> ScaleSite:
+def _weight_site(name: str, nodes: Sequence[Node], home: ExportedWeightHome) -> ScaleSite:
     fixed = "" if home.weight().dtype == torch.qint8 else "weights of this dtype are not searched"
     shape, (qmin, qmax) = tuple(home.read().scale.shape), home.limits
-    users = tuple(user.name for user in node.users)
-    return ScaleSite(name, "weight", _op(node), _scope(node), shape, home.axis, qmin, qmax, False, users, name, fixed)
+    users = tuple(dict.fromkeys(user.name for node in nodes for user in node.users))
+    op, scope = _op(nodes[0]), _scope(nodes[0])
+    return ScaleSite(name, "weight", op, scope, shape, home.axis, qmin, qmax, False, users, name, fixed)
 
 
 def fused_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -189,9 +209,8 @@ def fused_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str, str]:
     """The weight site of each dequantize node of a weight, by name."""
-    nodes = [node for node in model.graph.nodes if _dequantizes_weight(node)]
-    weights = [site.name for site in sites.values() if site.kind == "weight"]
-    return {node.name: name for node, name in zip(nodes, weights, strict=True)}
+    names = [site.name for site in sites.values() if site.kind == "weight"]
+    return {node.name: name for group, name in zip(_weights(model), names, strict=True) for node in group}
 
 
 def _is_op(node: Node, name: str) -> bool:
@@ -207,7 +226,27 @@ def _constant(node: Node) -> str | None:
 
 
 def _dequantizes_weight(node: Node) -> bool:
-    return _is_op(node, "dequantize_per_") and _constant(node) is not None
+    """Whether a dequantize node gives a weight, on a scale that the graph holds."""
+    if _is_op(node, _PER_CHANNEL):
+        scales = node.args[1:3]
+        return _constant(node) is not None and all(isinstance(s, Node) and s.op == "get_attr" for s in scales)
+    return _is_op(node, _PER_TENSOR) and _constant(node) is not None and _is_literal(node)
+
+
+def _quantizes_activation(node: Node) -> bool:
+    """Whether a quantize node has the scale of an activation, and nothing but dequantize nodes on that scale reads it."""
+    if not _is_op(node, "quantize_per_tensor.default") or _is_weight(node) or not _is_literal(node):
+        return False
+    return all(_is_op(user, _PER_TENSOR) and user.args[1:5] == node.args[1:5] for user in node.users)
+
+
+def _is_literal(node: Node) -> bool:
+    return not any(isinstance(part, Node) for part in node.args[1:3])
+
+
+def _computed(node: Node) -> bool:
+    """Whether a node quantizes with a scale that another one computes (which is told)."""
+    return _is_op(node, "") and any(isinstance(part, Node) and part.op != "get_attr" for part in node.args[1:3])
 
 
 def _is_weight(node: Node) -> bool:

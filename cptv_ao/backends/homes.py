@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from cptv_ao.backends.slots import Slot
 from cptv_ao.sites import QParams, ScaleSite, SiteTable
 
 
 class ActivationHome(Protocol):
-    """Holds the scale and zero_point of an activation, per tensor."""
+    """Holds the scale and zero_point of an activation, per tensor.
+
+    Attributes:
+        slots: whose tensors it writes.
+    """
+
+    @property
+    def slots(self) -> tuple[Slot, ...]: ...
 
     def read(self) -> QParams: ...
     def write(self, qparams: QParams) -> None: ...
@@ -21,31 +30,36 @@ class ActivationHome(Protocol):
 
 
 class BufferHome:
-    """Two 0-dim buffers, of the root (`quantize_per_tensor`, `quantized.add`) or of a module (`nnq.LayerNorm`)."""
+    """A scale and zero_point as buffers, of the root (`quantize_per_tensor`, `quantized.add`) or of a module
+    (`nnq.LayerNorm`); of a PT2E graph also those of the channels of a weight.
 
-    def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
-        self._scale, self._zero_point = scale, zero_point
+    They are written in place, for a search holds on to them: see `cptv_ao.backends.slots` for whose they are.
+    """
+
+    def __init__(self, scale: Slot, zero_point: Slot, shape: Sequence[int] = ()) -> None:
+        self.slots, self._shape = (scale, zero_point), tuple(shape)
 
     def read(self) -> QParams:
-        # From python numbers, so that nothing aliases the buffers.
-        return QParams(torch.tensor(float(self._scale), dtype=torch.float64), torch.tensor(int(self._zero_point)))
+        scale, zero_point = (slot.tensor.detach().reshape(self._shape) for slot in self.slots)
+        return QParams(scale.to("cpu", torch.float64, copy=True), zero_point.to("cpu", torch.int64, copy=True))
 
     def write(self, qparams: QParams) -> None:
-        with torch.no_grad():
-            self._scale.fill_(float(qparams.scale))
-            self._zero_point.fill_(int(qparams.zero_point))
+        self.restore((qparams.scale, qparams.zero_point))
 
     def state(self) -> tuple[Tensor, Tensor]:
-        return self._scale.detach().clone(), self._zero_point.detach().clone()
+        scale, zero_point = (slot.copied() for slot in self.slots)
+        return scale, zero_point
 
     def restore(self, state: tuple[Tensor, Tensor]) -> None:
         with torch.no_grad():
-            self._scale.copy_(state[0])
-            self._zero_point.copy_(state[1])
+            for slot, value in zip(self.slots, state, strict=True):
+                slot.tensor.copy_(value.reshape(slot.tensor.shape))
 
 
 class AttributeHome:
     """A python float and int on a module (`nnq.Linear.scale`): only float32 values survive a state_dict."""
+
+    slots: tuple[Slot, ...] = ()
 
     def __init__(self, module: nn.Module) -> None:
         self._module = cast(Any, module)
@@ -71,6 +85,8 @@ class WeightHome:
 
     `restore` puts the very object back that `state` saw, so it costs nothing and is exact.
     """
+
+    slots: tuple[Slot, ...] = ()
 
     def weight(self) -> Tensor:
         """The weight as a quantized tensor."""

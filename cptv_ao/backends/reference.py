@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.slots import Slot
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.scopes import fetch
 
 _QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
 # Marks are 1 + k / _MARKS, exact in float32.
@@ -39,9 +39,9 @@ class _Home:
         axis: channel axis of the weight, None per tensor.
     """
 
-    scale: Tensor
-    zero_point: Tensor
-    weight: Tensor | None = None
+    scale: Slot
+    zero_point: Slot
+    weight: Slot | None = None
     axis: int | None = None
 
 
@@ -87,9 +87,12 @@ def write_back(lowered: GraphModule, reference: GraphModule, qconfig_map: Mappin
     Float weights stay, but where lowering would round them to another code than the copy's (codes clamped to a
     nominal range, ties): those become the value of the code. Quantize nodes that lowering drops stay as they are.
 
+    No tensor is written: one that is to be another is replaced, for the float model, or another module of this one,
+    may hold it too.
+
     Args:
         lowered: what `lower(reference)` returned, refined.
-        reference: written in place.
+        reference: gets other tensors.
         qconfig_map: as given to `lower`.
 
     Raises:
@@ -101,39 +104,62 @@ def write_back(lowered: GraphModule, reference: GraphModule, qconfig_map: Mappin
     codes = {name: backend.weight(name).int_repr() for name, home in places.items() if home.weight is not None}
     with torch.no_grad():
         for name, home in places.items():
-            home.scale.copy_(values[name].scale.reshape(home.scale.shape))
-            home.zero_point.copy_(values[name].zero_point.reshape(home.zero_point.shape))
+            _replace(home.scale, values[name].scale)
+            _replace(home.zero_point, values[name].zero_point)
             if home.weight is not None:
-                _settle(home, codes[name].reshape(home.weight.shape))
+                _settle(home, codes[name].reshape(home.weight.tensor.shape))
 
 
-def state(model: GraphModule) -> list[Tensor]:
-    """Copies of all that `write_back` may write in a reference model, for `restore`."""
-    return [tensor.detach().clone() for tensor in _held(model)]
+def fix_shared(backend: Backend, reference: GraphModule) -> None:
+    """Weights that lowering makes of one weight (a functional op that runs twice) never move: a reference model has one
+    place for all of them, where they could not be told apart.
+
+    Args:
+        backend: of `lower(reference)`.
+    """
+    quantized = (node for node in reference.graph.nodes if node.target in _QUANTIZE and _source(node) is not None)
+    if all(len(back.users) < 2 for node in quantized for back in node.users):
+        return
+    places = _places(backend, reference, None)
+    counts = Counter(home.scale for home in places.values())
+    held = {name: home.weight for name, home in places.items() if home.weight is not None and counts[home.scale] > 1}
+    backend.fix(held, "the reference model has one place for several such weights")
+    for name, slot in held.items():  # the teacher's
+        backend.set_float_weight(name, slot.tensor)
 
 
-def restore(model: GraphModule, before: Sequence[Tensor]) -> None:
-    """Put back what `state` returned, bit for bit."""
-    with torch.no_grad():
-        for tensor, value in zip(_held(model), before, strict=True):
-            tensor.copy_(value)
+def state(model: GraphModule) -> list[tuple[Slot, Tensor]]:
+    """The tensors that `write_back` may replace in a reference model, for `restore`."""
+    slots = (slot for home in _homes(model) for slot in (home.scale, home.zero_point, home.weight))
+    return [(slot, slot.tensor) for slot in slots if slot is not None]
 
 
-def _held(model: GraphModule) -> list[Tensor]:
-    return [t for home in _homes(model) for t in (home.scale, home.zero_point, home.weight) if t is not None]
+def restore(before: Sequence[tuple[Slot, Tensor]]) -> None:
+    """Put back what `state` returned: the very tensors."""
+    for slot, tensor in before:
+        slot.put(tensor)
+
+
+def _replace(slot: Slot, value: Tensor) -> None:
+    """Another tensor in the place of one that holds other numbers."""
+    given = slot.tensor
+    value = value.reshape(given.shape).to(given)
+    if not torch.equal(value, given):
+        slot.put(value.clone())
 
 
 def _settle(home: _Home, codes: Tensor) -> None:
     """Move the float weights that would be rounded to other codes."""
-    weight = cast(Tensor, home.weight)
+    held = cast(Slot, home.weight)
+    weight, scale, zero_point = held.tensor, home.scale.tensor, home.zero_point.tensor
     if home.axis is None:
         shape = [1] * weight.dim()
-        quantized = torch.quantize_per_tensor(weight, float(home.scale), int(home.zero_point), torch.qint8)
+        quantized = torch.quantize_per_tensor(weight, float(scale), int(zero_point), torch.qint8)
     else:
         shape = [-1 if d == home.axis else 1 for d in range(weight.dim())]
-        quantized = torch.quantize_per_channel(weight, home.scale, home.zero_point, home.axis, torch.qint8)
-    value = (codes.to(weight.dtype) - home.zero_point.reshape(shape)) * home.scale.reshape(shape)
-    weight.copy_(torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
+        quantized = torch.quantize_per_channel(weight, scale, zero_point, home.axis, torch.qint8)
+    value = (codes.to(weight.dtype) - zero_point.reshape(shape)) * scale.reshape(shape)
+    _replace(held, torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
 
 
 def _places(backend: Backend, reference: GraphModule, qconfig_map: Mapping[str, Any] | None) -> dict[str, _Home]:
@@ -145,7 +171,7 @@ def _places(backend: Backend, reference: GraphModule, qconfig_map: Mapping[str, 
     marked = copy.deepcopy(reference)
     with torch.no_grad():
         for k, home in enumerate(_homes(marked)):
-            home.scale.fill_(1 + k / _MARKS)
+            home.scale.put(torch.full_like(home.scale.tensor, 1 + k / _MARKS))
     marks = Backend(lower(marked, qconfig_map))
     homes = _homes(reference)
     places: dict[str, _Home] = {}
@@ -166,7 +192,8 @@ def _homes(model: GraphModule) -> list[_Home]:
         if _is_reference_module(module) and getattr(module, "weight_dtype", None) == torch.qint8:
             owner = cast(Any, module)
             axis = owner.weight_axis_int if "channel" in str(owner.weight_qscheme) else None
-            homes.append(_Home(owner.weight_scale, owner.weight_zero_point, owner.weight, axis))
+            scale, zero_point = Slot(owner, "weight_scale"), Slot(owner, "weight_zero_point")
+            homes.append(_Home(scale, zero_point, Slot(owner, "weight"), axis))
     seen = set()
     for node in model.graph.nodes:
         if node.op != "call_function" or node.target not in _QUANTIZE:
@@ -175,10 +202,10 @@ def _homes(model: GraphModule) -> list[_Home]:
         if len(sources) != 2 or str(sources[0].target) in seen:
             continue
         seen.add(str(sources[0].target))
-        scale, zero_point = (fetch(model, str(source.target)) for source in sources)
+        scale, zero_point = (Slot.of(model, str(source.target)) for source in sources)
         axis = int(node.args[3]) if node.target is torch.quantize_per_channel else None
         weight = _source(node)
-        homes.append(_Home(scale, zero_point, None if weight is None else fetch(model, weight), axis))
+        homes.append(_Home(scale, zero_point, None if weight is None else Slot.of(model, weight), axis))
     return homes
 
 

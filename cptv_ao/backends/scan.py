@@ -27,6 +27,7 @@ from cptv_ao.backends.homes import (
 from cptv_ao.backends.ops import op_name, op_of, packet_of
 from cptv_ao.backends.passing import producer
 from cptv_ao.backends.quantized import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside
+from cptv_ao.backends.slots import Slot
 from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.scopes import Scopes, fetch
 from cptv_ao.sites import ScaleSite, SiteTable, output_name, weight_name
@@ -144,7 +145,7 @@ class _Scanner:
         """Add the site of a module whose output has a scale of its own."""
         path, name, scale = str(node.target), type(module).__name__, cast(Any, module).scale
         if isinstance(scale, Tensor):
-            activation: ActivationHome = BufferHome(scale, module.zero_point)  # type: ignore[arg-type]
+            activation: ActivationHome = BufferHome(Slot(module, "scale"), Slot(module, "zero_point"))
         else:
             activation = AttributeHome(module)
         fixed = known.fixed
@@ -198,7 +199,7 @@ class _Scanner:
         if len(scales) != 1 or len(zeros) != 1:
             return False
         attribute = str(scales[0].target)
-        home = BufferHome(fetch(self._model, attribute), fetch(self._model, str(zeros[0].target)))
+        home = BufferHome(Slot.of(self._model, attribute), Slot.of(self._model, str(zeros[0].target)))
         scope = self._scopes.of_attribute(attribute)
         name = self._scopes.name(attribute)
         if name in self._sites and self._by_attribute.get(attribute) != name:
