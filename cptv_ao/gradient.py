@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from cptv_ao.data import Batch
-from cptv_ao.evaluator import Select
 from cptv_ao.features import Features, distance
 from cptv_ao.leaves import Leaves
 from cptv_ao.losses import Loss
+from cptv_ao.outputs import Select, compared
 from cptv_ao.population import rescaled
+from cptv_ao.running import own_inputs
 from cptv_ao.schedule import Course, Schedule
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
@@ -256,10 +257,11 @@ class GradientDescent:
         wanted = self._features.wanted(key, part) if self._feature_weight else None
         watching: AbstractContextManager[LayerInputs]
         watching = nullcontext({}) if wanted is None else self._twin.seeing_inputs()
+        args, kwargs = own_inputs(part)
         with torch.enable_grad():
             values = {site.name: group.values() for group in self._groups for site in group.sites}
             with watching as inputs:
-                outputs = self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
+                outputs = compared(self._twin.call(values, *args, **kwargs), self._select)
             features = outputs.new_zeros(()) if wanted is None else distance(inputs, wanted) * share
         return _Graph(outputs, features)
 

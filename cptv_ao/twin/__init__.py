@@ -14,8 +14,8 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.data import Batch
-from cptv_ao.evaluator import first_floating
-from cptv_ao.pieces import clone
+from cptv_ao.outputs import Select, compared, first_floating
+from cptv_ao.running import call
 from cptv_ao.sites import QParams
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
@@ -92,7 +92,7 @@ class Twin:
     def layer_inputs(self, batch: Batch) -> LayerInputs:
         """What each weighted layer is given when the twin runs on a batch, which is left as it is."""
         with torch.no_grad(), self.seeing_inputs() as seen:
-            self(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
+            call(self, batch)
         return seen
 
     @contextmanager
@@ -214,7 +214,7 @@ def unquantized(backend: Backend) -> Twin:
 
 
 def disagreement(
-    model: Callable[..., Any], twin: Twin, batches: Iterable[Batch], select: Callable[[Any], Tensor] = first_floating
+    model: Callable[..., Any], twin: Twin, batches: Iterable[Batch], select: Select = first_floating
 ) -> float:
     """How far the kernels are from the simulation: |kernels - simulation| / |simulation| over the outputs.
 
@@ -224,8 +224,9 @@ def disagreement(
     apart = whole = 0.0
     with torch.inference_mode():
         for batch in batches:
-            kernels = select(model(*batch.args, **batch.kwargs)).double().cpu()
-            simulated = select(twin(*moved(batch.args, twin.device), **moved(batch.kwargs, twin.device))).double().cpu()
+            there = replace(batch, args=moved(batch.args, twin.device), kwargs=moved(batch.kwargs, twin.device))
+            kernels = compared(call(model, batch), select).double().cpu()
+            simulated = compared(call(twin, there), select).double().cpu()
             apart += float((kernels - simulated).square().sum())
             whole += float(simulated.square().sum())
     return math.sqrt(apart / whole) if whole > 0 else (math.inf if apart > 0 else 0.0)

@@ -63,10 +63,8 @@ class LoweredBuilder(Builder):
         elif node.op == "call_function":
             self._function(node)
         elif node.op == "call_method":
-            method = str(node.target)
-            if method.endswith("_") and not method.endswith("__"):  # never in place: others may hold the codes
-                method = method.removesuffix("_")
-            self._lift(node, method, getattr(torch.Tensor, method))
+            method, args, kwargs = self._pure(node)
+            self._lift(node, method, getattr(torch.Tensor, method), args, kwargs)
         else:
             self._copy(node)
 
@@ -75,8 +73,9 @@ class LoweredBuilder(Builder):
         if ".quantized" not in kind.__module__:
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
-            if hasattr(own, "inplace"):
-                cast(Any, own).inplace = False
+            for part in own.modules():
+                if hasattr(part, "inplace"):
+                    cast(Any, part).inplace = False
             return Lift(kind.__name__, own)
         if ".dynamic" in kind.__module__ or kind.__name__ == "Embedding":
             return Lift(kind.__name__, _weight_only(module))
@@ -105,8 +104,9 @@ class LoweredBuilder(Builder):
             packet = getattr(target, "overloadpacket", target)
             self._quantized_function(node, str(packet).split(".")[-1])
         else:
-            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-            self._lift(node, name, cast(Callable[..., Any], target))
+            function, args, kwargs = self._pure(node)
+            name = "getitem" if function is operator.getitem else getattr(function, "__name__", str(function))
+            self._lift(node, name, function, args, kwargs)
 
     def _quantized_function(self, node: Node, name: str) -> None:
         relu = name.endswith("_relu")
@@ -132,9 +132,11 @@ class LoweredBuilder(Builder):
         else:
             raise self._unsupported(node, name)
 
-    def _lift(self, node: Node, name: str, function: Callable[..., Any]) -> None:
+    def _lift(
+        self, node: Node, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if node.all_input_nodes:
-            self._call(node, Lift(name, function))
+            self._call(node, Lift(name, function), args, kwargs)
         else:
             self._copy(node)
 
@@ -156,8 +158,6 @@ class Lift(nn.Module):
         self._name, self.function = name, function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
         return lifted(self._name, self.function, *args, **kwargs)
 
 
