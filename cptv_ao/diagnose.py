@@ -27,6 +27,7 @@ from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.guard import eval_mode, without_torch_floods
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
+from cptv_ao.objective import settled
 from cptv_ao.report import META_KEY
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
@@ -108,6 +109,7 @@ def _diagnosis(
     teacher = sources.teacher_for(backend)
     with as_float(teacher):
         images = Images.of(batches, teacher, config)
+        config, told = settled(replace(config, gradient_steps=0), images.targets[0])
         kernels = Scoring(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
@@ -115,7 +117,7 @@ def _diagnosis(
         with _progress_bar(steps(blocks), progress) as advance:
             measured = _measured(backend, teacher, images, blocks, survey, config, loss, advance)
     causes, outputs = measured.causes, kernels.outputs()
-    notes = [measured.note] if measured.note else []
+    notes = told + ([measured.note] if measured.note else [])
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
     return Diagnosis(

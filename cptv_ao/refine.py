@@ -31,6 +31,7 @@ from cptv_ao.ground import Ground, find_ground
 from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
 from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Loop
+from cptv_ao.objective import settled
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
@@ -154,11 +155,13 @@ def _refine(
             stacklevel=3,
         )
     checkpoint = _checkpoint(backend, batches, search)
-    calibration = _calibration(backend, batches, sources, search)
+    calibration, told = _calibration(backend, batches, sources, search)
+    config = calibration.config
     kernels = Scoring(backend.model, calibration)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
+    notes += told
     notes += agreement_notes(backend, calibration.search.batches[0], config)
     moved_from = {name: backend.read(name) for name in backend.sites}
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
@@ -169,20 +172,23 @@ def _refine(
     proposer = _proposer(ground, loop, config, notes)
     with stop_on_interrupt(budget.stop), progress_bar(loop, search.progress):
         _run(loop, proposer, checkpoint)
-    report = ground.judged(_report(loop, moved_from, kernels, config, notes))
+    report = ground.judged(_report(loop, moved_from, kernels, config, search.config.told(), notes))
     forwards = ground.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(world.sum(torch.tensor(forwards))))
 
 
-def _calibration(backend: Backend, batches: list[Batch], sources: Sources, search: _Search) -> Calibration:
-    """The images of the loader, split in two, and what the teacher makes of them."""
+def _calibration(
+    backend: Backend, batches: list[Batch], sources: Sources, search: _Search
+) -> tuple[Calibration, list[str]]:
+    """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
     config, world = search.config, search.world
     split = split_batches(batches, config.holdout)
     check_negatives(config, (*split.search, *split.holdout))
     teacher = sources.teacher_for(backend)
     with as_float(teacher):
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-    return Calibration(config, images, held_out, world)
+    config, notes = settled(config, images.targets[0])
+    return Calibration(config, images, held_out, world), notes
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:
@@ -211,7 +217,12 @@ def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -
 
 
 def _report(
-    loop: Loop, given: Mapping[str, QParams], kernels: Scoring, config: RefineConfig, notes: Sequence[str]
+    loop: Loop,
+    given: Mapping[str, QParams],
+    kernels: Scoring,
+    config: RefineConfig,
+    settings: dict[str, str],
+    notes: Sequence[str],
 ) -> Report:
     moves = loop.moves(given)
     return Report(
@@ -231,7 +242,7 @@ def _report(
         threads=torch.get_num_threads(),
         notes=tuple(notes),
         history=tuple(loop.history),
-        settings=config.told(),
+        settings=settings,
     )
 
 

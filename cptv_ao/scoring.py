@@ -83,8 +83,12 @@ def check_losses(losses: Losses) -> Losses:
     Raises:
         NonFiniteError: no search can start from them.
     """
-    if not math.isfinite(losses.search):
-        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+    for value, images in ((losses.search, "search"), (losses.holdout, "held-out")):
+        if value is not None and not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of the model that was given is NaN or inf on the calibration images ({images} ones): "
+                f"expected a finite number, got {value}"
+            )
     return losses
 
 

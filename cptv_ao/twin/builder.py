@@ -42,7 +42,7 @@ class Builder(ABC):
         for node in self._model.graph.nodes:
             self._add(node)
             self._write_through(node, memory)
-        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
+        self._graph.eliminate_dead_code(is_impure_node=self._is_needed)
         for node in self._graph.nodes:
             if node.op == "get_attr":
                 _assign(root, str(node.target), copy.deepcopy(fetch(self._model, str(node.target))))
@@ -51,6 +51,11 @@ class Builder(ABC):
         twin = GraphModule(root, self._graph, "Twin")
         twin.graph.lint()
         return twin.eval()
+
+    def _is_needed(self, node: Node) -> bool:
+        """Whether a node must stay even if nothing reads its value: what it may write into is read."""
+        owned = self._owned.get(str(node.target))
+        return node.op in {"placeholder", "output"} or (isinstance(owned, OnCopies) and owned.shared)
 
     def _held(self, node: Node) -> Any:
         return fetch(self._model, str(node.target)) if node.op == "call_module" else None

@@ -55,12 +55,12 @@ class OnCopies(nn.Module):
 
     def __init__(self, inner: nn.Module, name: str, shared: bool) -> None:
         super().__init__()
-        self.inner, self._name, self._shared = inner, name, shared
+        self.inner, self._name, self.shared = inner, name, shared
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = copied((args, kwargs))
         result = self.inner(*given[0], **given[1])
-        if self._shared and not _same(given, (args, kwargs)):
+        if self.shared and not _same(given, (args, kwargs)):
             raise UnsupportedModelError(
                 f"{self._name}: the float twin does not know a module that writes into its input, which is read later",
                 self._name,
