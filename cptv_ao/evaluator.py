@@ -27,7 +27,7 @@ from cptv_ao.errors import CalibrationDataError, NonFiniteError
 from cptv_ao.losses import Loss
 from cptv_ao.outputs import Select, compared, first_floating
 from cptv_ao.pieces import Pieces
-from cptv_ao.running import run
+from cptv_ao.running import has_hooks, run
 from cptv_ao.world import ALONE, World
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -93,7 +93,12 @@ class Evaluator:
             self._pieces.cut(nodes)
 
     def enter(self, nodes: Sequence[str]) -> None:
-        """Cache what crosses the cut before the first of these nodes, with the scales that are in the model now."""
+        """Cache what crosses the cut before the first of these nodes, with the scales that are in the model now.
+
+        Not where hooks see the call of the model itself: what runs behind a cut does not call it.
+        """
+        if has_hooks(self._model):
+            return
         started = time.perf_counter()
         self.image_entries += self._entries.move(self._pieces.cut(nodes))
         self._entered = True

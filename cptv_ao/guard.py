@@ -7,9 +7,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -81,6 +82,38 @@ def without_torch_floods() -> Iterator[None]:
         for start in _FLOODS:
             warnings.filterwarnings("ignore", start, UserWarning)
         yield
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, whatever is on around: no gradients, no inference tensors, no autocast (which quantized kernels do not
+    follow, so that teacher and model would differ), and none of torch's floods."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(without_torch_floods())
+        yield
+
+
+def check_device(device: str) -> None:
+    """Where the simulation is to run.
+
+    Raises:
+        ValueError: tensors cannot be put, or computed, there.
+    """
+    problem = "it holds no numbers"
+    try:
+        if torch.zeros(1, device=device).device.type != "meta":
+            return
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problem = str(error).splitlines()[0]
+    raise ValueError(
+        f"RefineConfig.device: expected a device that this process can compute on, got {device!r}: {problem}; "
+        "torch.cuda.is_available() and torch.cuda.device_count() say what is there, 'cpu' always works"
+    )
 
 
 @contextmanager

@@ -3,13 +3,17 @@ whatever runs here, float, prepared, quantized, compiled or a twin, the batch is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from cptv_ao.data import Batch
 from cptv_ao.errors import CalibrationDataError, CptvError
+from cptv_ao.outputs import flatten
 
 
 def copied(value: Any) -> Any:
@@ -33,6 +37,46 @@ def call(model: Callable[..., Any], batch: Batch) -> Any:
     """What a model returns for a batch, which is left as it is."""
     args, kwargs = own_inputs(batch)
     return model(*args, **kwargs)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether calling a model does more than its forward: hooks of its own, or those of all modules."""
+    return bool(model._forward_hooks or model._forward_pre_hooks) or _has_global_hooks()
+
+
+def _has_global_hooks() -> bool:
+    room = nn.modules.module
+    return bool(room._global_forward_hooks or room._global_forward_pre_hooks)
+
+
+def changed_by_hooks(model: nn.Module, batch: Batch) -> str:
+    """What is to be said where forward hooks change what a model returns for a batch; nothing else."""
+    hooked = [
+        path or "the model itself" for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks
+    ]
+    if not hooked:
+        return ""
+    with torch.no_grad():
+        with_hooks = run(model, batch, 0)
+        with _without_hooks(model):
+            without = run(model, batch, 0)
+    pairs = zip(flatten(with_hooks), flatten(without), strict=False)
+    if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return ""
+    return f"forward hooks change what the model returns (on {hooked[0]}), and its float twin has none of them"
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    held = [(m, name, vars(m)[name]) for m in model.modules() for name in names if vars(m).get(name)]
+    try:
+        for module, name, _ in held:
+            setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for module, name, hooks in held:
+            setattr(module, name, hooks)
 
 
 def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.data import Batch
+from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.outputs import Select, compared, first_floating
 from cptv_ao.running import call
 from cptv_ao.sites import QParams
@@ -44,6 +45,8 @@ class Twin:
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
+        if backend.opaque:
+            raise UnsupportedModelError(backend.opaque)
         builder: Builder
         if is_exported(backend.model):
             builder = ExportedBuilder(backend)
