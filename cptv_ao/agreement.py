@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from cptv_ao.backends.backend import Backend
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.evaluator import first_floating
-from cptv_ao.pieces import clone
+from cptv_ao.outputs import first_floating
 from cptv_ao.twin import Twin, disagreement
 from cptv_ao.twin.saturation import saturating_inputs
 
@@ -57,10 +53,5 @@ def disagreeing(backend: Backend, batch: Batch, config: RefineConfig) -> tuple[f
     select = config.output or first_floating
     few = batch.few(_IMAGES)
     twin = Twin(backend).checked(few)
-    gap = disagreement(lambda *a, **k: backend.model(*_own(a), **_own(k)), twin, [few], select)
+    gap = disagreement(backend.model, twin, [few], select)
     return gap, sorted(saturating_inputs(backend.model, twin, few)) if gap > _TOLERATED else []
-
-
-def _own(value: Any) -> Any:
-    """Copies of inputs: a model may work in place on them."""
-    return {k: clone(v) for k, v in value.items()} if isinstance(value, Mapping) else clone(value)

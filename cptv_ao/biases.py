@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.data import Batch
+from cptv_ao.running import call
 from cptv_ao.twin import Twin
 from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted
@@ -75,7 +76,7 @@ def _correct(twin: Twin, layers: Sequence[Weighted], batch: Batch, share: float)
 def _hooked(twin: Twin, layers: Sequence[Weighted], hook: Any, batch: Batch) -> None:
     hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        twin(*batch.args, **batch.kwargs)
+        call(twin, batch)
     finally:
         for handle in hooks:
             handle.remove()

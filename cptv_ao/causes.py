@@ -14,9 +14,10 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import Block
 from cptv_ao.config import RefineConfig
-from cptv_ao.evaluator import Evaluator, first_floating
+from cptv_ao.evaluator import Evaluator
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Watcher
+from cptv_ao.outputs import compared, first_floating
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.simulated import on_device
 from cptv_ao.twin.simulation import SimulatedBackend
@@ -132,7 +133,7 @@ def causes_by_substitution(
         total = 0.0
         for batch, target, found in zip(images.batches, images.targets, float_outputs, strict=True):
             output = Watcher(backend.model).watch(batch, partial(_substituted, node, found[name]))
-            total += float(loss(select(output).flatten(1), target)) * batch.images
+            total += float(loss(compared(output, select), target)) * batch.images
         without = total / sum(batch.images for batch in images.batches)
         causes.blocks[name] = without, causes.share(before - without)
         before = without

@@ -20,8 +20,9 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.ends import Ends, channel_ends, ranged
-from cptv_ao.evaluator import first_floating
 from cptv_ao.measures import Watcher, real
+from cptv_ao.outputs import first_floating
+from cptv_ao.running import call
 from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInput
 from cptv_ao.twin import Twin, unquantized
@@ -95,7 +96,7 @@ def _entries(twin: Twin, shared: Sequence[SharedInput], few: Batch) -> dict[str,
 
 def _output(twin: Twin, few: Batch) -> Tensor:
     with torch.no_grad():
-        return first_floating(twin(*few.args, **few.kwargs))
+        return first_floating(call(twin, few))
 
 
 def _move(backend: Backend, shared: SharedInput, ends: Ends, entries: Tensor) -> None:

@@ -15,7 +15,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import is_reference, lower
 from cptv_ao.data import read_batches
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.guard import eval_mode
+from cptv_ao.guard import eval_mode, plain_torch
 from cptv_ao.measures import Watcher
 from cptv_ao.sites import ScaleSite
 
@@ -86,7 +86,7 @@ def _of_activation(model: GraphModule, site: ScaleSite, calib_loader: Iterable[A
         return value
 
     watcher = Watcher(model)
-    with eval_mode(model):
+    with plain_torch(), eval_mode(model):
         for batch in read_batches(calib_loader):
             watcher.watch(batch, see)
     if not int(counts.sum()):

@@ -13,7 +13,7 @@ from torch import Tensor
 from cptv_ao.blocks import BlockPolicy
 from cptv_ao.losses import LOSSES, Loss
 
-LossName = Literal["kl", "infonce", "soft_infonce", "mse", "cosine"]
+LossName = Literal["auto", "kl", "infonce", "soft_infonce", "mse", "cosine"]
 SearchName = Literal["evolution", "paper", "cma"]
 Individual = Literal["output_error", "ranges", "biases"]
 
@@ -23,7 +23,9 @@ class RefineConfig:
     """How `refine` searches. Frozen and validated; `RefineConfig()` is the recommended setting.
 
     Attributes:
-        loss: name of a loss or a function `(candidate (N, C), teacher (N, C)) -> scalar` that is never negative.
+        loss: `auto`: `kl`, or `mse` where the output is one number per image, which `kl` cannot see; another name; or a
+            function `(candidate (N, C), teacher (N, C)) -> scalar`, float32 tensors, that is never negative. One that
+            cannot be differentiated is followed by the block visits; the gradient steps follow the layer inputs alone.
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
@@ -72,7 +74,7 @@ class RefineConfig:
         epsilon: half-width of the uniform noise of the `paper` search.
     """
 
-    loss: LossName | Loss = "kl"
+    loss: LossName | Loss = "auto"
     temperature: float = 3.0
     search: SearchName = "evolution"
     population: tuple[Individual, ...] = ("output_error", "ranges", "biases")
@@ -103,7 +105,8 @@ class RefineConfig:
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        _expect(callable(self.loss) or self.loss in LOSSES, "loss", f"one of {sorted(LOSSES)} or a function", self.loss)
+        names = ["auto", *sorted(LOSSES)]
+        _expect(callable(self.loss) or self.loss in names, "loss", f"one of {names} or a function", self.loss)
         _expect(self.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", self.search)
         _expect(self.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", self.score_on)
         _expect(_is_device(self.device), "device", "a device such as 'cpu' or 'cuda:1'", self.device)

@@ -18,7 +18,8 @@ from cptv_ao.errors import CalibrationDataError
 class Batch:
     """The inputs of one forward call: positional tensors, or keyword inputs.
 
-    `fixed`: the model takes this number of images and no other (a graph that was exported without a dynamic batch).
+    `fixed`: the model takes this number of images and no other (a graph that was exported without a dynamic batch), or
+    what it gives for an image depends on the others.
     """
 
     args: tuple[Any, ...]

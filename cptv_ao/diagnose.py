@@ -24,10 +24,12 @@ from cptv_ao.data import Batch, read_batches
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.equalize import smoothable
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.guard import eval_mode, without_torch_floods
+from cptv_ao.guard import check_device, eval_mode, plain_torch
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
+from cptv_ao.objective import settled
 from cptv_ao.report import META_KEY
+from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey
@@ -79,7 +81,8 @@ def diagnose(
     config = RefineConfig() if config is None else config
     if not isinstance(config, RefineConfig):
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    with torch.inference_mode(False), torch.no_grad(), without_torch_floods():
+    check_device(config.device)
+    with plain_torch():
         backend = open_backend(model, float_model, config)
         backend.check_finite()
         sources = Sources.of(model, backend.model, float_model)
@@ -88,6 +91,7 @@ def diagnose(
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
                 find_float_weights(backend, sources.weights)
+            backend.opaque = changed_by_hooks(backend.model, batches[0])
             found = _diagnosis(backend, sources, batches, config, progress)
     return replace(found, advice=advise(found, refined=META_KEY in model.meta))
 
@@ -108,6 +112,7 @@ def _diagnosis(
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
         images = Images.of(batches, teacher, config)
+        config, told = settled(replace(config, gradient_steps=0), images.targets[0])
         kernels = Scoring(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
@@ -115,7 +120,7 @@ def _diagnosis(
         with _progress_bar(steps(blocks), progress) as advance:
             measured = _measured(backend, teacher, images, blocks, survey, config, loss, advance)
     causes, outputs = measured.causes, kernels.outputs()
-    notes = [measured.note] if measured.note else []
+    notes = told + ([measured.note] if measured.note else [])
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
     return Diagnosis(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cptv_ao.table import table
+from cptv_ao.table import plain, table
 
 _ROWS = 10
 
@@ -126,8 +126,8 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers; what is not finite becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        data: dict[str, Any] = plain(asdict(self))
+        return data
 
     def to_pandas(self) -> tuple[Any, Any]:
         """Data frames of the blocks and of the sites, one row each, in the order of `blocks` and `sites`.
@@ -219,14 +219,6 @@ def _decibels(value: float | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.5g}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def excess(found: Diagnosis) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from cptv_ao.data import Batch
-from cptv_ao.pieces import Pieces, Values, clone, packed, same_stamp, storages
+from cptv_ao.pieces import Pieces, Values, packed, same_stamp, storages
+from cptv_ao.running import copied, own_inputs
 
 
 class Entries:
@@ -19,7 +20,7 @@ class Entries:
     Args:
         pieces: the model.
         batches: the images.
-        budget: bytes that all entries together may hold; the images themselves are not counted.
+        budget: bytes that all entries together may hold.
         mine: whether the batch of an index is ever asked for here.
     """
 
@@ -28,7 +29,6 @@ class Entries:
         self._batches = batches
         self._budget = budget
         self._mine = mine
-        self._own = {a for b in batches for v in (*b.args, *b.kwargs.values()) for a in storages(v)}
         self._at: int | None = None
         self._stamp: list[Any] = []
         self._values: list[Values | None] = []
@@ -62,7 +62,7 @@ class Entries:
                     continue
                 values = self._run(batch, before, source, at)
                 moved += batch.images
-                size = sum(n for address, n in storages(values).items() if address not in self._own)
+                size = sum(storages(values).values())
                 per_image = max(per_image, size / batch.images)
                 fits = self.bytes + size <= self._budget
                 self._values.append(values if fits else None)
@@ -73,7 +73,7 @@ class Entries:
 
     def _run(self, batch: Batch, before: Values | None, source: int | None, at: int) -> Values:
         if before is None or source is None:
-            values: Values = self._pieces.start(*inputs(self._pieces, batch), at)
+            values: Values = self._pieces.start(*own_inputs(batch), at)
         else:
             values = self._pieces.run(before, source, at)
         return tuple(packed(v) if view else v for v, view in zip(values, self._views, strict=True))
@@ -82,18 +82,11 @@ class Entries:
         """The model's output on a batch: the tail from its entry, or the whole model."""
         values = None if self._at is None else self._values[index]
         if values is None or self._at is None:
-            return self._pieces.start(*inputs(self._pieces, self._batches[index]), None)
+            return self._pieces.start(*own_inputs(self._batches[index]), None)
         if any(self._copies):
-            values = tuple(clone(v) if copy else v for v, copy in zip(values, self._copies, strict=True))
+            values = tuple(copied(v) if copy else v for v, copy in zip(values, self._copies, strict=True))
         return self._pieces.run(values, self._at, None)
 
     def clear(self) -> None:
         """Drop all entries."""
         self._at, self._stamp, self._values, self.bytes = None, [], [], 0
-
-
-def inputs(pieces: Pieces, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs of a batch, as copies where the model may work in place on them."""
-    if not pieces.input_written:
-        return batch.args, dict(batch.kwargs)
-    return clone(batch.args), {k: clone(v) for k, v in batch.kwargs.items()}

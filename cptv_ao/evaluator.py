@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.data import Batch
-from cptv_ao.entries import Entries, inputs
-from cptv_ao.errors import CalibrationDataError, NonFiniteError, UnsupportedModelError
+from cptv_ao.entries import Entries
+from cptv_ao.errors import CalibrationDataError, NonFiniteError
+from cptv_ao.losses import Loss
+from cptv_ao.outputs import Select, compared, first_floating
 from cptv_ao.pieces import Pieces
+from cptv_ao.running import has_hooks, run
 from cptv_ao.world import ALONE, World
 
-Select = Callable[[Any], Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_CACHE_BYTES = 2 << 30
 #: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n
 #: waves seen the fraction is lower by sqrt((n - k) / (k (n - 1))), as the error of a mean without replacement is.
@@ -36,30 +37,6 @@ RACE_MARGIN = 0.05
 #: Rejection is decided after each wave of batches, about so many per candidate however the loader cuts its batches: the
 #: decisions depend neither on that nor on how many ranks share a wave.
 WAVES = 8
-
-
-def first_floating(output: Any) -> Tensor:
-    """The first floating tensor of an output: a tensor, a tuple or list, or a dict; depth first.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    for value in flatten(output):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise UnsupportedModelError(
-        f"expected an output that holds a floating tensor, got {type(output).__name__}; "
-        "say which part the loss compares with RefineConfig(output=...)"
-    )
-
-
-def flatten(output: Any) -> list[Any]:
-    """The leaves of nested dicts, lists and tuples, depth first."""
-    if isinstance(output, Mapping):
-        return [leaf for value in output.values() for leaf in flatten(value)]
-    if isinstance(output, (list, tuple)):
-        return [leaf for value in output for leaf in flatten(value)]
-    return [output]
 
 
 class Evaluator:
@@ -116,7 +93,12 @@ class Evaluator:
             self._pieces.cut(nodes)
 
     def enter(self, nodes: Sequence[str]) -> None:
-        """Cache what crosses the cut before the first of these nodes, with the scales that are in the model now."""
+        """Cache what crosses the cut before the first of these nodes, with the scales that are in the model now.
+
+        Not where hooks see the call of the model itself: what runs behind a cut does not call it.
+        """
+        if has_hooks(self._model):
+            return
         started = time.perf_counter()
         self.image_entries += self._entries.move(self._pieces.cut(nodes))
         self._entered = True
@@ -212,42 +194,24 @@ class Evaluator:
 
     def _output(self, index: int) -> Tensor:
         started = time.perf_counter()
-        if self._entered:
-            output = self._entries.output(index)
-        else:
-            args, kwargs = inputs(self._pieces, self._batches[index])
-            output = run(self._model, Batch(args, kwargs, self._batches[index].images), index)
+        output = self._entries.output(index) if self._entered else run(self._model, self._batches[index], index)
         self.forward_seconds += time.perf_counter() - started
-        return self._select(output).flatten(1)
+        return compared(output, self._select)
 
 
 def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> float:
     """Loss of what a model gives for a batch; inf for scales that QNNPACK's add refuses when it runs."""
     try:
-        return float(loss(output(), teacher))
+        found = output()
     except (RuntimeError, CalibrationDataError):
         if torch.backends.quantized.engine != "qnnpack":
             raise
         return math.inf
+    return float(loss(found, teacher))
 
 
 def _margin(seen: int, waves: int) -> float:
     return RACE_MARGIN * math.sqrt((waves - seen) / (seen * max(waves - 1, 1)))
-
-
-def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:
-    """Run a model on a batch; what it raises about the input is told with the batch.
-
-    Raises:
-        CalibrationDataError: the model does not accept the batch.
-    """
-    try:
-        return model(*batch.args, **batch.kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        shapes = [tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
-        raise CalibrationDataError(
-            f"calib_loader, batch {index}: the model failed on inputs of shape {shapes}: {error}", index
-        ) from error
 
 
 def teacher_outputs(
@@ -263,7 +227,7 @@ def teacher_outputs(
         for index, batch in enumerate(batches):
             if not world.mine(index):
                 continue
-            output = select(run(teacher, batch, index)).flatten(1)
+            output = compared(run(teacher, batch, index), select)
             if not bool(torch.isfinite(output).all()):
                 raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
             outputs[index] = output

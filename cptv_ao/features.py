@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cptv_ao.data import Batch
 from cptv_ao.measures import OUTLIER
+from cptv_ao.running import own_inputs
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted
@@ -55,7 +56,8 @@ class Features:
         if key in self._kept:
             return self._kept[key]
         with torch.no_grad(), self._twin.in_float(self._twin.names), self._twin.seeing_inputs() as inputs:
-            self._twin.call(self.steps, *part.args, **part.kwargs)
+            args, kwargs = own_inputs(part)
+            self._twin.call(self.steps, *args, **kwargs)
         self.image_forwards += part.images
         found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}
         targets = {layer: target for layer, target in found.items() if target is not None}

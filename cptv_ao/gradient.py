@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from cptv_ao.data import Batch
-from cptv_ao.evaluator import Select
 from cptv_ao.features import Features, distance
 from cptv_ao.leaves import Leaves
 from cptv_ao.losses import Loss
+from cptv_ao.objective import differentiable
+from cptv_ao.outputs import Select, compared
 from cptv_ao.population import rescaled
+from cptv_ao.running import own_inputs
 from cptv_ao.schedule import Course, Schedule
 from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
@@ -61,7 +63,7 @@ class GradientDescent:
     Args:
         twin: the twin of the model with the scales to start from.
         groups: the tied groups that are searched, by the name of their leader.
-        loss, select: as for the evaluator.
+        loss, select: as for the evaluator; a loss that cannot be differentiated is not followed.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
             those of many codes slower.
         rounding_rate: multiple of the learning rate at which the shifts of the weights move; 0: weights are rounded as
@@ -97,6 +99,7 @@ class GradientDescent:
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
         self._course = Course()
         self._images = 0
+        self._follows = True  # the loss, beside the layer inputs
 
     @property
     def image_forwards(self) -> int:
@@ -135,6 +138,9 @@ class GradientDescent:
         where it does not go on.
         """
         course = self._course
+        self._follows = differentiable(self._loss, teacher[0])
+        if not (self._follows or self._feature_weight):
+            return
         while (progress := schedule.progress(course.steps)) < 1.0:
             goes_on = going()
             if on_pause is not None:
@@ -226,12 +232,9 @@ class GradientDescent:
             if self._world.mine(number):
                 graphs[number] = self._forward((index, number), part, part.images / batch.images)
                 outputs[rows] = graphs[number].outputs.detach()
-        outputs = self._world.sum(outputs).requires_grad_()
-        with torch.enable_grad():
-            loss = self._loss(outputs, teacher)
-        (pull,) = torch.autograd.grad(loss, outputs)
+        loss, pull = self._pulled(self._world.sum(outputs), teacher)
         if self._feature_weight and self._course.steps == 0:
-            excess = float(loss.detach() - self._loss(teacher, teacher))
+            excess = float(loss - self._loss(teacher, teacher)) if self._follows else 1.0
             apart = [float(graphs[i].features.detach()) if i in graphs else 0.0 for i in range(len(parts))]
             self._balance(excess, apart)
         total = outputs.new_zeros(sum(sizes))
@@ -248,7 +251,16 @@ class GradientDescent:
         for group in self._groups:
             group.confine()
         self._course.steps += 1
-        return float(loss.detach())
+        return float(loss)
+
+    def _pulled(self, outputs: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient with respect to the outputs; none where it has none."""
+        if not self._follows:
+            return self._loss(outputs, teacher), torch.zeros_like(outputs)
+        outputs.requires_grad_()
+        with torch.enable_grad():
+            loss = self._loss(outputs, teacher)
+        return loss.detach(), torch.autograd.grad(loss, outputs)[0]
 
     def _forward(self, key: tuple[int, int], part: Batch, share: float) -> _Graph:
         """Of a part that is so much of its batch."""
@@ -256,10 +268,11 @@ class GradientDescent:
         wanted = self._features.wanted(key, part) if self._feature_weight else None
         watching: AbstractContextManager[LayerInputs]
         watching = nullcontext({}) if wanted is None else self._twin.seeing_inputs()
+        args, kwargs = own_inputs(part)
         with torch.enable_grad():
             values = {site.name: group.values() for group in self._groups for site in group.sites}
             with watching as inputs:
-                outputs = self._select(self._twin.call(values, *part.args, **part.kwargs)).flatten(1)
+                outputs = compared(self._twin.call(values, *args, **kwargs), self._select)
             features = outputs.new_zeros(()) if wanted is None else distance(inputs, wanted) * share
         return _Graph(outputs, features)
 

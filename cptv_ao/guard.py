@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -106,6 +107,38 @@ def without_torch_floods() -> Iterator[None]:
         for start in _FLOODS:
             warnings.filterwarnings("ignore", start, UserWarning)
         yield
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, whatever is on around: no gradients, no inference tensors, no autocast (which quantized kernels do not
+    follow, so that teacher and model would differ), and none of torch's floods."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(without_torch_floods())
+        yield
+
+
+def check_device(device: str) -> None:
+    """Where the simulation is to run.
+
+    Raises:
+        ValueError: tensors cannot be put, or computed, there.
+    """
+    problem = "it holds no numbers"
+    try:
+        if torch.zeros(1, device=device).device.type != "meta":
+            return
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problem = str(error).splitlines()[0]
+    raise ValueError(
+        f"RefineConfig.device: expected a device that this process can compute on, got {device!r}: {problem}; "
+        "torch.cuda.is_available() and torch.cuda.device_count() say what is there, 'cpu' always works"
+    )
 
 
 @contextmanager

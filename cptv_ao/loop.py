@@ -219,7 +219,7 @@ class Loop:
         """Remember the state that is in the model if it is the best accepted one, and say so."""
         losses = self.best if self.loss >= self.best.search else self._both(self.loss)
         kept = False
-        if losses.holdout is not None and self.start.holdout is not None and losses.holdout > self.start.holdout:
+        if losses.worse_than(replace(self.start, search=math.inf)):
             self.rejected = True
         elif losses.mean < self.best.mean:
             self.best = losses

@@ -7,6 +7,8 @@ can be averaged by their number of images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,11 +79,36 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+class _Scalar:
+    """A function of the user's as a loss: it may work in place on what it is given, and return any kind of number.
+
+    Raises:
+        TypeError: it returns something else.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
+        self._function = function
+        self._name = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, candidate: Tensor, teacher: Tensor) -> Tensor:
+        value = self._function(candidate.clone(), teacher.clone())
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            return value.reshape(())
+        if isinstance(value, Real):
+            return torch.tensor(float(value), dtype=torch.float64)
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        hint = "; return its mean over the images" if isinstance(value, Tensor) and value.numel() > 1 else ""
+        raise TypeError(f"RefineConfig.loss: expected {self._name} to return one real number, got {got}{hint}")
+
+
 def get_loss(loss: str | Loss, temperature: float) -> Loss:
-    """A loss by name, with its temperature where it has one; a function is returned as it is."""
+    """A loss by name, with its temperature where it has one; a function is made safe (see `_Scalar`).
+
+    `auto` is `kl` here: `cptv_ao.objective.settled` decides where the outputs are known.
+    """
     if not isinstance(loss, str):
-        return loss
-    function = LOSSES[loss]
+        return _Scalar(loss)
+    function = LOSSES["kl" if loss == "auto" else loss]
     if "infonce" not in loss:
         return function
 

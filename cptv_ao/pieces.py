@@ -20,16 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cptv_ao.inplace import may_write
+from cptv_ao.memory import Memory
 from cptv_ao.scopes import fetch
 
 Values = tuple[Any, ...]
 _PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_IN_PLACE = {
-    operator.iadd, operator.iand, operator.iconcat, operator.ifloordiv, operator.ilshift, operator.imatmul,
-    operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub, operator.itruediv,
-    operator.ixor, operator.setitem,
-}  # fmt: skip
-
 _REORDERING = {
     "contiguous", "flatten", "permute", "reshape", "size", "transpose", "view", getattr, operator.getitem,
     operator.floordiv, operator.mod, operator.mul, nn.functional.pad, torch.flatten, torch.permute,
@@ -52,12 +48,16 @@ class Pieces:
         self._first_use = {n: min((self._index[u] for u in n.users), default=len(self._nodes)) for n in self._nodes}
         self._last_use = {n: max((self._index[u] for u in n.users), default=-1) for n in self._nodes}
         self._written = _written_in_place(self._nodes, self._held)
+        self._memory = Memory(self._nodes, self._held.get)
         self._cuts = [0]
         self._functions: dict[tuple[int, int | None], Callable[..., Any]] = {}
 
     def cut(self, nodes: Iterable[str]) -> int:
-        """The cut before the first of these nodes; before what only unpacks and reorders its quantized inputs."""
+        """The cut before the first of these nodes; before what only unpacks and reorders its quantized inputs, and
+        where no two values cross it that share memory which is written behind it: entries are copied one by one."""
         at = self._rewound(min(self._position[name] for name in nodes))
+        while at and self._memory.shared(self._live(at), at):
+            at -= 1
         if at not in self._cuts:
             insort(self._cuts, at)
         return at
@@ -89,11 +89,6 @@ class Pieces:
             return all(u.target is torch.quantize_per_tensor for u in node.users if self._index[u] >= at)
 
         return tuple(packable(node) for node in self._live(at))
-
-    @property
-    def input_written(self) -> bool:
-        """Whether the model may work in place on its input."""
-        return any(node in self._written for node in self._nodes if node.op == "placeholder")
 
     def stamp(self, at: int) -> list[Any]:
         """What the live values at a cut depend on, to be compared with `same_stamp`: scales, weights, versions."""
@@ -190,15 +185,6 @@ def same_stamp(a: list[Any], b: list[Any]) -> bool:
     return all(x is y or (isinstance(x, (int, float)) and x == y) for x, y in zip(a, b, strict=True))
 
 
-def clone(value: Any) -> Any:
-    """A copy of the tensors in a live value."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(clone(v) for v in value)
-    return value
-
-
 def packed(value: Any) -> Any:
     """A tensor without the storage around it, where it is a small part of that (`x[:, 0]`)."""
     if isinstance(value, Tensor) and value.numel() * value.element_size() * 2 < value.untyped_storage().nbytes():
@@ -241,27 +227,9 @@ def _written_in_place(nodes: list[Node], held: dict[Node, Any]) -> set[Node]:
     """Nodes whose memory a later node may write: in one pass from the end, through whatever may be a view."""
     written: set[Node] = set()
     for node in reversed(nodes):
-        if any(_writes(user, held.get(user)) or (user in written and not _is_new(user, held)) for user in node.users):
+        if any(may_write(user, held.get(user)) or (user in written and not _is_new(user, held)) for user in node.users):
             written.add(node)
     return written
-
-
-def _writes(node: Node, held: Any) -> bool:
-    """Whether a node may work in place; a module of which nothing is known may."""
-    if node.op == "call_module":
-        parts = list(held.modules())
-        known = all(type(part).__module__.startswith(("torch.", "cptv_ao.twin.")) for part in parts)
-        lifted = getattr(held, "function", None)  # of the twin's Lift; not a module
-        return not known or any(getattr(part, "inplace", False) for part in parts) or _function_writes(node, lifted)
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    return node.op == "call_function" and _function_writes(node, node.target)
-
-
-def _function_writes(node: Node, function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    in_place = node.kwargs.get("inplace", False) or "out" in node.kwargs
-    return bool(in_place) or function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_new(node: Node, held: dict[Node, Any]) -> bool:

@@ -16,9 +16,9 @@ from cptv_ao.backends.exported import is_exported
 from cptv_ao.biases import FORWARDS, corrections
 from cptv_ao.budget import Budget
 from cptv_ao.data import Batch
-from cptv_ao.evaluator import first_floating
 from cptv_ao.gradient import GradientDescent, State
 from cptv_ao.losses import get_loss
+from cptv_ao.outputs import first_floating
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
 from cptv_ao.schedule import Schedule
 from cptv_ao.scoring import Calibration, Images

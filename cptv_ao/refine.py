@@ -28,12 +28,16 @@ from cptv_ao.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.ground import Ground, find_ground
-from cptv_ao.guard import eval_mode, restored_on_error, stop_on_interrupt, without_torch_floods
+from cptv_ao.guard import check_device, eval_mode, plain_torch, restored_on_error, stop_on_interrupt
 from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Loop
+from cptv_ao.objective import settled
+from cptv_ao.outputs import first_floating
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
+from cptv_ao.rows import mixes_rows, whole
+from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sites import QParams
 from cptv_ao.sources import Sources, check_negatives, open_backend
@@ -68,7 +72,7 @@ def refine(
 
     The input model is candidate 0: what is returned has a loss that is not higher, on the search images and on
     held-out calibration images. On any exception the model is exactly as it was given. The first Ctrl-C ends the search
-    with the best scales so far, the second one raises.
+    with the best scales so far, the second one raises. Autocast is off inside: all models run in their own dtypes.
 
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned. It is written in place and
@@ -100,6 +104,7 @@ def refine(
         CalibrationDataError: the loader is empty or gives something that the model cannot run on.
         NonFiniteError: scales or outputs of the model are NaN or infinite.
         ScalesFileError: the checkpoint is damaged, or of another model, config or data.
+        ValueError: the loss that was asked for cannot see the model's output, or there is no such `config.device`.
         OSError: the checkpoint cannot be written. One that cannot be written at all is refused before any work; where
             a disk fills up on the way, what was saved before is whole, and the next call goes on from it.
 
@@ -111,7 +116,8 @@ def refine(
     config = RefineConfig() if config is None else config
     if not isinstance(config, RefineConfig):
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    with World.of(config.distributed) as world, torch.inference_mode(False), torch.no_grad(), without_torch_floods():
+    check_device(config.device)
+    with World.of(config.distributed) as world, plain_torch():
         if checkpoint is not None and world.rank == 0:
             check_path(checkpoint)
         backend = open_backend(model, float_model, config)
@@ -154,11 +160,14 @@ def _refine(
             stacklevel=3,
         )
     checkpoint = _checkpoint(backend, batches, search)
-    calibration = _calibration(backend, batches, sources, search)
+    backend.opaque = changed_by_hooks(backend.model, batches[0])
+    calibration, told = _calibration(backend, batches, sources, search)
+    config = calibration.config
     kernels = Scoring(backend.model, calibration)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
+    notes += told
     notes += agreement_notes(backend, calibration.search.batches[0], config)
     moved_from = {name: backend.read(name) for name in backend.sites}
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
@@ -169,20 +178,27 @@ def _refine(
     proposer = _proposer(ground, loop, config, notes)
     with stop_on_interrupt(budget.stop), progress_bar(loop, search.progress):
         _run(loop, proposer, checkpoint)
-    report = ground.judged(_report(loop, moved_from, kernels, config, notes))
+    report = ground.judged(_report(loop, moved_from, kernels, config, search.config.told(), notes))
     forwards = ground.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(world.sum(torch.tensor(forwards))))
 
 
-def _calibration(backend: Backend, batches: list[Batch], sources: Sources, search: _Search) -> Calibration:
-    """The images of the loader, split in two, and what the teacher makes of them."""
+def _calibration(
+    backend: Backend, batches: list[Batch], sources: Sources, search: _Search
+) -> tuple[Calibration, list[str]]:
+    """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
     config, world = search.config, search.world
     split = split_batches(batches, config.holdout)
     check_negatives(config, (*split.search, *split.holdout))
     teacher = sources.teacher_for(backend, split.search[0])
     with as_float(teacher):
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-    return Calibration(config, images, held_out, world)
+        mixed = mixes_rows(teacher, images.batches[0], images.targets[0], config.output or first_floating)
+    config, notes = settled(config, images.targets[0])
+    if world.most(float(mixed))[0]:
+        images, held_out = whole(images), whole(held_out)
+        notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
+    return Calibration(config, images, held_out, world), notes
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:
@@ -211,7 +227,12 @@ def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -
 
 
 def _report(
-    loop: Loop, given: Mapping[str, QParams], kernels: Scoring, config: RefineConfig, notes: Sequence[str]
+    loop: Loop,
+    given: Mapping[str, QParams],
+    kernels: Scoring,
+    config: RefineConfig,
+    settings: dict[str, str],
+    notes: Sequence[str],
 ) -> Report:
     moves = loop.moves(given)
     return Report(
@@ -231,7 +252,7 @@ def _report(
         threads=torch.get_num_threads(),
         notes=tuple(notes),
         history=tuple(loop.history),
-        settings=config.told(),
+        settings=settings,
     )
 
 

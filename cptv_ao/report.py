@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cptv_ao.table import table
+from cptv_ao.table import plain, table
 
 if TYPE_CHECKING:
     import os
@@ -81,9 +82,10 @@ class Losses:
 
     def worse_than(self, others: Losses) -> bool:
         """Whether one of both is higher, or no number."""
-        if self.holdout is not None and others.holdout is not None and not self.holdout <= others.holdout:
-            return True
-        return not self.search <= others.search
+        pairs = [(self.search, others.search)]
+        if self.holdout is not None and others.holdout is not None:
+            pairs.append((self.holdout, others.holdout))
+        return any(not (math.isfinite(own) and own <= other) for own, other in pairs)
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ class Report:
         write_page(self, path, diagnosis, after)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, strings and numbers."""
-        data = asdict(self)
+        """Everything as plain dicts, lists, strings and numbers; what is not finite becomes None."""
+        data: dict[str, Any] = plain(asdict(self))
         data["status"] = self.status.name
         data["message"] = self.status.value
         return data

@@ -16,9 +16,11 @@ from torch.fx import GraphModule
 from cptv_ao.config import RefineConfig
 from cptv_ao.data import Batch
 from cptv_ao.errors import FloatModelMismatchError, NonFiniteError
-from cptv_ao.evaluator import Evaluator, batch_loss, first_floating, run, teacher_outputs
+from cptv_ao.evaluator import Evaluator, batch_loss, teacher_outputs
 from cptv_ao.losses import get_loss
+from cptv_ao.outputs import compared, first_floating
 from cptv_ao.report import Losses
+from cptv_ao.running import run
 from cptv_ao.world import ALONE, World
 
 
@@ -81,8 +83,12 @@ def check_losses(losses: Losses) -> Losses:
     Raises:
         NonFiniteError: no search can start from them.
     """
-    if not math.isfinite(losses.search):
-        raise NonFiniteError("the loss of the model that was given is NaN or inf on the calibration images")
+    for value, images in ((losses.search, "search"), (losses.holdout, "held-out")):
+        if value is not None and not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of the model that was given is NaN or inf on the calibration images ({images} ones): "
+                f"expected a finite number, got {value}"
+            )
     return losses
 
 
@@ -132,4 +138,4 @@ class Shipped:
         return float(self._world.sum(table).sum()) / sum(batch.images for batch in images.batches)
 
     def _output(self, made: Callable[..., Any], batch: Batch, index: int) -> Tensor:
-        return self._select(run(made, batch, index)).flatten(1)
+        return compared(run(made, batch, index), self._select)

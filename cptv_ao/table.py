@@ -1,12 +1,14 @@
-"""Text tables: the first column to the left, the others to the right, a rule under the heads."""
+"""Results for people and for programs: text tables, and values that JSON can hold."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table; the first row holds the heads."""
+    """The lines of a table: the first column to the left, the others to the right, a rule under the heads (row one)."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -14,3 +16,12 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
     return lines
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists, strings and numbers as they are; what is not finite becomes None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,8 +15,8 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.data import Batch
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.evaluator import first_floating, run
-from cptv_ao.pieces import clone
+from cptv_ao.outputs import Select, compared, first_floating
+from cptv_ao.running import call, run
 from cptv_ao.sites import QParams
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.check import Checker, ordered
@@ -49,6 +49,8 @@ class Twin:
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
+        if backend.opaque:
+            raise UnsupportedModelError(backend.opaque)
         builder: Builder
         if is_exported(backend.model):
             builder = ExportedBuilder(backend)
@@ -116,7 +118,7 @@ class Twin:
     def layer_inputs(self, batch: Batch) -> LayerInputs:
         """What each weighted layer is given when the twin runs on a batch, which is left as it is."""
         with torch.no_grad(), self.seeing_inputs() as seen:
-            self(*clone(batch.args), **{k: clone(v) for k, v in batch.kwargs.items()})
+            call(self, batch)
         return seen
 
     @contextmanager
@@ -238,7 +240,7 @@ def unquantized(backend: Backend) -> Twin:
 
 
 def disagreement(
-    model: Callable[..., Any], twin: Twin, batches: Iterable[Batch], select: Callable[[Any], Tensor] = first_floating
+    model: Callable[..., Any], twin: Twin, batches: Iterable[Batch], select: Select = first_floating
 ) -> float:
     """How far the kernels are from the simulation: |kernels - simulation| / |simulation| over the outputs.
 
@@ -248,8 +250,9 @@ def disagreement(
     apart = whole = 0.0
     with torch.inference_mode():
         for batch in batches:
-            kernels = select(model(*batch.args, **batch.kwargs)).double().cpu()
-            simulated = select(twin(*moved(batch.args, twin.device), **moved(batch.kwargs, twin.device))).double().cpu()
+            there = replace(batch, args=moved(batch.args, twin.device), kwargs=moved(batch.kwargs, twin.device))
+            kernels = compared(call(model, batch), select).double().cpu()
+            simulated = compared(call(twin, there), select).double().cpu()
             apart += float((kernels - simulated).square().sum())
             whole += float(simulated.square().sum())
     return math.sqrt(apart / whole) if whole > 0 else (math.inf if apart > 0 else 0.0)

@@ -13,8 +13,11 @@ from torch.fx import Graph, GraphModule, Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.ops import op_name
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, written
+from cptv_ao.memory import Memory, Through
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
+from cptv_ao.twin.writes import OnCopies, WithPart
 
 
 class Builder(ABC):
@@ -37,9 +40,11 @@ class Builder(ABC):
     def build(self) -> GraphModule:
         """The float graph; parameters and constants are copies."""
         root = nn.Module()
+        memory = Memory(self._model.graph.nodes, self._held)
         for node in self._model.graph.nodes:
             self._add(node)
-        self._graph.eliminate_dead_code(is_impure_node=lambda n: n.op in {"placeholder", "output"})
+            self._write_through(node, memory)
+        self._graph.eliminate_dead_code(is_impure_node=self._is_needed)
         for node in self._graph.nodes:
             if node.op == "get_attr":
                 _assign(root, str(node.target), copy.deepcopy(fetch(self._model, str(node.target))))
@@ -48,6 +53,66 @@ class Builder(ABC):
         twin = GraphModule(root, self._graph, "Twin")
         twin.graph.lint()
         return twin.eval()
+
+    def _is_needed(self, node: Node) -> bool:
+        """Whether a node must stay even if nothing reads its value: what it may write into is read."""
+        owned = self._owned.get(str(node.target))
+        return node.op in {"placeholder", "output"} or (isinstance(owned, OnCopies) and owned.shared)
+
+    def _held(self, node: Node) -> Any:
+        return fetch(self._model, str(node.target)) if node.op == "call_module" else None
+
+    def _write_through(self, node: Node, memory: Memory) -> None:
+        """The twin never writes in place: what the model reads later of the memory that a node writes is another value
+        then.
+
+        Before: v = x[:, 0]; v.mul_(2); use x      After: v = x[:, 0]; w = v.mul(2); x' = x with w in it; use x'
+        """
+        held = self._held(node)
+        if node.name not in self.nodes:
+            return
+        new = self.nodes[node.name]
+        name = str(new.target)
+        if not is_known(node, held) and name in self._owned and not _on_scales(self._owned[name]):
+            self._owned[name] = OnCopies(self._owned[name], node.name, memory.read_later(node))
+        elif written(node, held) is not None:
+            changed = memory.written_through(node)
+            if changed is None:
+                raise UnsupportedModelError(
+                    f"{node.name}: the float twin does not know what becomes of all that shares the memory that "
+                    f"{node.target} writes in place and is read later",
+                    node.name,
+                )
+            for through in changed:
+                self.nodes[through.node.name] = self._with_part(through, new) if through.steps else new
+
+    def _with_part(self, through: Through, part: Node) -> Node:
+        """A copy of a value with a part of it replaced."""
+        name = f"{through.node.name}_with_{part.name}"
+        self._owned[name] = WithPart(through.steps)
+        whole = self.nodes[through.node.name]
+        return self._graph.create_node("call_module", name, (whole, part), name=name)
+
+    def _pure(self, node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The call of a node, out of place: what is called, positional and keyword arguments.
+
+        Raises:
+            UnsupportedModelError: it works in place, and torch has no other form of it.
+        """
+        target: Any = node.target
+        args, kwargs = list(node.args), {name: value for name, value in node.kwargs.items() if name != "out"}
+        if argument_of(node, "inplace", False):
+            if "inplace" in kwargs:
+                kwargs["inplace"] = False
+            else:
+                args[parameters(target).index("inplace")] = False
+        elif "out" not in node.kwargs and written(node, self._held(node)) is not None:
+            target = out_of_place(target)
+        if target is None:
+            raise UnsupportedModelError(
+                f"{node.name}: the float twin knows no form of {node.target} that does not write in place", node.name
+            )
+        return target, tuple(args), kwargs
 
     @abstractmethod
     def _add(self, node: Node) -> None:
@@ -86,6 +151,11 @@ class Builder(ABC):
             qparams, shiftable = self._backend.read(site), self._backend.shiftable(site)
             self.sites[site] = WeightQuantizer(self._backend.sites[site], qparams, codes, weight, shiftable)
         return cast(WeightQuantizer, self.sites[site])
+
+
+def _on_scales(module: nn.Module) -> bool:
+    """Whether a module of the twin computes quantized values itself."""
+    return any(isinstance(part, SiteModule) for part in module.modules())
 
 
 def _assign(root: nn.Module, target: str, value: Any) -> None:

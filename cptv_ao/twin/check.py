@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from cptv_ao.backends.ops import op_name
 from cptv_ao.data import Batch
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.pieces import clone
+from cptv_ao.running import copied
 from cptv_ao.twin.lift import Lift
 
 
@@ -34,7 +34,7 @@ def ordered(model: GraphModule, batch: Batch) -> list[Any]:
     """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
     names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
     given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
-    return [clone(given[name]) for name in takewhile(given.__contains__, names)]
+    return [copied(given[name]) for name in takewhile(given.__contains__, names)]
 
 
 def _told(node: Node, modules: dict[str, nn.Module]) -> str:

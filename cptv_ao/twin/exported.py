@@ -94,7 +94,9 @@ class ExportedBuilder(Builder):
         else:
             self._copy(node)
             if node.op == "call_function":
-                self.nodes[node.name].target = _out_of_place(node.target)
+                new = self.nodes[node.name]
+                new.target, args, kwargs = self._pure(node)
+                new.args, new.kwargs = self._mapped(args), self._mapped(kwargs)
 
     def _product(self, node: Node) -> Product | None:
         """The linear or convolution that a node is, where its weight is a site."""
@@ -109,11 +111,3 @@ class ExportedBuilder(Builder):
         given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :]]
         stride, padding, dilation = (tuple(v) * (rank // len(v)) for v in given[:3])
         return Convolution(stride, padding, dilation, given[3])
-
-
-def _out_of_place(target: Any) -> Any:
-    """The op that returns what an in-place one writes: others may hold its input."""
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.name.endswith("_"):
-        return target
-    packet = getattr(_aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    return getattr(packet, target._overloadname, target)

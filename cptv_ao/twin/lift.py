@@ -41,8 +41,6 @@ class Lift(nn.Module):
         self._name, self._op, self.function = name, op, function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("inplace"):
-            kwargs["inplace"] = False
         if not any(map(_is_quantized, (*args, *kwargs.values()))):
             return self.function(*args, **kwargs)
         if not args:  # by its name, as torch has it

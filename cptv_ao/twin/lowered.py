@@ -54,13 +54,11 @@ class LoweredBuilder(Builder):
         elif node.op == "call_function":
             self._function(node)
         elif node.op == "call_method":
-            method = str(node.target)
-            if method.endswith("_") and not method.endswith("__"):  # never in place: others may hold the codes
-                method = method.removesuffix("_")
+            method, args, kwargs = self._pure(node)
             function = getattr(torch.Tensor, method, None)
             if function is None:
                 raise self._unsupported(node, method)
-            self._lift(node, function)
+            self._lift(node, function, args, kwargs)
         else:
             self._copy(node)
 
@@ -71,8 +69,9 @@ class LoweredBuilder(Builder):
                 raise self._unsupported(node, told)
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
-            if hasattr(own, "inplace"):
-                cast(Any, own).inplace = False
+            for part in own.modules():
+                if hasattr(part, "inplace"):
+                    cast(Any, part).inplace = False
             self._call(node, Lift(told, of_module(own), own))
         elif known.role == "static":
             self._call(node, self._weighted(node, known, _module_product(module), getattr(module, "negative_slope", 0)))
@@ -125,7 +124,7 @@ class LoweredBuilder(Builder):
         elif is_quantized_op(node):
             raise self._unsupported(node, self._told(node))
         else:
-            self._lift(node, cast(Callable[..., Any], node.target))
+            self._lift(node, *self._pure(node))
 
     def _quantized_function(self, node: Node, known: Quantized) -> None:
         packet = packet_of(node.target)
@@ -179,9 +178,9 @@ class LoweredBuilder(Builder):
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         return given.pop(names[0]), {name: value for name, value in given.items() if name not in _OUTPUT}
 
-    def _lift(self, node: Node, function: Callable[..., Any]) -> None:
+    def _lift(self, node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if node.all_input_nodes:
-            self._call(node, Lift(op_name(node), op_of(node, self._modules), function))
+            self._call(node, Lift(op_name(node), op_of(node, self._modules), function), args, kwargs)
         else:
             self._copy(node)
 

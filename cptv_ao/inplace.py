@@ -1,0 +1,140 @@
+"""Which nodes of a graph work in place on their inputs, and what stands for these out of place.
+
+Nothing is decided by a list where torch says it itself: ops have schemas, functions have signatures. Where nothing is
+known of a function or module, it may write into all that it is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+_aten = torch.ops.aten
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add, operator.iand: operator.and_, operator.ifloordiv: operator.floordiv,
+    operator.ilshift: operator.lshift, operator.imatmul: operator.matmul, operator.imod: operator.mod,
+    operator.imul: operator.mul, operator.ior: operator.or_, operator.ipow: operator.pow,
+    operator.irshift: operator.rshift, operator.isub: operator.sub, operator.itruediv: operator.truediv,
+    operator.ixor: operator.xor,
+}  # fmt: skip
+_IN_PLACE_METHODS = {f"__{target.__name__}__" for target in _OUT_OF_PLACE} | {"__setitem__"}
+#: modules and functions that return their input in eval mode
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUT_FUNCTIONS = {
+    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+}  # fmt: skip
+#: whose functions say by their names and arguments that they work in place
+_KNOWN_PACKAGES = {"torch", "cptv_ao", "operator", "_operator", "builtins", "math"}
+
+
+def may_write(node: Node, held: Any) -> bool:
+    """Whether a node may work in place; one of which nothing is known may.
+
+    Args:
+        held: the module of a call_module node.
+    """
+    return written(node, held) is not None or not is_known(node, held)
+
+
+def is_known(node: Node, held: Any) -> bool:
+    """Whether it can be told if a node works in place."""
+    if node.op == "call_module":
+        return all(_is_known_module(part) for part in held.modules())
+    if node.op != "call_function" or isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return True
+    module = getattr(node.target, "__module__", None)
+    if module is None:  # torch's functions in C
+        return inspect.isbuiltin(node.target) or inspect.ismethoddescriptor(node.target)
+    return module.split(".")[0] in _KNOWN_PACKAGES
+
+
+def _is_known_module(module: nn.Module) -> bool:
+    if isinstance(module, (GraphModule, torch.jit.ScriptModule)) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return type(module).__module__.startswith(("torch.", "cptv_ao.twin."))
+
+
+def written(node: Node, held: Any) -> Node | None:
+    """The input that a node certainly works in place on; None where there is none, or nothing is known."""
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if node.op == "call_method":
+        name = str(node.target)
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
+        return first if in_place else None
+    if node.op == "call_module":
+        parts = (part for part in held.modules() if not (isinstance(part, DROPOUTS) and not part.training))
+        return next(iter(node.all_input_nodes), None) if any(getattr(p, "inplace", False) for p in parts) else None
+    if node.op != "call_function":
+        return None
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        for index, argument in enumerate(target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+                return given if isinstance(given, Node) else None
+    if target in DROPOUT_FUNCTIONS and argument_of(node, "training", True) is False:
+        return None
+    name = getattr(target, "__name__", "")
+    by_name = name.endswith("_") and not name.endswith("__") and not isinstance(target, torch._ops.OpOverload)
+    in_place = target in _OUT_OF_PLACE or target is operator.setitem or by_name or argument_of(node, "inplace", False)
+    return first if in_place else None
+
+
+def argument_of(node: Node, name: str, default: Any = None) -> Any:
+    """What the function of a node is given by this name, by keyword or by its place."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    names = parameters(node.target)
+    place = names.index(name) if name in names else len(node.args)
+    return node.args[place] if place < len(node.args) else default
+
+
+def parameters(target: Any) -> list[str]:
+    """Names of the parameters of a function; none where they are not known."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = overloads(target)[0]
+    if isinstance(target, torch._ops.OpOverload):
+        return [argument.name for argument in target._schema.arguments]
+    try:
+        return list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # of a function in C
+        return []
+
+
+def overloads(packet: Any) -> list[Any]:
+    """The ops of one name."""
+    return [getattr(packet, name) for name in packet.overloads()]
+
+
+def out_of_place(target: Any) -> Any:
+    """The method, function or op that returns what an in-place one writes; None where torch has none."""
+    if isinstance(target, str):
+        name = target.replace("__i", "__", 1) if target in _IN_PLACE_METHODS else target.removesuffix("_")
+        return name if callable(getattr(torch.Tensor, name, None)) else None
+    if target in _OUT_OF_PLACE:
+        return _OUT_OF_PLACE[target]
+    if target is operator.setitem:
+        return with_item
+    if isinstance(target, torch._ops.OpOverload):
+        packet = getattr(_aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+        return getattr(packet, target._overloadname, None)
+    name = getattr(target, "__name__", "").removesuffix("_")
+    return next((found for room in (torch, functional) if (found := getattr(room, name, None)) is not None), None)
+
+
+def with_item(value: Any, index: Any, item: Any) -> Any:
+    """A copy of a tensor in which `copy[index] = item`."""
+    value = value.clone()
+    value[index] = item
+    return value

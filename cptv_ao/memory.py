@@ -1,0 +1,209 @@
+"""Which values of a graph share memory, and what becomes of them when a node works in place.
+
+What is a view torch says itself, in the schemas of its ops.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from cptv_ao.inplace import DROPOUT_FUNCTIONS, DROPOUTS, is_known, may_write, overloads, written
+
+#: The module of a call_module node, None of others.
+Held = Callable[[Node], Any]
+
+# Modules that return their input, or a view of it.
+_VIEWING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)
+# Whether these return their input or a copy depends on its layout, dtype or device; torch's ops of other names say so.
+_UNCERTAIN = {
+    "contiguous", "reshape", "reshape_as", "flatten", "to", "type", "type_as", "float", "double", "half", "bfloat16",
+    "cpu", "cuda", "_to_copy",
+}  # fmt: skip
+_ATTRIBUTE_VIEWS = {"T", "mT", "H", "mH", "data", "real", "imag"}
+_LISTS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit"}
+
+
+@dataclass(frozen=True)
+class Through:
+    """A value in whose memory a node has written through a view of it.
+
+    Attributes:
+        node: the value.
+        steps: the nodes from it to what was written; none: it is the very same tensor.
+    """
+
+    node: Node
+    steps: tuple[Node, ...]
+
+
+class Memory:
+    """Which values of a graph share memory.
+
+    Args:
+        nodes: in the order in which they run.
+        held: the module of a call_module node, None of others.
+    """
+
+    def __init__(self, nodes: Iterable[Node], held: Held) -> None:
+        self._nodes = list(nodes)
+        self._index = {node: i for i, node in enumerate(self._nodes)}
+        self._held = held
+        self._sources = {node: _viewed(node, held) for node in self._nodes}
+        self._roots: dict[Node, frozenset[Node]] = {}
+        for node in self._nodes:
+            above = [self._roots[source] for source in self._sources[node]]
+            self._roots[node] = frozenset().union(*above) if above else frozenset((node,))
+
+    def read_later(self, node: Node) -> bool:
+        """Whether what a node is given is read again after it, by any name."""
+        return any(self._later(other, node) for source in node.all_input_nodes for other in self._family(source, node))
+
+    def shared(self, nodes: Sequence[Node], at: int) -> bool:
+        """Whether some of these values share memory that a node from `at` on may write into."""
+        seen: dict[Node, int] = {}
+        for root in (root for node in nodes for root in self._roots[node]):
+            seen[root] = seen.get(root, 0) + 1
+        twice = {root for root, count in seen.items() if count > 1}
+        return bool(twice) and any(
+            twice & self._roots[source]
+            for node in self._nodes[at:]
+            if may_write(node, self._held(node))
+            for source in node.all_input_nodes
+        )
+
+    def written_through(self, node: Node) -> Iterator[Through] | None:
+        """The values that are others once an in-place node has run, if they are read after it.
+
+        None where it cannot be told what they are then.
+        """
+        target = written(node, self._held(node))
+        assert target is not None
+        above = self._above(target)
+        if above is None:
+            return None
+        known = {through.node: through for through in above}
+        if above[-1].node.op == "get_attr":  # the model's own: another value in each run
+            return None
+        path = {above[0].node, *(step for through in above for step in through.steps)}
+        found = []
+        for other in self._family(target, node):
+            if not self._later(other, node) or self._apart(other, path, node):
+                continue
+            if other not in known or self._is_list(other):
+                return None
+            found.append(known[other])
+        return iter(found)
+
+    def _above(self, target: Node) -> list[Through] | None:
+        """What is written into, what it is a view of, and so on; None where a step is not certain to be a view."""
+        found, steps = [Through(target, ())], tuple[Node, ...]()
+        certain = True
+        node = target
+        while sources := self._sources[node]:
+            if len(sources) > 1 or not is_known(node, self._held(node)):
+                return None
+            if not self._is_same(node):
+                certain = certain and self._is_view(node)
+                steps = (node, *steps)
+            node = sources[0]
+            found.append(Through(node, steps))
+        return found if certain or not self._later_any(found[1:], target) else None
+
+    def _later_any(self, above: Sequence[Through], target: Node) -> bool:
+        return any(self._later(through.node, target) for through in above)
+
+    def _family(self, source: Node, before: Node) -> list[Node]:
+        roots = self._roots[source]
+        return [n for n in self._nodes[: self._index[before]] if roots & self._roots[n]]
+
+    def _later(self, node: Node, than: Node) -> bool:
+        return any(self._index[user] > self._index[than] for user in node.users)
+
+    def _is_same(self, node: Node) -> bool:
+        """Whether a node's value is the very tensor that it was given."""
+        module = self._held(node)
+        if written(node, module) is not None:
+            return True
+        return node.op == "call_module" and type(module) in (nn.Identity, *DROPOUTS)
+
+    def _is_view(self, node: Node) -> bool:
+        """Whether a node is certain to give a view, which can be made again of another tensor."""
+        if node.op == "call_module" or _name(node) in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
+            return False
+        return node.all_input_nodes == [node.args[0]] and _plain_index(node)
+
+    @staticmethod
+    def _is_list(node: Node) -> bool:
+        return _name(node) in _LISTS
+
+    def _apart(self, other: Node, path: set[Node], than: Node) -> bool:
+        """Whether a value is another item of a list than the one that was written into, or only such are read of it."""
+        if self._is_list(other) and other in {s for n in path for s in self._sources[n]}:
+            later = [user for user in other.users if self._index[user] > self._index[than]]
+            return all(_is_other_item(user, path) for user in later)
+        node = other
+        while sources := self._sources[node]:
+            if len(sources) > 1:
+                return False
+            if self._is_list(sources[0]) and _is_other_item(node, path):
+                return any(sources[0] in self._sources[n] for n in path)
+            node = sources[0]
+        return False
+
+
+def _is_other_item(node: Node, path: Iterable[Node]) -> bool:
+    taken = [n.args[1] for n in path if n.target is operator.getitem and n.args[0] is node.args[0]]
+    index = node.args[1] if node.target is operator.getitem else None
+    return isinstance(index, int) and all(isinstance(t, int) and t >= 0 for t in taken) and 0 <= index not in taken
+
+
+def _plain_index(node: Node) -> bool:
+    """Not so where an index is a list or a tensor, which gives a copy."""
+    if node.target is not operator.getitem:
+        return True
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(part is None or part is ... or isinstance(part, (int, slice)) for part in index)
+
+
+def _viewed(node: Node, held: Held) -> list[Node]:
+    """Inputs whose memory a node's value may be."""
+    module = held(node)
+    if (target := written(node, module)) is not None:
+        return [target]
+    if not is_known(node, module):
+        return list(node.all_input_nodes)
+    first = [node.args[0]] if node.args and isinstance(node.args[0], Node) else []
+    if node.op == "call_module":
+        return first if any(isinstance(part, _VIEWING_MODULES) for part in module.modules()) else []
+    if node.op == "call_function" and node.target is getattr:
+        return first if node.args[1] in _ATTRIBUTE_VIEWS else []
+    name = _name(node)
+    if node.target is operator.getitem or name in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
+        return first
+    return first if _returns_views(node, name) else []
+
+
+def _name(node: Node) -> str:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.split("::")[-1])
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def _returns_views(node: Node, name: str) -> bool:
+    """What torch says of its op of this name."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    ops = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not ops else None
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        ops = overloads(packet)
+    returned = [result.alias_info for op in cast(Any, ops) for result in op._schema.returns]
+    return any(info is not None and not info.is_write for info in returned)

@@ -1,0 +1,61 @@
+"""What of a model's output is compared, and as what: (N, C) in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cptv_ao.errors import UnsupportedModelError
+
+Select = Callable[[Any], Tensor]
+
+
+def first_floating(output: Any) -> Tensor:
+    """The first floating tensor of an output: a tensor, a tuple or list, or a dict; depth first.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for value in flatten(output):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise UnsupportedModelError(
+        f"expected an output that holds a floating tensor, got {type(output).__name__}; "
+        "say which part the loss compares with RefineConfig(output=...)"
+    )
+
+
+def flatten(output: Any) -> list[Any]:
+    """The leaves of nested dicts, lists and tuples, depth first."""
+    if isinstance(output, Mapping):
+        return [leaf for value in output.values() for leaf in flatten(value)]
+    if isinstance(output, (list, tuple)):
+        return [leaf for value in output for leaf in flatten(value)]
+    return [output]
+
+
+def compared(output: Any, select: Select = first_floating) -> Tensor:
+    """The tensor that a loss compares, as (N, C) in float32: (N,) is (N, 1), more dimensions are put one after another.
+
+    Half, bfloat16 and double outputs are compared in float32, too. Differentiable.
+
+    Raises:
+        UnsupportedModelError: it has no rows, or no real numbers.
+    """
+    tensor = select(output)
+    if not isinstance(tensor, Tensor):
+        raise UnsupportedModelError(f"RefineConfig.output: expected it to pick a tensor, got {type(tensor).__name__}")
+    if tensor.is_complex() or tensor.is_quantized or tensor.is_sparse:
+        raise UnsupportedModelError(
+            f"expected an output of real numbers in a dense tensor, got {tensor.dtype} ({tensor.layout}); "
+            "say what the loss compares with RefineConfig(output=...)"
+        )
+    if tensor.dim() == 0:
+        raise UnsupportedModelError(
+            "expected an output with one row per image (N, ...), got a single number for the whole batch; "
+            "say which part the loss compares with RefineConfig(output=...)"
+        )
+    rows = tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.flatten(1)
+    return rows.float()

@@ -1,0 +1,96 @@
+"""Running a model on a held batch. A model may work in place on its inputs (`x.sub_(mean)`), so it is given copies:
+whatever runs here, float, prepared, quantized, compiled or a twin, the batch is the same afterwards."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cptv_ao.data import Batch
+from cptv_ao.errors import CalibrationDataError, CptvError
+from cptv_ao.outputs import flatten
+
+
+def copied(value: Any) -> Any:
+    """The same with a copy of each tensor in it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return value
+    make = getattr(value, "_make", type(value))  # of a named tuple
+    return make(copied(item) for item in value)
+
+
+def own_inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the inputs of a batch, positional and by keyword."""
+    return copied(batch.args), copied(batch.kwargs)
+
+
+def call(model: Callable[..., Any], batch: Batch) -> Any:
+    """What a model returns for a batch, which is left as it is."""
+    args, kwargs = own_inputs(batch)
+    return model(*args, **kwargs)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether calling a model does more than its forward: hooks of its own, or those of all modules."""
+    return bool(model._forward_hooks or model._forward_pre_hooks) or _has_global_hooks()
+
+
+def _has_global_hooks() -> bool:
+    room = nn.modules.module
+    return bool(room._global_forward_hooks or room._global_forward_pre_hooks)
+
+
+def changed_by_hooks(model: nn.Module, batch: Batch) -> str:
+    """What is to be said where forward hooks change what a model returns for a batch; nothing else."""
+    hooked = [
+        path or "the model itself" for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks
+    ]
+    if not hooked:
+        return ""
+    with torch.no_grad():
+        with_hooks = run(model, batch, 0)
+        with _without_hooks(model):
+            without = run(model, batch, 0)
+    pairs = zip(flatten(with_hooks), flatten(without), strict=False)
+    if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return ""
+    return f"forward hooks change what the model returns (on {hooked[0]}), and its float twin has none of them"
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    held = [(m, name, vars(m)[name]) for m in model.modules() for name in names if vars(m).get(name)]
+    try:
+        for module, name, _ in held:
+            setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for module, name, hooks in held:
+            setattr(module, name, hooks)
+
+
+def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:
+    """As `call`; what the model raises about the input is told with the batch.
+
+    Raises:
+        CalibrationDataError: the model does not accept the batch.
+    """
+    try:
+        return call(model, batch)
+    except CptvError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        shapes = [tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
+        raise CalibrationDataError(
+            f"calib_loader, batch {index}: the model failed on inputs of shape {shapes}: {error}", index
+        ) from error
