@@ -85,8 +85,9 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
         before = backend.snapshot()
         try:
-            for name, (qparams, codes) in values.items():
-                backend.write_exactly(name, qparams, codes, biases.get(name))
+            with backend.writing():
+                for name, (qparams, codes) in values.items():
+                    backend.write_exactly(name, qparams, codes, biases.get(name))
             for part, value in beside.items():
                 backend.put(held[part], part, value.to(fetch(model, part).dtype))
         except BaseException:

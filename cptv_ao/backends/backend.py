@@ -14,6 +14,7 @@ of the two it works on.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from cptv_ao.backends.compiling import compiled_once
 from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
 from cptv_ao.errors import NonFiniteError
@@ -146,8 +148,13 @@ class Backend:
 
     def restore_all(self, snapshot: Mapping[str, Any]) -> None:
         """Put back a `snapshot`."""
-        for name, state in snapshot.items():
-            self.restore(name, state)
+        with self.writing():
+            for name, state in snapshot.items():
+                self.restore(name, state)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Around many writes, with no run of the model among them: a graph that holds scales is compiled once."""
+        return compiled_once(self.model)
 
     def weight(self, name: str) -> Tensor:
         """The quantized weight tensor of a weight site."""
