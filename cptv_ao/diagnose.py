@@ -20,10 +20,12 @@ from cptv_ao.blocks import Block, find_blocks
 from cptv_ao.causes import Advance, Causes, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.config import RefineConfig
+from cptv_ao.counting import counted
 from cptv_ao.data import Batch, read_batches
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.equalize import smoothable
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.evaluator import first_floating
 from cptv_ao.guard import eval_mode, without_torch_floods
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
@@ -83,8 +85,7 @@ def diagnose(
         backend = open_backend(model, float_model, config)
         backend.check_finite()
         sources = Sources.of(model, backend.model, float_model)
-        batches = _few(read_batches(calib_loader, takes_fixed_batch(backend.model), _IMAGES))
-        check_negatives(config, batches)
+        batches = read_batches(calib_loader, takes_fixed_batch(backend.model), _IMAGES)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
                 find_float_weights(backend, sources.weights)
@@ -107,6 +108,8 @@ def _diagnosis(
 ) -> Diagnosis:
     teacher = sources.teacher_for(backend)
     with as_float(teacher):
+        batches = _few(counted(batches, teacher, config.output or first_floating))
+        check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
         kernels = Scoring(backend.model, Calibration(config, images)).search
         loss = kernels.score()

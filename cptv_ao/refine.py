@@ -23,8 +23,10 @@ from cptv_ao.blocks import find_blocks
 from cptv_ao.budget import Budget
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
+from cptv_ao.counting import counted
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CptvWarning, UnsupportedModelError
+from cptv_ao.evaluator import first_floating
 from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.ground import Ground, find_ground
@@ -177,10 +179,10 @@ def _refine(
 def _calibration(backend: Backend, batches: list[Batch], sources: Sources, search: _Search) -> Calibration:
     """The images of the loader, split in two, and what the teacher makes of them."""
     config, world = search.config, search.world
-    split = split_batches(batches, config.holdout)
-    check_negatives(config, (*split.search, *split.holdout))
     teacher = sources.teacher_for(backend)
     with as_float(teacher):
+        split = split_batches(counted(batches, teacher, config.output or first_floating, world), config.holdout)
+        check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
     return Calibration(config, images, held_out, world)
 
