@@ -56,8 +56,9 @@ def centre(backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Ba
     entries, wanted, before = _entries(twin, worth, few), _output(twin, few), backend.snapshot()
     found = [part for part in worth if part.value in entries]
     for parts in (found, [part for part in found if part.as_norm is not None]):
-        for part in parts:
-            _move(backend, part, ends[part.value], entries[part.value])
+        with backend.writing():
+            for part in parts:
+                _move(backend, part, ends[part.value], entries[part.value])
         apart = (_output(unquantized(backend), few) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
         if world.most(float(apart))[0] < _SAME:
             return len(parts)

@@ -2,44 +2,78 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cptv_ao.errors import CalibrationDataError
+from cptv_ao.errors import CalibrationDataError, CptvWarning
+
+# What a loader may give that does not say how much it is: beyond it, it is taken for one without an end.
+_IMAGES, _BYTES = 100_000, 4 << 30
+
+Path = tuple[Any, ...]
+"""Where an input stands in a batch: its place or keyword, and those inside of nested lists and dicts."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """The inputs of one forward call: positional tensors, or keyword inputs.
 
-    `fixed`: the model takes this number of images and no other (a graph that was exported without a dynamic batch), or
-    what it gives for an image depends on the others.
+    `fixed`: cannot be cut (a graph that was exported without a dynamic batch, rows that depend on each other).
+    `shared`: inputs that are the same for all images, though they may have as many rows as there are images.
+    `per_image`: rows of the model's output for each image.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     images: int
     fixed: bool = False
+    shared: frozenset[Path] = frozenset()
+    per_image: int = 1
 
     def rows(self, start: int, stop: int) -> Batch:
         """The images start..stop of this batch."""
-        cut = {k: _cut(v, start, stop, self.images) for k, v in self.kwargs.items()}
-        return Batch(tuple(_cut(a, start, stop, self.images) for a in self.args), cut, stop - start, self.fixed)
+
+        def cut(path: Path, value: Any) -> Any:
+            each = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.images
+            return value[start:stop] if each and path not in self.shared else value
+
+        return replace(self, args=mapped(self.args, cut), kwargs=mapped(self.kwargs, cut), images=stop - start)
 
     def few(self, count: int) -> Batch:
         """At most so many images, or all of them where the number is fixed."""
         return self if self.fixed else self.rows(0, min(count, self.images))
 
-    def parts(self, count: int) -> list[slice]:
-        """Rows of about so many parts of equal size; one part where the number of images is fixed."""
+    def parts(self, count: int) -> list[tuple[Batch, slice]]:
+        """About so many parts of equal size, each with its rows of the output; one part where it cannot be cut."""
         count = 1 if self.fixed else min(self.images, max(1, count))
-        return [slice(*rows) for rows in pairwise(self.images * i // count for i in range(count + 1))]
+        if count == 1:
+            return [(self, slice(None))]
+        ends = pairwise(self.images * i // count for i in range(count + 1))
+        return [(self.rows(i, j), slice(i * self.per_image, j * self.per_image)) for i, j in ends]
+
+    @property
+    def tensors(self) -> dict[Path, Tensor]:
+        """All that are among the inputs, by where they stand."""
+        found = (*leaves(self.args), *leaves(self.kwargs))
+        return {path: value for path, value in found if isinstance(value, Tensor)}
+
+    @property
+    def sizes(self) -> dict[Path, int]:
+        """How many rows each of its tensors has; without those that have none, being numbers."""
+        return {path: tensor.shape[0] for path, tensor in self.tensors.items() if tensor.dim()}
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors hold."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -50,32 +84,65 @@ class Split:
     holdout: tuple[Batch, ...]
 
 
-def read_batches(loader: Iterable[Any], fixed: bool = False, limit: float = math.inf) -> list[Batch]:
+def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None = None) -> list[Batch]:
     """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.
 
-    Labels (further items of a tuple) are never looked at.
+    Labels (further items of a tuple) are never looked at. How many images a dict of several tensors holds is a guess,
+    which is never too high, until `cptv_ao.counting` asks a model.
 
     Args:
         fixed: see `Batch`.
         limit: stop once so many images are there; the batch that reaches it is read whole.
 
     Raises:
-        CalibrationDataError: empty, of another type, of changing shape, or not finite; names the batch.
+        CalibrationDataError: empty, without an end, of another type, of changing shape, or not finite; names the batch.
     """
     if isinstance(loader, (Tensor, str, bytes, Mapping)) or not isinstance(loader, Iterable):
         hint = "; wrap it in a list: [images]" if isinstance(loader, Tensor) else ""
         raise CalibrationDataError(f"calib_loader: expected an iterable of batches, got {type(loader).__name__}{hint}")
     batches: list[Batch] = []
+    images = size = 0
+    told = _told_length(loader)
     for index, item in enumerate(loader):
         batch = replace(_batch(item, index), fixed=fixed)
         if batches:
-            _check_shape(batches[0], batch, index)
+            _check_alike(batches[0], batch, index)
+        elif limit is None:
+            _warn_of_many(batch, told)
         batches.append(batch)
-        if sum(batch.images for batch in batches) >= limit:
+        images, size = images + batch.images, size + batch.bytes
+        if limit is not None and images >= limit:
             break
+        if index >= told and (images > _IMAGES or size > _BYTES):
+            raise CalibrationDataError(
+                f"calib_loader: expected an end, got {images} images ({size / 2**30:.2g} GiB) in {index + 1} batches "
+                f"so far, {'more than its length' if told else 'and it has no length'}; all are held in memory and "
+                f"about 1,000 are enough: pass list(itertools.islice(calib_loader, n)) for its first n batches",
+                index,
+            )
     if not batches:
         raise CalibrationDataError("calib_loader: expected at least one batch, got an empty iterable")
     return batches
+
+
+def _told_length(loader: Iterable[Any]) -> int:
+    """How many batches a loader says that it has; 0 where it does not say."""
+    try:
+        return operator.length_hint(loader)
+    except Exception:  # whatever a `__len__` that was never meant to be called raises
+        return 0
+
+
+def _warn_of_many(first: Batch, count: int) -> None:
+    images, size = first.images * count, first.bytes * count
+    if images > _IMAGES or size > _BYTES:
+        warnings.warn(
+            f"calib_loader: {count} batches of {first.images} images are being read, and held in memory "
+            f"({size / 2**30:.3g} GiB); about 1,000 images are enough: list(itertools.islice(calib_loader, n)) are its "
+            "first n batches",
+            CptvWarning,
+            stacklevel=4,
+        )
 
 
 def split_batches(batches: list[Batch], fraction: float) -> Split:
@@ -97,8 +164,8 @@ def split_batches(batches: list[Batch], fraction: float) -> Split:
         if only.fixed:
             raise CalibrationDataError(
                 f"calib_loader: expected at least 2 batches, got 1 of {only.images} images, which cannot be cut to "
-                "hold some out, for the model was exported for this number of images; give more batches, or export "
-                "with a dynamic batch",
+                "hold some out, for the model was exported for this number of images, or gives other outputs for "
+                "fewer of them; give more batches, or export with a dynamic batch",
                 0,
             )
         cut = only.images - max(1, round(only.images * fraction))
@@ -107,55 +174,108 @@ def split_batches(batches: list[Batch], fraction: float) -> Split:
     return Split(tuple(batches[:-held]), tuple(batches[-held:]))
 
 
-def _batch(item: Any, index: int) -> Batch:
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(item, Mapping):
-        kwargs = dict(item)
-        tensors = [v for v in kwargs.values() if isinstance(v, Tensor)]
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """What stands in nested dicts, lists and tuples, with where it stands."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from leaves(part, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from leaves(part, (*path, index))
     else:
-        first = item[0] if isinstance(item, (list, tuple)) and item else item
-        args = (first,)
-        tensors = [first] if isinstance(first, Tensor) else []
-    if not tensors:
-        raise CalibrationDataError(
-            f"calib_loader, batch {index}: expected a tensor, a tuple whose first item is the input tensor, or a dict "
-            f"of keyword inputs, got {type(item).__name__}",
-            index,
-        )
-    if tensors[0].dim() == 0 or tensors[0].shape[0] == 0:
-        raise CalibrationDataError(
-            f"calib_loader, batch {index}: expected a batch dimension with at least one image, "
-            f"got a tensor of shape {tuple(tensors[0].shape)}",
-            index,
-        )
-    for tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CalibrationDataError(
-                f"calib_loader, batch {index}: the input holds NaN or inf; clean the calibration data", index
-            )
-    # The caller may reuse its buffers for the next batch, and a model may work in place on its input.
-    return Batch(tuple(_own(a) for a in args), {k: _own(v) for k, v in kwargs.items()}, int(tensors[0].shape[0]))
+        yield path, value
 
 
-def _check_shape(first: Batch, batch: Batch, index: int) -> None:
+def mapped(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """The same with each leaf changed; dicts of any kind become plain ones."""
+    if isinstance(value, Mapping):
+        return {key: mapped(part, change, (*path, key)) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [mapped(part, change, (*path, index)) for index, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return change(path, value)
+
+
+def _batch(item: Any, index: int) -> Batch:
+    where = f"calib_loader, batch {index}"
+    first = item[0] if isinstance(item, (list, tuple)) and item else item
+    keyed = isinstance(item, Mapping)
+
+    def own(path: Path, value: Any) -> Any:
+        return _own(value, f"{where}, input {path[0]!r}" if keyed else where, index)
+
+    kwargs = mapped(dict(item), own) if keyed else {}
+    args = () if keyed else (_own(first, where, index),)
+    batch = Batch(args, kwargs, 1)
+    if not batch.tensors:
+        raise CalibrationDataError(
+            f"{where}: expected a tensor, a tuple whose first item is the input tensor, or a dict of keyword inputs, "
+            f"got {type(item).__name__}",
+            index,
+        )
+    sizes = [size for size in batch.sizes.values() if size]
+    if not sizes:
+        shape = tuple(next(iter(batch.tensors.values())).shape)
+        raise CalibrationDataError(
+            f"{where}: expected a batch dimension with at least one image, got a tensor of shape {shape}", index
+        )
+    return replace(batch, images=min([size for size in sizes if size > 1], default=1))
+
+
+def _own(value: Any, where: str, index: int) -> Any:
+    """A plain, finite tensor of our own: the caller may reuse its buffers for the next batch, and a model may work in
+    place on its input. What is no tensor stays what it is."""
+    if isinstance(value, np.ndarray):
+        raise CalibrationDataError(
+            f"{where}: expected a tensor, got a numpy array; give torch.from_numpy(array)", index
+        )
+    if not isinstance(value, Tensor):
+        return value
+    if unusable := _unusable(value):
+        raise CalibrationDataError(f"{where}: expected a dense tensor of numbers, got {unusable}", index)
+    held = value.detach().clone().as_subclass(Tensor)
+    if not _is_finite(held):
+        raise CalibrationDataError(f"{where}: the input holds NaN or inf; clean the calibration data", index)
+    return held
+
+
+def _unusable(tensor: Tensor) -> str:
+    """What a tensor is that no quantized model takes, and what to give in its place."""
+    if tensor.is_nested:
+        return "a nested one; pad its parts to one shape"
+    if tensor.layout is not torch.strided:
+        return f"one of layout {tensor.layout}; give tensor.to_dense()"
+    if tensor.is_quantized:
+        return f"a quantized one ({tensor.dtype}); give tensor.dequantize()"
+    if tensor.is_meta:
+        return "one on the meta device, which holds no numbers"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(tensor).__name__}, which is not its own data; give a plain tensor"
+    return ""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # no isfinite for 8-bit floats
+    return bool(torch.isfinite(wide).all())
+
+
+def _check_alike(first: Batch, batch: Batch, index: int) -> None:
     if len(first.args) != len(batch.args) or first.kwargs.keys() != batch.kwargs.keys():
         raise CalibrationDataError(f"calib_loader, batch {index}: its inputs differ from those of batch 0", index)
-    pairs: list[tuple[Any, Any]] = list(zip(first.args, batch.args, strict=True))
-    pairs += [(first.kwargs[k], batch.kwargs[k]) for k in first.kwargs]
-    for a, b in pairs:
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape[1:] != b.shape[1:] or a.dtype != b.dtype):
+    wanted, found = first.tensors, batch.tensors
+    if missing := wanted.keys() ^ found.keys():
+        name = ".".join(str(part) for part in missing.pop())
+        raise CalibrationDataError(
+            f"calib_loader, batch {index}: its inputs differ from those of batch 0: a tensor at {name} in one of them",
+            index,
+        )
+    for path, a in wanted.items():
+        b = found[path]
+        if a.dim() != b.dim() or a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             raise CalibrationDataError(
                 f"calib_loader, batch {index}: expected images of shape {tuple(a.shape[1:])} and {a.dtype} as in "
                 f"batch 0, got {tuple(b.shape[1:])} and {b.dtype}",
                 index,
             )
-
-
-def _own(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _cut(value: Any, start: int, stop: int, images: int) -> Any:
-    whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == images
-    return value[start:stop] if whole else value

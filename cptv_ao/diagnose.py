@@ -20,6 +20,7 @@ from cptv_ao.blocks import Block, find_blocks
 from cptv_ao.causes import Advance, Causes, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.config import RefineConfig
+from cptv_ao.counting import counted
 from cptv_ao.data import Batch, read_batches
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.equalize import smoothable
@@ -28,6 +29,7 @@ from cptv_ao.guard import check_device, eval_mode, plain_torch
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.objective import settled
+from cptv_ao.outputs import first_floating
 from cptv_ao.report import META_KEY
 from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring
@@ -86,8 +88,7 @@ def diagnose(
         backend = open_backend(model, float_model, config)
         backend.check_finite()
         sources = Sources.of(model, backend.model, float_model)
-        batches = _few(read_batches(calib_loader, takes_fixed_batch(backend.model), _IMAGES))
-        check_negatives(config, batches)
+        batches = read_batches(calib_loader, takes_fixed_batch(backend.model), _IMAGES)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
                 find_float_weights(backend, sources.weights)
@@ -111,6 +112,8 @@ def _diagnosis(
 ) -> Diagnosis:
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
+        batches = _few(counted(batches, teacher, config.output or first_floating))
+        check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
         config, told = settled(replace(config, gradient_steps=0), images.targets[0])
         kernels = Scoring(backend.model, Calibration(config, images)).search

@@ -158,7 +158,8 @@ def _smoothed(
     except UnsupportedModelError:
         return []
     ends = channel_ends(twin, [norm.node for norm in norms], batches, world)
-    counts = [_smooth(backend, norm, ends[norm.node], codes) for norm in norms if norm.node in ends]
+    with backend.writing():
+        counts = [_smooth(backend, norm, ends[norm.node], codes) for norm in norms if norm.node in ends]
     moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
     return [moved] if any(counts) else []
 

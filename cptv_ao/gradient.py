@@ -295,6 +295,5 @@ def _like(tensor: Tensor, saved: Tensor) -> Tensor:
 
 def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
     """The parts of a batch that may run on a rank of their own, with their rows of the output."""
-    numbers = sum(value.numel() for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
-    parts = batch.parts(round(numbers / _PART_NUMBERS))
-    return [(batch.rows(p.start, p.stop), p) for p in parts] if len(parts) > 1 else [(batch, slice(None))]
+    numbers = sum(value.numel() for value in batch.tensors.values())
+    return batch.parts(round(numbers / _PART_NUMBERS))

@@ -228,7 +228,7 @@ def _steps(images: Images) -> tuple[list[Batch], list[Tensor]]:
     parts: list[Batch] = []
     targets: list[Tensor] = []
     for batch, target in zip(images.batches, images.targets, strict=True):
-        for rows in batch.parts(round(batch.images / _STEP_IMAGES)):
-            parts.append(batch.rows(rows.start, rows.stop))
+        for part, rows in batch.parts(round(batch.images / _STEP_IMAGES)):
+            parts.append(part)
             targets.append(target[rows])
     return parts, targets

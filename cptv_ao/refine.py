@@ -23,6 +23,7 @@ from cptv_ao.blocks import find_blocks
 from cptv_ao.budget import Budget
 from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.config import RefineConfig
+from cptv_ao.counting import counted
 from cptv_ao.data import Batch, read_batches, split_batches
 from cptv_ao.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.events import Callback
@@ -36,7 +37,6 @@ from cptv_ao.outputs import first_floating
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import META_KEY, Report, Status
-from cptv_ao.rows import mixes_rows, whole
 from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sites import QParams
@@ -188,15 +188,13 @@ def _calibration(
 ) -> tuple[Calibration, list[str]]:
     """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
     config, world = search.config, search.world
-    split = split_batches(batches, config.holdout)
-    check_negatives(config, (*split.search, *split.holdout))
-    teacher = sources.teacher_for(backend, split.search[0])
+    teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
+        split = split_batches(counted(batches, teacher, config.output or first_floating, world), config.holdout)
+        check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-        mixed = mixes_rows(teacher, images.batches[0], images.targets[0], config.output or first_floating)
     config, notes = settled(config, images.targets[0])
-    if world.most(float(mixed))[0]:
-        images, held_out = whole(images), whole(held_out)
+    if images.batches[0].fixed and not takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
     return Calibration(config, images, held_out, world), notes
 

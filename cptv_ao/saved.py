@@ -84,8 +84,9 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
             _expect_like(path, part, fetch(model, part), value)
         biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
         with torch.inference_mode(False), torch.no_grad(), restored_on_error(model, backend):
-            for name, (qparams, codes) in values.items():
-                backend.write_exactly(name, qparams, codes, biases.get(name))
+            with backend.writing():
+                for name, (qparams, codes) in values.items():
+                    backend.write_exactly(name, qparams, codes, biases.get(name))
             for part, value in beside.items():
                 backend.put(held[part], part, value.to(fetch(model, part).dtype))
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,13 +52,15 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
     """
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
+    parameters = deque(float_model.parameters())
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
             continue
         path = site.name.removesuffix(".weight")
         weight = backend.weight(site.name)
-        if site.op.startswith("quantized."):
-            candidates: Iterable[Tensor] = (p for p in float_model.parameters() if p.numel() == weight.numel())
+        by_values = site.op.startswith("quantized.")
+        if by_values:
+            candidates: Iterable[Tensor] = [p for p in parameters if p.numel() == weight.numel()]
         elif path in modules:
             candidates = chain(_module_weights(modules, path), [fused[path]] if path in fused else [])
         else:
@@ -66,22 +69,33 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
                 "was given to prepare_fx, or the prepared model",
                 path,
             )
-        shapes = set()
-        nearest = math.inf, weight
-        for candidate in candidates:
-            shapes.add(tuple(candidate.shape))
-            if candidate.numel() == weight.numel():
-                steps = _distance(candidate.detach(), weight, site)
-                if steps < nearest[0]:
-                    nearest = steps, candidate
-                if steps <= HALF_STEP:
-                    break
-        if nearest[0] > 2 * HALF_STEP and weight.dim() == 2 and nearest[1] is not weight:
-            smoothed = _smoothed(nearest[1], weight)
-            nearest = _distance(smoothed, weight, site), smoothed
-        if nearest[0] > 2 * HALF_STEP:
+        steps, found, shapes = _nearest(candidates, weight, site)
+        while by_values and found is not None and parameters[-1] is not found:
+            parameters.rotate(-1)  # begin behind it: there is what the next op takes, most likely
+        if steps > 2 * HALF_STEP and weight.dim() == 2 and found is not None:
+            found = _smoothed(found, weight)
+            steps = _distance(found, weight, site)
+        if steps > 2 * HALF_STEP or found is None:
             _refuse(path, weight, shapes)
-        backend.set_float_weight(site.name, nearest[1])
+        else:
+            backend.set_float_weight(site.name, found)
+
+
+def _nearest(
+    candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite
+) -> tuple[float, Tensor | None, set[tuple[int, ...]]]:
+    """The first weight that gives the codes, or the nearest; with its steps from them, and the shapes of all seen."""
+    shapes: set[tuple[int, ...]] = set()
+    nearest: tuple[float, Tensor | None] = math.inf, None
+    for candidate in candidates:
+        shapes.add(tuple(candidate.shape))
+        if candidate.numel() == weight.numel():
+            steps = _distance(candidate.detach(), weight, site)
+            if steps < nearest[0]:
+                nearest = steps, candidate
+            if steps <= HALF_STEP:
+                break
+    return *nearest, shapes
 
 
 def _refuse(path: str, weight: Tensor, shapes: set[tuple[int, ...]]) -> None:

@@ -14,7 +14,7 @@ of the two it works on.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from cptv_ao.backends.compiling import compiled_once
 from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
 from cptv_ao.backends.slots import Owned, Slot
@@ -150,13 +151,17 @@ class Backend:
 
     def restore_all(self, snapshot: Mapping[str, Any]) -> None:
         """Put back a `snapshot`: all of it, whatever fails on the way, which is raised then."""
-        with ExitStack() as steps:
+        with self.writing(), ExitStack() as steps:
             for name, state in list(snapshot.items())[::-1]:
                 steps.callback(self.restore, name, state)
 
     def owned(self) -> Owned:
         """For tensors of one's own in the place of those that writing scales writes into."""
         return Owned(slot for home in self._homes.values() for slot in home.slots)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Around many writes, with no run of the model among them: a graph that holds scales is compiled once."""
+        return compiled_once(self.model)
 
     def weight(self, name: str) -> Tensor:
         """The quantized weight tensor of a weight site."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.homes import BufferHome, Found, WeightHome
 from cptv_ao.backends.slots import Slot
 from cptv_ao.scopes import fetch
@@ -110,11 +111,11 @@ class LiteralHome:
         return self._node.args[1:3]
 
     def restore(self, state: Any) -> None:
-        if state == self._node.args[1:3]:
-            return
-        for node in self._nodes:
-            node.args = (node.args[0], *state, *node.args[3:])
-        self._model.recompile()
+        with compiled_once(self._model):
+            for node in self._nodes:
+                if node.args[1:3] != state:
+                    mark_written(self._model)
+                    node.args = (node.args[0], *state, *node.args[3:])
 
 
 class ExportedWeightHome(WeightHome):

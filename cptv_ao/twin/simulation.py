@@ -105,11 +105,12 @@ class SimulatedBackend:
         undo.
         """
         moved_sites = []
-        for name, given in self._given.items():
-            now = self.twin.get(name)
-            if not same(now, given):
-                self._backend.write(name, now)
-                moved_sites.append(name)
+        with self._backend.writing():
+            for name, given in self._given.items():
+                now = self.twin.get(name)
+                if not same(now, given):
+                    self._backend.write(name, now)
+                    moved_sites.append(name)
         return moved_sites
 
     def batch(self, batch: Batch) -> Batch:

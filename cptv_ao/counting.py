@@ -1,0 +1,97 @@
+"""Which inputs of a batch have a row for each image, and whether a batch may be cut: what a model's outputs tell.
+
+{"position_ids": (1, L), "input_ids": (N, L)}: the output has N rows, so there are N images
+{"mask": (L, L), "x": (N, L, D)}, L == N: the output for half of the rows of both is not half of the output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cptv_ao.data import Batch
+from cptv_ao.outputs import Select, first_floating
+from cptv_ao.running import run
+from cptv_ao.world import ALONE, World
+
+_Output = Callable[[Batch, int], Any]
+
+# Images on which is tried whether a single input may be cut.
+_FEW = 32
+# Share of the largest output by which those of the same images may differ, in a batch and in a part of it: kernels add
+# up in another order.
+_SAME = 1e-3
+
+
+def counted(
+    batches: Sequence[Batch], teacher: nn.Module, select: Select = first_floating, world: World = ALONE
+) -> list[Batch]:
+    """The same batches, with the number of their images as it is, and cut no more where that would change outputs.
+
+    Args:
+        batches: as they were read.
+        teacher: the float model; it is run on a few images and half of them, and on whole batches where inputs have
+            several numbers of rows.
+        select: as for the evaluator.
+        world: the ranks that all do so.
+
+    Raises:
+        CalibrationDataError: the model does not accept a batch.
+    """
+
+    def output(batch: Batch, index: int) -> Any:
+        with torch.no_grad():
+            return select(run(teacher, batch, index))
+
+    each = [batch.sizes for batch in batches]
+    rows = {path: tuple(sizes[path] for sizes in each) for path in each[0]}
+    images = _images({sizes for sizes in rows.values() if all(sizes)}, batches, output)
+    if images is None:  # no input has as many rows as the output: the least that there can be
+        return [replace(batch, fixed=True) for batch in batches]
+    shared = frozenset(path for path, sizes in rows.items() if sizes != images)
+    found = [replace(batch, images=count, shared=shared) for batch, count in zip(batches, images, strict=True)]
+    per_image = 1 if all(batch.fixed for batch in found) else _per_image(found, output)
+    if world.most(float(per_image == 0))[0]:
+        return [replace(batch, fixed=True) for batch in found]
+    return [replace(batch, per_image=per_image) for batch in found]
+
+
+def _images(candidates: set[tuple[int, ...]], batches: Sequence[Batch], output: _Output) -> tuple[int, ...] | None:
+    """The numbers of rows, by batch, that are those of the outputs, or the largest that these are multiples of."""
+    left = sorted(candidates)
+    while len(left) > 1:
+        index = next(i for i, sizes in enumerate(zip(*left, strict=True)) if len(set(sizes)) > 1)
+        got = output(batches[index], index)
+        count = len(got) if isinstance(got, Tensor) and got.dim() else 0
+        divisors = [sizes[index] for sizes in left if count and count % sizes[index] == 0]
+        left = [sizes for sizes in left if divisors and sizes[index] == max(divisors)]
+    return left[0] if left else None
+
+
+def _per_image(batches: Sequence[Batch], output: _Output) -> int:
+    """How many rows of the output each image has; 0 where those of half a batch are not half of those of the batch."""
+    index = next((i for i, batch in enumerate(batches) if batch.images > 1), None)
+    if index is None:
+        return 1
+    whole = batches[index]
+    batch = whole.few(_FEW) if len(whole.sizes) == 1 else whole
+    half = batch.rows(batch.images - batch.images // 2, batch.images)
+    try:
+        got, part = output(batch, index), output(half, index)
+    except Exception:  # the model says that this is no input, in whatever way
+        output(whole, index)  # its error, if it does not take the whole batch
+        return 0
+    if not isinstance(got, Tensor) or not got.dim() or not bool(torch.isfinite(got).all()):
+        return 1  # which is told where the outputs are used
+    per_image = len(got) // batch.images
+    same = per_image > 0 and part.shape == (per_image * half.images, *got.shape[1:])
+    return per_image if same and _near(part, got[-len(part) :], got) else 0
+
+
+def _near(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
+    share = max(_SAME, 8 * torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 0.0
+    return float((part.double() - wanted.double()).abs().max()) <= share * float(whole.double().abs().max())
