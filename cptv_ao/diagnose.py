@@ -27,7 +27,7 @@ from cptv_ao.errors import UnsupportedModelError
 from cptv_ao.guard import eval_mode, without_torch_floods
 from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
-from cptv_ao.report import META_KEY
+from cptv_ao.report import is_refined
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey
@@ -89,7 +89,7 @@ def diagnose(
             if sources.weights is not None:
                 find_float_weights(backend, sources.weights)
             found = _diagnosis(backend, sources, batches, config, progress)
-    return replace(found, advice=advise(found, refined=META_KEY in model.meta))
+    return replace(found, advice=advise(found, refined=is_refined(model)))
 
 
 @dataclass(frozen=True)

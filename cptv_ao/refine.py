@@ -33,7 +33,7 @@ from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
-from cptv_ao.report import META_KEY, Report, Status
+from cptv_ao.report import Report, Status
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sites import QParams
 from cptv_ao.sources import Sources, check_negatives, open_backend
@@ -132,7 +132,7 @@ def refine(
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
-            model.meta[META_KEY] = replace(report, notes=(*report.notes, *saving_notes(model)))
+            replace(report, notes=(*report.notes, *saving_notes(model))).put_on(model)
             world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
     return model
 
