@@ -102,12 +102,20 @@ def straight(path: str | os.PathLike[str]) -> TextIO | None:
             if stream is not None:
                 stream.flush()
         return open(os.dup(own), "w", encoding="utf-8", newline="")
-    if not is_special(path):
-        return None
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        raise SpecialFileError(f"expected a file, a FIFO or a terminal, got {_special(mode)}, {path}")
-    return open(path, "w", encoding="utf-8", newline="")
+    if takes_text(path):
+        return open(path, "w", encoding="utf-8", newline="")
+    if is_special(path):
+        raise SpecialFileError(f"expected a file, a FIFO or a terminal, got {_special(os.stat(path).st_mode)}, {path}")
+    return None
+
+
+def takes_text(path: str | os.PathLike[str]) -> bool:
+    """Whether a FIFO, or a device that takes characters, is there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
