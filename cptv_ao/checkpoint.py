@@ -74,6 +74,11 @@ class Checkpoint:
         if self._found is not None:
             self._check(self._found[1].get("fingerprint"))
 
+    @property
+    def found(self) -> bool:
+        """Whether there is a search to go on with."""
+        return self._found is not None
+
     def resume(self, loop: Loop, proposer: Proposer | None) -> bool:
         """Bring a search to where the file left it; whether its proposals are over.
 
@@ -129,16 +134,22 @@ class Checkpoint:
             raise ScalesFileError(f"{self._path}: not the checkpoint of a search; give another path or delete it")
         for part, mine in self._fingerprint.items():
             theirs = saved.get(part)
-            if theirs == mine:
-                continue
-            told = ""
-            if isinstance(mine, dict) and isinstance(theirs, dict):
-                name = next(n for n in mine if mine[n] != theirs.get(n))
-                told = f": {name} is {theirs.get(name)} there and {mine[name]} here"
-            raise ScalesFileError(
-                f"{self._path} is the checkpoint of a search with another {part}{told}; give what it was started with, "
-                "or another path"
-            )
+            if theirs != mine:
+                raise ScalesFileError(
+                    f"{self._path} is the checkpoint of a search with another {part}{_difference(mine, theirs)}; give "
+                    "what it was started with, or another path"
+                )
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    """The first setting that differs, in words."""
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        return ""
+    for name in (*mine, *theirs):
+        if mine.get(name) != theirs.get(name):
+            there, here = (held.get(name, "no setting") for held in (theirs, mine))
+            return f": {name} is {there} there and {here} here"
+    return ""
 
 
 def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -192,9 +192,19 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> 
     if world.size == 1 and not wanted:
         return None
     prints = fingerprint(backend, search.config, batches)
-    for what, value in prints.items():
+    for what, value in prints.parts.items():
         world.same(f"the {what}", json.dumps(value).encode())
-    return Checkpoint(path or "", prints, world) if wanted else None
+    if not wanted:
+        return None
+    checkpoint = Checkpoint(path or "", prints.parts, world)
+    if checkpoint.found and prints.unseen and world.rank == 0:
+        warnings.warn(
+            f"{path}: the settings hold what cannot be compared with those of the search there "
+            f"({', '.join(prints.unseen)}); it goes on as if they were the same",
+            CptvWarning,
+            stacklevel=4,
+        )
+    return checkpoint
 
 
 def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:

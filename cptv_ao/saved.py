@@ -154,7 +154,7 @@ def parse_file(
             f"{path}: not a whole safetensors file (damaged or cut off: its checksum is of another content); {mend}"
         )
     try:
-        return load(content), {key: value for key, value in data.items() if key not in ("version", "sha256")}
+        return load(content), {key: value for key, value in data.items() if key != "sha256"}
     except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ScalesFileError(f"{path}: not a whole safetensors file ({error}); {mend}") from error
 
