@@ -9,13 +9,15 @@ import os
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from pathlib import Path
+from itertools import combinations
+from shutil import SpecialFileError
 from typing import Any, NoReturn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import find_blocks
 from cptv_ao.factories import UserError, load_data, load_float_model, load_model
+from cptv_ao.files import at_once, is_own_output, is_special, same_file, straight, takes_text, target_of
 from cptv_ao.table import table
 
 _ABOUT = """\
@@ -59,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 2 where the user can put something right."""
     options = _parser().parse_args(arguments)
     try:
+        _expect_apart(options)
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
     except (UserError, cptv_ao.CptvError) as error:
@@ -90,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (diagnose, refine):
         command.add_argument("--data", required=True, metavar="DATA", help="iterable of batches; labels are not read")
         command.add_argument("--float", metavar="MODEL", help="the float model, where MODEL is not a pair")
-        command.add_argument("--json", type=_file, metavar="FILE", help="write all of the result as JSON, too")
+        command.add_argument("--json", type=_text_file, metavar="FILE", help="write all of the result as JSON, too")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     refine.add_argument("--out", required=True, type=_file, metavar="FILE", help="the scales, a .safetensors file")
     refine.add_argument("--seconds", type=_positive, metavar="S", help="end the search after S seconds")
@@ -162,26 +165,59 @@ def _models(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _write_json(path: str | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        Path(path).write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    if path is None:
+        return
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    if (stream := straight(path)) is not None:
+        with stream:
+            stream.write(text)
+        return
+    with at_once(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _expect_apart(options: argparse.Namespace) -> None:
+    """Refuse files that would overwrite one another, or the code that is run: before the search, not after it."""
+    given = vars(options)
+    named = [(f"--{name}", given[name]) for name in ("out", "checkpoint", "json") if given.get(name)]
+    named = [(option, path) for option, path in named if not is_special(path)]
+    for (one, path), (other, second) in combinations(named, 2):
+        if same_file(path, second):
+            raise UserError(f"{one} and {other} are the same file, {path}; give each a file of its own")
+    for spec in (given.get(name) for name in ("model", "data", "float")):
+        source = spec.rpartition(":")[0] if spec else ""
+        code = source if source.endswith(".py") else source.replace(".", os.sep) + ".py"
+        for option, path in named:
+            if same_file(path, code):
+                raise UserError(f"{option} would overwrite {code}, which {spec} is in; give another file")
 
 
 def _file(text: str) -> str:
     """A file that can be written: it is known before the search, not after it."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text}: " + ("is a folder" if path.is_dir() else "its folder does not exist")
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    try:
+        if is_own_output(text):
+            raise SpecialFileError(f"{text} is where this program prints; give another path")
+        folder = target_of(text).parent
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: cannot be written")
     return text
 
 
+def _text_file(text: str) -> str:
+    """The same, or a terminal, a FIFO or the like, which text is written straight into."""
+    return text if is_own_output(text) or takes_text(text) else _file(text)
+
+
 def _positive(text: str) -> float:
-    if text.replace(".", "", 1).isdigit() and 0 < float(text) < math.inf:
-        return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 0 < value < math.inf:
+        return value
+    raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
 
 
 def _seed(text: str) -> int:

@@ -15,13 +15,16 @@ import csv
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.fx import GraphModule
 
 from cptv_ao.events import STOP, Callback, Event
+from cptv_ao.files import straight
 
 _COLUMNS = ("kind", "name", "pass_index", "evaluations", "loss", "best", "seconds")
 
@@ -44,7 +47,8 @@ class Log:
     empty in CSV.
 
     Args:
-        path: of the file, which is written anew.
+        path: of the file, which is written anew; or of a FIFO, a terminal or this process's own output
+            (`/dev/stdout`), which take the lines as they come.
         append: go on at the end of the file instead, for a search that goes on from a checkpoint.
 
     Raises:
@@ -54,18 +58,34 @@ class Log:
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self._path = Path(path)
         self._csv = self._path.suffix.lower() == ".csv"
+        self._held = straight(path)  # who reads from a FIFO takes a close for the end
+        if self._held is not None:
+            weakref.finalize(self, self._held.close)
+            self._begin(self._held)
+            return
         with open(self._path, "a" if append else "w", encoding="utf-8", newline="") as file:
-            if self._csv and file.tell() == 0:
-                csv.writer(file).writerow(_COLUMNS)
+            if file.tell() == 0:
+                self._begin(file)
 
     def __call__(self, event: Event) -> None:
         row = {name: _finite(getattr(event, name)) for name in _COLUMNS}
-        # Opened anew for each line: nothing to close, and a search that is killed has lost nothing.
-        with open(self._path, "a", encoding="utf-8", newline="") as file:
+        with self._opened() as file:
             if self._csv:
                 csv.writer(file).writerow(row.values())
             else:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+
+    def _opened(self) -> AbstractContextManager[TextIO]:
+        """A file anew for each line: nothing to close, and a search that is killed has lost nothing."""
+        if self._held is not None:
+            return nullcontext(self._held)
+        return open(self._path, "a", encoding="utf-8", newline="")
+
+    def _begin(self, file: TextIO) -> None:
+        if self._csv:
+            csv.writer(file).writerow(_COLUMNS)
+            file.flush()
 
 
 class TensorBoard:

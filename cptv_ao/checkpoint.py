@@ -9,7 +9,6 @@ pickle.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.errors import ScalesFileError
-from cptv_ao.files import sweep
+from cptv_ao.files import try_out
 from cptv_ao.loop import Loop, Position
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import BlockResult, Losses, Point
@@ -32,32 +31,25 @@ from cptv_ao.world import ALONE, World
 # the moments of Adam for each weight make large files.
 _SECONDS, _SHARE = 60.0, 0.01
 _DESCENT = "descent/"
+_MEND = "delete it to search from the start, or give another path"
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
     """Refuse a path that no checkpoint can be written to, before hours are spent.
 
     Raises:
-        OSError: the folder is not there, is none, or nothing can be written in it.
+        OSError: the folder is not there, is none, or nothing can be written in it; there is something that is no file.
         TypeError: this is no path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint: expected a path, got {type(path).__name__}")
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"checkpoint: expected the path of a file, got the folder {target}; add a file name")
-    if not target.parent.exists():
-        raise FileNotFoundError(f"checkpoint: the folder {target.parent} does not exist; create it first")
-    if not target.parent.is_dir():
-        raise NotADirectoryError(f"checkpoint: expected a file in a folder, {target.parent} is none")
     try:
-        sweep(target)
-        with tempfile.TemporaryFile(dir=target.parent) as file:
-            file.write(b"x")
+        try_out(path)
     except OSError as error:
-        raise type(error)(
-            error.errno, f"checkpoint: cannot write in its folder ({error.strerror})", str(target.parent)
-        ) from error
+        if error.errno is None:
+            raise type(error)(f"checkpoint: {error}") from error
+        told = f"checkpoint: cannot write in its folder ({error.strerror})"
+        raise type(error)(error.errno, told, str(path)) from error
 
 
 class Checkpoint:
@@ -78,9 +70,14 @@ class Checkpoint:
         self._due = time.monotonic() + _SECONDS
         here = world.rank == 0 and self._path.exists()
         content = world.bytes_from_first(self._path.read_bytes() if here else None)
-        self._found = None if content is None else parse_file(content, self._path)
+        self._found = None if content is None else parse_file(content, self._path, _MEND)
         if self._found is not None:
             self._check(self._found[1].get("fingerprint"))
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a search to go on with."""
+        return self._found is not None
 
     def resume(self, loop: Loop, proposer: Proposer | None) -> bool:
         """Bring a search to where the file left it; whether its proposals are over.
@@ -137,16 +134,22 @@ class Checkpoint:
             raise ScalesFileError(f"{self._path}: not the checkpoint of a search; give another path or delete it")
         for part, mine in self._fingerprint.items():
             theirs = saved.get(part)
-            if theirs == mine:
-                continue
-            told = ""
-            if isinstance(mine, dict) and isinstance(theirs, dict):
-                name = next(n for n in mine if mine[n] != theirs.get(n))
-                told = f": {name} is {theirs.get(name)} there and {mine[name]} here"
-            raise ScalesFileError(
-                f"{self._path} is the checkpoint of a search with another {part}{told}; give what it was started with, "
-                "or another path"
-            )
+            if theirs != mine:
+                raise ScalesFileError(
+                    f"{self._path} is the checkpoint of a search with another {part}{_difference(mine, theirs)}; give "
+                    "what it was started with, or another path"
+                )
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    """The first setting that differs, in words."""
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        return ""
+    for name in (*mine, *theirs):
+        if mine.get(name) != theirs.get(name):
+            there, here = (held.get(name, "no setting") for held in (theirs, mine))
+            return f": {name} is {there} there and {here} here"
+    return ""
 
 
 def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:

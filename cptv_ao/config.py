@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -14,6 +15,9 @@ from cptv_ao.blocks import BlockPolicy
 from cptv_ao.losses import LOSSES, Loss
 
 LossName = Literal["auto", "kl", "infonce", "soft_infonce", "mse", "cosine"]
+# As in <function loss at 0x7f3a5c0>.
+_ADDRESS = re.compile(r"(?: at)? 0x[0-9a-fA-F]+")
+
 SearchName = Literal["evolution", "paper", "cma"]
 Individual = Literal["output_error", "ranges", "biases"]
 
@@ -195,12 +199,29 @@ class RefineConfig:
     @property
     def loss_name(self) -> str:
         """What a report calls the loss."""
-        return self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "loss")
+        name = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", None)
+        return name if isinstance(name, str) else "loss"
 
     def told(self) -> dict[str, str]:
-        """Each setting in words, by name; functions by their name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: getattr(value, "__qualname__", repr(value)) for name, value in values.items()}
+        """Each setting in words, by name; functions by their name, nothing by its address."""
+        return {field.name: _told(getattr(self, field.name)) for field in fields(self)}
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function or a callable object is called; an object like its type."""
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else type(function).__qualname__
+
+
+def _told(value: Any) -> str:
+    if not callable(value):
+        return repr(value)
+    if isinstance(getattr(value, "__qualname__", None), str):
+        return name_of(value)
+    try:
+        return _ADDRESS.sub("", repr(value))
+    except Exception:  # of the user's own code, which has no say here
+        return name_of(value)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

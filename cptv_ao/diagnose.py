@@ -30,7 +30,7 @@ from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.objective import settled
 from cptv_ao.outputs import first_floating
-from cptv_ao.report import META_KEY
+from cptv_ao.report import is_refined
 from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
@@ -94,7 +94,7 @@ def diagnose(
                 find_float_weights(backend, sources.weights)
             backend.opaque = changed_by_hooks(backend.model, batches[0])
             found = _diagnosis(backend, sources, batches, config, progress)
-    return replace(found, advice=advise(found, refined=META_KEY in model.meta))
+    return replace(found, advice=advise(found, refined=is_refined(model)))
 
 
 @dataclass(frozen=True)

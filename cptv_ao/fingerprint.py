@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.config import RefineConfig
+from cptv_ao.blocks import find_blocks
+from cptv_ao.config import RefineConfig, name_of
 from cptv_ao.data import Batch
+from cptv_ao.identity import Identity
 
 # Settings that say when to stop, or where things are held: a search may go on with others.
 _FREE = {"max_seconds", "max_evaluations", "cache_bytes", "accept_on", "distributed"}
 
 
-def fingerprint(backend: Backend, config: RefineConfig, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Of the model as it was given (`model`), the settings (`config`) and the images (`data`); JSON-safe."""
-    return {"model": _of_model(backend), "config": _of_config(config), "data": _of_data(batches)}
+class Fingerprint(NamedTuple):
+    """Of a search.
+
+    Attributes:
+        parts: of the model as it was given (`model`), the settings (`config`) and the images (`data`); JSON-safe.
+        unseen: what of the settings cannot be compared with that of another process, see `Identity`.
+    """
+
+    parts: dict[str, Any]
+    unseen: tuple[str, ...]
+
+
+def fingerprint(backend: Backend, config: RefineConfig, batches: Iterable[Batch]) -> Fingerprint:
+    """Of what is searched, how and on what."""
+    identity = Identity()
+    settings = _of_config(config, backend, identity)
+    parts = {"model": _of_model(backend), "config": settings, "data": _of_data(batches)}
+    return Fingerprint(parts, tuple(identity.unseen))
 
 
 def _of_model(backend: Backend) -> str:
@@ -35,9 +52,20 @@ def _of_model(backend: Backend) -> str:
     return digest.hexdigest()
 
 
-def _of_config(config: RefineConfig) -> dict[str, str]:
-    """Each setting in words; functions by their name."""
-    return {name: value for name, value in config.told().items() if name not in _FREE}
+def _of_config(config: RefineConfig, backend: Backend, identity: Identity) -> dict[str, str]:
+    """Each setting in words; functions by name and digest, the policy of the blocks by the blocks that it gives."""
+    settings = {name: value for name, value in config.told().items() if name not in _FREE}
+    for name in settings:
+        if callable(value := getattr(config, name)):
+            settings[name] = f"{name_of(value)} ({_short(identity.of(value))})"
+    found = find_blocks(backend.sites.values(), config.blocks)
+    blocks = [(block.name, [site.name for site in block.sites]) for block in found]
+    settings["blocks"] = f"{len(blocks)} blocks ({_short(identity.of(blocks))})"
+    return settings
+
+
+def _short(digest: bytes) -> str:
+    return digest.hex()[:16]
 
 
 def _of_data(batches: Iterable[Batch]) -> str:

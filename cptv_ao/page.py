@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from cptv_ao import plot
 from cptv_ao.config import RefineConfig
 from cptv_ao.diagnosis import Diagnosis
-from cptv_ao.files import at_once
+from cptv_ao.files import at_once, target_of
 from cptv_ao.report import Report, Status, per_block
 from cptv_ao.style import CSS
 
@@ -38,6 +38,7 @@ def write_page(
     report: Report, path: str | os.PathLike[str], diagnosis: Diagnosis | None = None, after: Diagnosis | None = None
 ) -> None:
     """Write the page of a report; see `Report.save_html`."""
+    target_of(path)
     text = page(report, diagnosis, after)
     with at_once(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -36,7 +36,7 @@ from cptv_ao.objective import settled
 from cptv_ao.outputs import first_floating
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
-from cptv_ao.report import META_KEY, Report, Status
+from cptv_ao.report import Report, Status
 from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sites import QParams
@@ -138,7 +138,7 @@ def refine(
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
-            model.meta[META_KEY] = replace(report, notes=(*report.notes, *saving_notes(model)))
+            replace(report, notes=(*report.notes, *saving_notes(model))).put_on(model)
             world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
     return model
 
@@ -206,9 +206,19 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> 
     if world.size == 1 and not wanted:
         return None
     prints = fingerprint(backend, search.config, batches)
-    for what, value in prints.items():
+    for what, value in prints.parts.items():
         world.same(f"the {what}", json.dumps(value).encode())
-    return Checkpoint(path or "", prints, world) if wanted else None
+    if not wanted:
+        return None
+    checkpoint = Checkpoint(path or "", prints.parts, world)
+    if checkpoint.found and prints.unseen and world.rank == 0:
+        warnings.warn(
+            f"{path}: the settings hold what cannot be compared with those of the search there "
+            f"({', '.join(prints.unseen)}); it goes on as if they were the same",
+            CptvWarning,
+            stacklevel=4,
+        )
+    return checkpoint
 
 
 def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:

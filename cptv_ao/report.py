@@ -9,7 +9,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.fx import GraphModule
 
+from cptv_ao.plain import as_plain, from_plain
 from cptv_ao.table import plain, table
 
 if TYPE_CHECKING:
@@ -137,8 +139,9 @@ class Report:
     ) -> None:
         """Write one page that opens without a network: losses, plots, tables, settings.
 
-        The file is written beside its name and then renamed: it is there whole, or not at all. Plots need matplotlib
-        (extra `plot`); without it the page has the tables only, and says so.
+        The file is written beside its name and then renamed: it is there whole, or not at all. A symlink stays, and the
+        file that it leads to is written. Plots need matplotlib (extra `plot`); without it the page has the tables only,
+        and says so.
 
         Args:
             path: of the page, e.g. `report.html`.
@@ -146,7 +149,7 @@ class Report:
             after: what it says of the refined model.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or is none (a folder, a FIFO, a device).
         """
         from cptv_ao.page import write_page
 
@@ -158,6 +161,10 @@ class Report:
         data["status"] = self.status.name
         data["message"] = self.status.value
         return data
+
+    def put_on(self, model: GraphModule) -> None:
+        """Leave it with a model, for `report`: as plain values, which load where cptv_ao is not installed."""
+        model.meta[META_KEY] = as_plain(self)
 
     def __str__(self) -> str:
         lines = [f"cptv_ao.refine: {self.status.value}", ""]
@@ -203,12 +210,26 @@ def report(model: nn.Module) -> Report:
     """The report of the last `refine` of this model.
 
     Raises:
-        ValueError: the model was not refined (or lost its `meta` when it was copied or reloaded).
+        ValueError: the model was not refined, or lost its `meta` (`torch.save` does not keep it), or somebody else
+            wrote there.
     """
-    found = getattr(model, "meta", {}).get(META_KEY)
-    if not isinstance(found, Report):
+    found = _found(model)
+    if found is None:
         raise ValueError("no report: expected a model that cptv_ao.refine returned; call refine(model, ...) first")
     return found
+
+
+def is_refined(model: nn.Module) -> bool:
+    """Whether it has a report."""
+    return _found(model) is not None
+
+
+def _found(model: nn.Module) -> Report | None:
+    meta = getattr(model, "meta", None)
+    try:
+        return from_plain(Report, meta[META_KEY]) if isinstance(meta, dict) else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def per_block(blocks: Sequence[BlockResult]) -> list[tuple[str, int, int, int, float, float]]:

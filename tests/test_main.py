@@ -207,11 +207,17 @@ MISTAKES = {
     ),
     "a reference model": (("refine", "factory.py:reference", *DATA, *OUT), "got a reference model"),
     "no attention": (("refine", "factory.py:plain", *DATA, *OUT, "--paper", "3"), "searches attention layers (*attn*)"),
-    "seconds": (("refine", "factory.py:pair", *DATA, *OUT, "--seconds", "-1"), "expected a number > 0, got -1"),
+    "seconds": (("refine", "factory.py:pair", *DATA, *OUT, "--seconds", "-1"), "expected a finite number > 0, got -1"),
     "seed": (("refine", "factory.py:pair", *DATA, *OUT, "--seed", "x"), "expected an integer >= 0, got x"),
     "bits": (("refine", "factory.py:pair", *DATA, *OUT, "--paper", "9"), "invalid choice: 9"),
-    "no folder": (("refine", "factory.py:pair", *DATA, "--out", "no/scales"), "no/scales: its folder does not exist"),
-    "a folder": (("diagnose", "factory.py:pair", *DATA, "--json", "."), ".: is a folder"),
+    "no folder": (
+        ("refine", "factory.py:pair", *DATA, "--out", "no/scales"),
+        "the folder no does not exist; create it first",
+    ),
+    "a folder": (
+        ("diagnose", "factory.py:pair", *DATA, "--json", "."),
+        "expected the path of a file, got the folder .",
+    ),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import nets
 import pytest
 import torch
 from conftest import Case
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from small import small_config
 from torch import Tensor, nn
 
 import cptv_ao
+from cptv_ao.saved import read_file, write_file
 
 
 def refined(case: Case) -> Tensor:
@@ -64,14 +64,10 @@ def test_a_shorter_model_is_refused(tmp_path: Path) -> None:
 
 
 def changed(path: Path, change: Any) -> None:
-    """Rewrite a file with its tensors and site table changed."""
-    with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        metadata = json.loads(file.read(length))["__metadata__"]
-    tensors = load_file(path)
-    data = json.loads(metadata["cptv_ao"])
+    """Rewrite a file with its tensors and JSON data changed, and a checksum that fits."""
+    tensors, data = read_file(path)
     change(tensors, data)
-    save_file(tensors, path, {"cptv_ao": json.dumps(data)})
+    write_file(path, tensors, data)
 
 
 def drop(tensors: dict[str, Tensor], _: Any) -> None:
@@ -110,7 +106,7 @@ def no_sites(_: Any, data: dict[str, Any]) -> None:
         (poison, r"fc1.weight: weight scale must be finite and > 0, got nan in channel 2"),
         (negate, "fc1.output: activation scale must be finite and > 0"),
         (float_codes, "fc1.weight.codes: expected torch.int8 .*, got torch.float32"),
-        (version, "expected version 3, got 99"),
+        (version, "expected version 4, got 99"),
         (no_sites, "expected the site table of a model, found none"),
     ],
 )
