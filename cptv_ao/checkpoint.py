@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cptv_ao.errors import ScalesFileError
 from cptv_ao.files import try_out
-from cptv_ao.loop import Loop, Position
+from cptv_ao.loop import Loop
+from cptv_ao.loop_state import put_into, score_again, taken_from
 from cptv_ao.proposals import Proposer
-from cptv_ao.report import BlockResult, Losses, Point
 from cptv_ao.saved import parse_file, write_file
-from cptv_ao.sites import QParams
 from cptv_ao.world import ALONE, World
 
 # In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
@@ -83,22 +79,31 @@ class Checkpoint:
         """Bring a search to where the file left it; whether its proposals are over.
 
         Raises:
-            ScalesFileError: the file does not hold the state of a search.
+            ScalesFileError: the file does not hold the state of a search, or its scales are not what it says.
         """
         if self._found is None:
             return False
         tensors, data = self._found
         self._found = None
-        try:
-            _apply(loop, tensors, data)
-            descent = data.get("descent")
-            if descent is None or proposer is None:
-                return True
-            own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
+        with self._told():
+            claimed = put_into(loop, tensors, data)
+        # The scales are here again; their losses are what they are scored to be, whatever the file says.
+        if fault := score_again(loop, claimed):
+            raise ScalesFileError(f"{self._path}: {fault}; {_MEND}")
+        descent = data.get("descent")
+        if descent is None or proposer is None:
+            return True
+        own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
+        with self._told():
             proposer.resume((own, descent))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); delete it") from error
         return False
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); {_MEND}") from error
 
     def pause(self, loop: Loop, proposer: Proposer, worth: bool) -> None:
         """Between two steps of the descent: save where it is worth it, or where the last time was long ago."""
@@ -114,7 +119,7 @@ class Checkpoint:
         if self._world.rank:
             return
         started = time.monotonic()
-        tensors, data = _capture(loop)
+        tensors, data = taken_from(loop)
         descent = None if proposer is None else proposer.state()
         if descent is not None:
             tensors |= {_DESCENT + key: tensor for key, tensor in descent[0].items()}
@@ -150,82 +155,3 @@ def _difference(mine: Any, theirs: Any) -> str:
             there, here = (held.get(name, "no setting") for held in (theirs, mine))
             return f": {name} is {there} there and {here} here"
     return ""
-
-
-def _capture(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    backend, now = loop.backend, loop.backend.snapshot()
-    tensors = _moved(loop, "now")
-    if not loop.best_is_given:
-        backend.restore_all(loop.best_state)
-        tensors |= _moved(loop, "best")
-        backend.restore_all(now)
-    data: dict[str, Any] = {
-        "position": asdict(loop.position),
-        "losses": {"start": asdict(loop.start), "best": asdict(loop.best), "now": loop.loss},
-        "best_is_given": loop.best_is_given,
-        "rejected": loop.rejected,
-        "random": loop.rng.bit_generator.state,
-        "step_sizes": loop.step_sizes,
-        "evaluations": loop.budget.evaluations,
-        "seconds": loop.budget.seconds,
-        "results": [asdict(result) for result in loop.results],
-        "stages": loop.stages,
-        "history": [asdict(point) for point in loop.history],
-        "race": loop.search.race_state(),
-    }
-    return tensors, data
-
-
-def _moved(loop: Loop, prefix: str) -> dict[str, Tensor]:
-    """Qparams of the sites that are not as where the search started."""
-    tensors: dict[str, Tensor] = {}
-    for name, first in loop.first_state.items():
-        if not _same(loop.backend.state(name), first):
-            qparams = loop.backend.read(name)
-            tensors[f"{prefix}/{name}/scale"] = qparams.scale
-            tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
-            for part, beside in (("shift", qparams.shift), ("correction", qparams.correction)):
-                if beside is not None:
-                    tensors[f"{prefix}/{name}/{part}"] = beside.clone()  # "now" and "best" may hold the same
-    return tensors
-
-
-def _apply(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-    losses = data["losses"]
-    if losses["start"] != asdict(loop.start):
-        raise ScalesFileError("the checkpoint started from another loss: is this another machine or thread count?")
-    if data["best_is_given"]:
-        loop.best_state = loop.given_state
-    else:
-        _write(loop, tensors, "best")
-        loop.best_state = loop.backend.snapshot()
-        loop.backend.restore_all(loop.first_state)
-    _write(loop, tensors, "now")
-    loop.position = Position(**data["position"])
-    loop.best, loop.loss = Losses(**losses["best"]), float(losses["now"])
-    loop.rejected = bool(data["rejected"])
-    loop.rng.bit_generator.state = data["random"]
-    loop.step_sizes.update(data["step_sizes"])
-    loop.budget.evaluations = int(data["evaluations"])
-    loop.budget.started -= float(data["seconds"])
-    loop.results += [BlockResult(**result) for result in data["results"]]
-    loop.stages += data["stages"]
-    loop.history = [Point(**point) for point in data["history"]]
-    loop.search.set_race_state(data["race"])
-
-
-def _write(loop: Loop, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    for name in loop.first_state:
-        scale = tensors.get(f"{prefix}/{name}/scale")
-        if scale is not None:
-            zero_point = tensors[f"{prefix}/{name}/zero_point"]
-            shift, correction = (tensors.get(f"{prefix}/{name}/{part}") for part in ("shift", "correction"))
-            loop.backend.write(name, QParams(scale, zero_point, shift, correction))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or torch.equal(a, b)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, (int, float, str)) and bool(a == b))

@@ -73,7 +73,8 @@ class Evaluator:
         self._entered = False
         self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full
         self._parent: tuple[float, ...] | None = None
-        self._raced = 0
+        #: races so far
+        self.raced = 0
         self.images = sum(batch.images for batch in self._batches)
         #: images scored so far by this rank, each counted as one forward whether the whole model ran or a tail
         self.image_forwards = 0
@@ -116,16 +117,6 @@ class Evaluator:
     def keep(self) -> None:
         """Make the candidate that was last scored in full the parent that `score(race=True)` races against."""
         self._parent = self._last
-
-    def race_state(self) -> dict[str, Any]:
-        """What races depend on, JSON-safe: the parent's losses per batch, and the number of races."""
-        return {"parent": self._parent, "raced": self._raced}
-
-    def set_race_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `race_state`."""
-        parent = state["parent"]
-        self._parent = None if parent is None else tuple(float(loss) for loss in parent)
-        self._raced = int(state["raced"])
 
     def score(self, threshold: float = math.inf, race: bool = False, check: bytes = b"") -> float:
         """Loss on all images; `inf` as soon as the partial sum shows that it is not below `threshold`.
@@ -186,8 +177,8 @@ class Evaluator:
         if once:
             return [order]
         if parent is not None:
-            self._raced += 1
-            first = self._raced % len(order)
+            self.raced += 1
+            first = self.raced % len(order)
             order = order[first:] + order[:first]
         size = math.ceil(len(order) / WAVES)
         return [order[start : start + size] for start in range(0, len(order), size)]

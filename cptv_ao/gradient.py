@@ -22,6 +22,7 @@ from cptv_ao.leaves import Leaves
 from cptv_ao.losses import Loss
 from cptv_ao.objective import differentiable
 from cptv_ao.outputs import Select, compared
+from cptv_ao.plain import from_plain
 from cptv_ao.population import rescaled
 from cptv_ao.running import own_inputs
 from cptv_ao.schedule import Course, Schedule
@@ -187,7 +188,7 @@ class GradientDescent:
             KeyError, TypeError, ValueError: it is not that.
         """
         tensors, data = state
-        self._course = Course(**data["course"])
+        self._course = from_plain(Course, data["course"])
         self._rng.bit_generator.state = data["random"]
         for name, values in self._features.steps.items():
             values["scale"].copy_(_like(values["scale"], tensors[f"steps/{name}"]))
@@ -197,7 +198,7 @@ class GradientDescent:
                 leaf.copy_(_like(leaf, tensors[f"leaf/{index}"]))
                 own = f"adam/{index}/"
                 if found := {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}:
-                    moments[index] = {k: v if k == "step" else _like(leaf, v) for k, v in found.items()}
+                    moments[index] = {k: _like(torch.zeros(()) if k == "step" else leaf, v) for k, v in found.items()}
         self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})
 
     @property
@@ -288,8 +289,11 @@ class GradientDescent:
 
 
 def _like(tensor: Tensor, saved: Tensor) -> Tensor:
-    if saved.shape != tensor.shape:
-        raise ValueError(f"expected a tensor of shape {tuple(tensor.shape)}, got {tuple(saved.shape)}")
+    if saved.shape != tensor.shape or saved.dtype != tensor.dtype or not bool(torch.isfinite(saved).all()):
+        raise ValueError(
+            f"expected finite numbers of shape {tuple(tensor.shape)} and {tensor.dtype}, got {saved.dtype} of "
+            f"{tuple(saved.shape)}"
+        )
     return saved
 
 

@@ -107,7 +107,8 @@ class Identity:
         )
 
     def _class(self, kind: type) -> bytes:
-        if _is_installed(getattr(sys.modules.get(kind.__module__), "__file__", None)):
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if kind.__module__ in sys.builtin_module_names or _is_installed(file):
             return _digest("installed", kind.__module__, kind.__qualname__)
         held = {n: v for n, v in vars(kind).items() if not _is_dunder(n) or isinstance(v, FunctionType)}
         held = {name: value for name, value in held.items() if not isinstance(value, _ABSTRACT)}

@@ -90,6 +90,15 @@ class Loop:
         """Whether nothing better than the model that was given was found yet."""
         return self.best_state is self.given_state
 
+    def losses(self) -> Losses:
+        """Of the scales that are in the model now."""
+        return self._both(self.search.score())
+
+    def begin_at(self, best: Losses) -> None:
+        """Go on from the scales that are in the model now, with those losses as the best ones so far."""
+        self.best, self.loss = best, self.search.score()
+        self.search.keep()
+
     def propose(self, proposals: Iterable[Proposal]) -> None:
         """Score scales for the whole model; go on from the best of them if it is better than what is there."""
         for name, scales in proposals:

@@ -92,6 +92,9 @@ class Proposer:
         self._enter()
         self._descent = self._new_descent()
         self._descent.set_state(state)
+        batches = range(len(self._batches))
+        if not 0 <= self._began < math.inf or any(index not in batches for index in state[1]["course"]["order"]):
+            raise ValueError(f"expected seconds >= 0 and an order of {len(batches)} batches")
 
     def _population(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
