@@ -213,6 +213,11 @@ def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str
     return {node.name: name for group, name in zip(_weights(model), names, strict=True) for node in group}
 
 
+def is_quantization(node: Node) -> bool:
+    """Whether a node quantizes or dequantizes, or computes a scale."""
+    return _is_op(node, "")
+
+
 def _is_op(node: Node, name: str) -> bool:
     return node.op == "call_function" and str(node.target).startswith(_NAMESPACE + name)
 
