@@ -239,7 +239,7 @@ def _dequantizes_weight(node: Node) -> bool:
 
 
 def _quantizes_activation(node: Node) -> bool:
-    """Whether a quantize node has the scale of an activation, and nothing but dequantize nodes on that scale reads it."""
+    """Whether a quantize node has the scale of an activation, which dequantize nodes on that very scale alone read."""
     if not _is_op(node, "quantize_per_tensor.default") or _is_weight(node) or not _is_literal(node):
         return False
     return all(_is_op(user, _PER_TENSOR) and user.args[1:5] == node.args[1:5] for user in node.users)
