@@ -20,50 +20,44 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.ends import Ends, channel_ends, ranged
+from cptv_ao.equivalent import Equivalence
 from cptv_ao.measures import Watcher, real
-from cptv_ao.outputs import first_floating
-from cptv_ao.running import call
 from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInput
-from cptv_ao.twin import Twin, unquantized
+from cptv_ao.twin import Twin
 from cptv_ao.world import World
 
 # A range that gets less narrow is left as it is.
 _NARROWER = 0.95
-# Images on which is checked where channels come from, how near to whole numbers those arrive, and how near, beside its
-# outputs, the function that is left must be to what it was.
-_FEW, _WHOLE, _SAME = 2, 0.1, 1e-3
+# One whose channels move by a smaller share of it, too.
+_STILL = 1e-3
+# How near to whole numbers the numbers of channels must arrive.
+_WHOLE = 0.1
 
 
-def centre(backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Batch], world: World) -> int:
-    """Move the channels of these inputs, as far as it makes their ranges narrower; returns how many were moved.
+def centre(
+    backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Batch], check: Equivalence, world: World
+) -> int:
+    """Move the channels of these inputs, as far as it makes their ranges narrower and nothing else reads them; returns
+    how many were moved.
 
     Args:
         backend: of a PT2E graph, which is written: biases, and the scales of these inputs.
         shared: of it.
         batches: calibration images.
+        check: of it.
         world: the ranks that all do so.
     """
     shared = [part for part in shared if all(reader.bias for reader in part.readers)]
-    if not shared:
+    if not shared or check.twin is None:
         return 0
-    twin = unquantized(backend).checked(batches[0])
-    ends = channel_ends(twin, [part.value for part in shared], batches, world)
+    ends = channel_ends(check.twin, [part.value for part in shared], batches, world)
     worth = [part for part in shared if part.value in ends and _narrower(ends[part.value])]
     if not worth:
         return 0
-    few = batches[0].few(_FEW)
-    entries, wanted, before = _entries(twin, worth, few), _output(twin, few), backend.snapshot()
+    entries = _entries(check.twin, worth, check.few)
     found = [part for part in worth if part.value in entries]
-    for parts in (found, [part for part in found if part.as_norm is not None]):
-        with backend.writing():
-            for part in parts:
-                _move(backend, part, ends[part.value], entries[part.value])
-        apart = (_output(unquantized(backend), few) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
-        if world.most(float(apart))[0] < _SAME:
-            return len(parts)
-        backend.restore_all(before)  # something else reads the values of an attention: norms alone then
-    return 0
+    return sum(check.used(found, lambda part: _move(backend, part, ends[part.value], entries[part.value])))
 
 
 def _half(ends: Ends) -> float:
@@ -72,7 +66,8 @@ def _half(ends: Ends) -> float:
 
 
 def _narrower(ends: Ends) -> bool:
-    return 2 * _half(ends) < _NARROWER * ends.span
+    """Channels that hardly vary (images that are all alike, or a single one) say nothing of their ranges."""
+    return _STILL * ends.span < 2 * _half(ends) < _NARROWER * ends.span
 
 
 def _entries(twin: Twin, shared: Sequence[SharedInput], few: Batch) -> dict[str, Tensor]:
@@ -95,12 +90,7 @@ def _entries(twin: Twin, shared: Sequence[SharedInput], few: Batch) -> dict[str,
     return found
 
 
-def _output(twin: Twin, few: Batch) -> Tensor:
-    with torch.no_grad():
-        return first_floating(call(twin, few))
-
-
-def _move(backend: Backend, shared: SharedInput, ends: Ends, entries: Tensor) -> None:
+def _move(backend: Backend, shared: SharedInput, ends: Ends, entries: Tensor) -> bool:
     """Subtract the middles from the source's bias, give them back in those of the readers, and make the scales smaller
     by as much as the range: they leave as much room, or clip as much, as before."""
     middle = (ends.low + ends.high) / 2
@@ -117,3 +107,4 @@ def _move(backend: Backend, shared: SharedInput, ends: Ends, entries: Tensor) ->
         share = float(backend.read(name).scale) * (site.qmax - site.qmin) / ends.span
         half = _half(ends) * share
         backend.write(name, ranged(-half, half, site))
+    return True

@@ -16,7 +16,8 @@ In PT2E graphs also the middle of each channel of what linear layers read: see `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +29,13 @@ from cptv_ao.backends.exported import is_exported
 from cptv_ao.centring import centre
 from cptv_ao.data import Batch
 from cptv_ao.ends import Ends, channel_ends, ranged
-from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.equivalent import FEW, Equivalence, largest
 from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
 from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInput, SharedInputs
 from cptv_ao.sites import REDUCED_QMAX, QParams, ScaleSite, same
 from cptv_ao.smoothing import outlier_exponents
-from cptv_ao.twin import unquantized
 from cptv_ao.weights import fold_factors
 from cptv_ao.world import ALONE, World
 
@@ -43,18 +43,27 @@ from cptv_ao.world import ALONE, World
 _FEW = 16
 # A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
 _WASTE = 0.1
+# How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
+# that hardly varies is given as if it did not.
+_FOLDED = 1e-2
 # Share of the codes of one activation beyond 7 bits that says that all 8 are used.
 _BEYOND = 0.1
 
 
-def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -> list[str]:
+def equalize(
+    backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
+) -> list[str]:
     """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms; in a
     PT2E graph smooth outliers, and centre what linear layers read.
+
+    Each is left where it makes the model compute something else in float (see `cptv_ao.equivalent`).
 
     Args:
         backend: of the model, which is written. Outliers are smoothed where the readers' float weights are known.
         batches: calibration images.
         world: the ranks that all do so.
+        confirmed: says whether the model as it is now will do, where the float twin does not know an op of it; without
+            it such a model stays as it is.
 
     Returns:
         What was done, one line each; nothing where the model is as it was.
@@ -62,24 +71,32 @@ def equalize(backend: Backend, batches: Sequence[Batch], world: World = ALONE) -
     if is_exported(backend.model):
         return _equalize_exported(backend, batches, world)
     patterns = Patterns(backend)
-    folded = sum(_fold(backend, norm) for norm in patterns.unfused_norms())
-    read = _smoothable(backend, patterns.read_norms())
+    norms, read = patterns.unfused_norms(), _smoothable(backend, patterns.read_norms())
+    norms = _with_channels_first(backend, norms, batches[0])
+    if not (norms or read or patterns.clipped_sites()):
+        return []
+    check = Equivalence(backend, batches, world, confirmed)
+    folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
+    clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
     codes = _codes(backend, batches[0], world) if clipped or read else 0
-    cut = sum(_cut(backend, site, codes) for site in clipped)
+    cut = sum(check.used(clipped, partial(_cut, backend, codes=codes)))
     notes = []
     if folded:
         notes.append(f"{folded} batch norms folded into the scales and biases of the layers before them")
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
-    return notes + _smoothed(backend, batches, read, codes, world)
+    return notes + _smoothed(backend, batches, read, codes, check, world)
 
 
 def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
     """The same for a PT2E graph, where norms are float, and what they give is put on a scale."""
     shared = SharedInputs(backend).find()
-    notes = _smoothed(backend, batches, _smoothable(backend, _norms(shared)), None, world)
-    if centred := centre(backend, shared, batches, world):
+    if not shared:
+        return []
+    check = Equivalence(backend, batches, world)
+    notes = _smoothed(backend, batches, _smoothable(backend, _norms(shared)), None, check, world)
+    if centred := centre(backend, shared, batches, check, world):
         notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
     return notes
 
@@ -99,6 +116,29 @@ def replaceable(backend: Backend) -> dict[str, str]:
     patterns = Patterns(backend)
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
     return tensors | {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
+
+
+def _with_channels_first(backend: Backend, norms: Sequence[UnfusedNorm], batch: Batch) -> list[UnfusedNorm]:
+    """Those that normalize the channels of their layer: a batch norm's are dimension 1, a linear layer's the last."""
+    linear = {norm.node for norm in norms if backend.weight(norm.weight).dim() == 2}
+    dims = dict[str, int]()
+
+    def see(node: Node, value: Any) -> Any:
+        if node.name in linear:
+            dims[node.name] = value.dim()
+        return value
+
+    if linear:
+        Watcher(backend.model).watch(batch.few(FEW), see)
+    sizes = {norm.node: fetch(backend.model, norm.tensors["running_var"]).numel() for norm in norms}
+    return [
+        norm for norm in norms if dims.get(norm.node, 2) == 2 and sizes[norm.node] == len(backend.weight(norm.weight))
+    ]
+
+
+def _ranges(backend: Backend, clipped: Sequence[ClippedSite]) -> dict[str, tuple[float, float]]:
+    """What is let through of each, by node."""
+    return {backend.sites[part.site].nodes[0]: (0.0, part.high) for part in clipped}
 
 
 def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
@@ -147,19 +187,20 @@ def _norms(shared: Sequence[SharedInput]) -> list[ReadNorm]:
 
 
 def _smoothed(
-    backend: Backend, batches: Sequence[Batch], norms: Sequence[ReadNorm], codes: int | None, world: World
+    backend: Backend,
+    batches: Sequence[Batch],
+    norms: Sequence[ReadNorm],
+    codes: int | None,
+    check: Equivalence,
+    world: World,
 ) -> list[str]:
     """Move the outlier channels of norms into the weights that read them, and tell of it; nothing where the float twin
     does not know an op."""
-    if not norms:
+    if not norms or check.twin is None:
         return []
-    try:
-        twin = unquantized(backend).checked(batches[0])
-    except UnsupportedModelError:
-        return []
-    ends = channel_ends(twin, [norm.node for norm in norms], batches, world)
-    with backend.writing():
-        counts = [_smooth(backend, norm, ends[norm.node], codes) for norm in norms if norm.node in ends]
+    ends = channel_ends(check.twin, [norm.node for norm in norms], batches, world)
+    seen = [norm for norm in norms if norm.node in ends]
+    counts = check.used(seen, lambda norm: _smooth(backend, norm, ends[norm.node], codes))
     moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
     return [moved] if any(counts) else []
 

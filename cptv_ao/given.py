@@ -3,8 +3,10 @@ it comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from cptv_ao.backends.backend import Backend
@@ -43,18 +45,38 @@ def equalized(backend: Backend, judge: Scoring | Shipped, calibration: Calibrati
         is no other form, or none that computes numbers.
     """
     state = backend.snapshot()
-    done = equalize(backend, calibration.search.batches, calibration.world)
+
+    @cache
+    def losses() -> Losses:
+        return _at(backend, state, lambda: Scoring(backend.model, calibration).losses())
+
+    def confirmed() -> bool:
+        scoring = _scoring(backend, calibration)
+        return scoring is not None and not scoring.losses().worse_than(losses())
+
+    done = equalize(backend, calibration.search.batches, calibration.world, confirmed)
     if not done:
         return None
-    now = backend.snapshot()
-    backend.restore_all(state)
-    given = Given(judge.losses(), state, tuple(done))
-    backend.restore_all(now)
-    try:
-        scoring = Scoring(backend.model, calibration)
-    except NonFiniteError:
-        scoring = None
-    if calibration.world.most(float(scoring is None))[0] or scoring is None:  # each rank looks at its own images
+    given = Given(_at(backend, state, judge.losses), state, tuple(done))
+    scoring = _scoring(backend, calibration)
+    if scoring is None:
         backend.restore_all(state)
         return None
     return given, scoring
+
+
+def _at(backend: Backend, state: Mapping[str, Any], measured: Callable[[], Losses]) -> Losses:
+    """What is measured of a model in a state that it was in."""
+    now = backend.snapshot()
+    backend.restore_all(state)
+    losses = measured()
+    backend.restore_all(now)
+    return losses
+
+
+def _scoring(backend: Backend, calibration: Calibration) -> Scoring | None:
+    """Of the model as it is now; None on all ranks where one finds no numbers in its outputs."""
+    scoring = None
+    with suppress(NonFiniteError):
+        scoring = Scoring(backend.model, calibration)
+    return None if calibration.world.most(float(scoring is None))[0] else scoring

@@ -40,12 +40,14 @@ class UnfusedNorm:
     Attributes:
         weight, output: sites of the layer.
         after: site of the quantize node.
+        node: its name in the graph.
         tensors: paths of its own tensors, by the names of `torch.nn.functional.batch_norm`.
     """
 
     weight: str
     output: str
     after: str
+    node: str
     tensors: Mapping[str, str]
     eps: float
 
@@ -120,7 +122,7 @@ class Patterns:
         weight, output = self._weights[layer.name], self._outputs[layer.name]
         if weight.axis != 0 or (output.qmin, output.qmax) != (after.qmin, after.qmax):
             return None
-        return UnfusedNorm(weight.name, output.name, after.name, tensors, eps)
+        return UnfusedNorm(weight.name, output.name, after.name, node.name, tensors, eps)
 
     def _layer(self, value: Any, norm: Node) -> Node | None:
         """The quantized layer whose dequantized output a norm reads, and nothing else."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import HALF_STEP, Backend
-from cptv_ao.backends.exported import fused_weights
+from cptv_ao.backends.exported import fused_weights, is_exported
 from cptv_ao.errors import FloatModelMismatchError
 from cptv_ao.sites import ScaleSite, weight_name
 from cptv_ao.smoothing import LEAST_EXPONENT
 
 # A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.
 _LEAST_GAIN = 1e-4
+# Ops of PT2E graphs whose weights are those of modules.
+_LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -52,53 +55,70 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
     """
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
-    parameters = deque(float_model.parameters())
+    held = deque(p for p in (*float_model.parameters(), *float_model.buffers()) if p.is_floating_point())
+    exported = is_exported(backend.model)
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
             continue
-        path = site.name.removesuffix(".weight")
+        path = site.scope if exported else site.name.removesuffix(".weight")
         weight = backend.weight(site.name)
-        by_values = site.op.startswith("quantized.")
-        if by_values:
-            candidates: Iterable[Tensor] = [p for p in parameters if p.numel() == weight.numel()]
-        elif path in modules:
+        candidates: Iterable[Tensor] = ()
+        if not site.op.startswith("quantized.") and path in modules:
             candidates = chain(_module_weights(modules, path), [fused[path]] if path in fused else [])
-        else:
-            raise FloatModelMismatchError(
-                f"float_model: expected a module {path} as in the quantized model, found none; pass the model that "
-                "was given to prepare_fx, or the prepared model",
-                path,
-            )
-        steps, found, shapes = _nearest(candidates, weight, site)
-        while by_values and found is not None and parameters[-1] is not found:
-            parameters.rotate(-1)  # begin behind it: there is what the next op takes, most likely
-        if steps > 2 * HALF_STEP and weight.dim() == 2 and found is not None:
-            found = _smoothed(found, weight)
-            steps = _distance(found, weight, site)
-        if steps > 2 * HALF_STEP or found is None:
-            _refuse(path, weight, shapes)
-        else:
-            backend.set_float_weight(site.name, found)
+        elif not (site.op.startswith("quantized.") or exported):
+            _refuse_module(path)
+        found = _nearest(candidates, weight, site)
+        if found.steps > 2 * HALF_STEP and (exported or site.op.startswith("quantized.")):
+            found = _nearest((p for p in held if p.numel() == weight.numel()), weight, site, found)
+            _turn_behind(held, found.weight)
+        if found.steps <= 2 * HALF_STEP:
+            backend.set_float_weight(site.name, found.weight)
+        elif not exported or site.op in _LAYERS:  # else a constant, which stays as it is
+            _refuse(path, weight, found.shapes)
 
 
-def _nearest(
-    candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite
-) -> tuple[float, Tensor | None, set[tuple[int, ...]]]:
-    """The first weight that gives the codes, or the nearest; with its steps from them, and the shapes of all seen."""
-    shapes: set[tuple[int, ...]] = set()
-    nearest: tuple[float, Tensor | None] = math.inf, None
+@dataclass(frozen=True)
+class _Nearest:
+    """The float weight that is nearest to codes, how many steps it is from them, and the shapes that were seen."""
+
+    steps: float
+    weight: Tensor
+    shapes: frozenset[tuple[int, ...]] = frozenset()
+
+
+def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, before: _Nearest | None = None) -> _Nearest:
+    """The first that is within half a step of the codes, else the nearest; columns scaled by `cptv_ao.equalize` where
+    none is within a whole step."""
+    steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
     for candidate in candidates:
         shapes.add(tuple(candidate.shape))
         if candidate.numel() == weight.numel():
-            steps = _distance(candidate.detach(), weight, site)
-            if steps < nearest[0]:
-                nearest = steps, candidate
-            if steps <= HALF_STEP:
+            apart = _distance(candidate.detach(), weight, site)
+            if apart < steps:
+                steps, found = apart, candidate
+            if apart <= HALF_STEP:
                 break
-    return *nearest, shapes
+    if steps > 2 * HALF_STEP and weight.dim() == 2 and found is not weight:
+        found = _smoothed(found, weight)
+        steps = _distance(found, weight, site)
+    return _Nearest(steps, found, frozenset(shapes))
 
 
-def _refuse(path: str, weight: Tensor, shapes: set[tuple[int, ...]]) -> None:
+def _turn_behind(held: deque[Tensor], found: Tensor) -> None:
+    """Begin behind what was found: there is what the next op takes, most likely."""
+    place = next((i for i, tensor in enumerate(held) if tensor is found), -1)
+    held.rotate(-1 - place)
+
+
+def _refuse_module(path: str) -> None:
+    raise FloatModelMismatchError(
+        f"float_model: expected a module {path} as in the quantized model, found none; pass the model that "
+        "was given to prepare_fx, or the prepared model",
+        path,
+    )
+
+
+def _refuse(path: str, weight: Tensor, shapes: Collection[tuple[int, ...]]) -> None:
     expected = tuple(weight.shape)
     if expected in shapes:
         reason = "its weights are not those that were quantized (farther than a step from the codes)"

@@ -214,6 +214,11 @@ def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str
     return {node.name: name for group, name in zip(_weights(model), names, strict=True) for node in group}
 
 
+def is_quantization(node: Node) -> bool:
+    """Whether a node quantizes or dequantizes, or computes a scale."""
+    return _is_op(node, "")
+
+
 def _is_op(node: Node, name: str) -> bool:
     return node.op == "call_function" and str(node.target).startswith(_NAMESPACE + name)
 
@@ -235,7 +240,7 @@ def _dequantizes_weight(node: Node) -> bool:
 
 
 def _quantizes_activation(node: Node) -> bool:
-    """Whether a quantize node has the scale of an activation, and is read by dequantize nodes on that scale."""
+    """Whether a quantize node has the scale of an activation, which dequantize nodes on that very scale alone read."""
     if not _is_op(node, "quantize_per_tensor.default") or _is_weight(node) or not _is_literal(node):
         return False
     return all(_is_op(user, _PER_TENSOR) and user.args[1:5] == node.args[1:5] for user in node.users)

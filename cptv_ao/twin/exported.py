@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import weight_sites
+from cptv_ao.backends.exported import is_quantization, weight_sites
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.modules import WeightQuantizer
@@ -29,6 +29,30 @@ class Dequantize(nn.Module):
 
     def forward(self, value: QTensor) -> Tensor:
         return value.dequantize()
+
+
+class Rounded(nn.Module):
+    """A value as an op gives it back that was quantized with a scale of its own at run time."""
+
+    def __init__(self, dequantize: Any) -> None:
+        super().__init__()
+        self._dequantize = dequantize
+
+    def forward(self, value: Tensor, *given: Any) -> Tensor:
+        rounded: Tensor = _PassedOn.apply(value, self._dequantize(*given))
+        return rounded
+
+
+class _PassedOn(torch.autograd.Function):
+    """What a value was rounded to; the gradient is straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class DequantizedWeight(nn.Module):
@@ -69,7 +93,9 @@ class ExportedBuilder(Builder):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        self._weight_of = weight_sites(backend.model, backend.sites)
+        # Codes that are no weight's (constants on the scale of an activation) stay as the graph has them.
+        found = weight_sites(backend.model, backend.sites)
+        self._weight_of = {node: site for node, site in found.items() if backend.weight(site).is_quantized}
 
     def _add(self, node: Node) -> None:
         if node.op == "output":
@@ -83,10 +109,8 @@ class ExportedBuilder(Builder):
             self._call(node, self._quantizer(self._activation[node.name]), node.args[:1])
         elif node.name in self._weight_of:
             self._call(node, DequantizedWeight(self._weight(self._weight_of[node.name])), ())
-        elif str(node.target).startswith("quantized_decomposed.dequantize"):
-            self._call(node, Dequantize(), node.args[:1])
-        elif str(node.target).startswith("quantized_decomposed.quantize"):
-            return  # of a weight, which its dequantize node stands for
+        elif is_quantization(node):
+            self._add_quantization(node)
         elif (product := self._product(node)) is not None:
             value, weight, *rest = node.args
             weighed = self._weight_of[cast(Node, weight).name]
@@ -97,6 +121,19 @@ class ExportedBuilder(Builder):
                 new = self.nodes[node.name]
                 new.target, args, kwargs = self._pure(node)
                 new.args, new.kwargs = self._mapped(args), self._mapped(kwargs)
+
+    def _add_quantization(self, node: Node) -> None:
+        """A node beside those of the sites: dynamic quantization is run as it is, and the gradient of what it rounds
+        passes as if nothing happened."""
+        source = node.args[0]
+        if _name(source) in self._activation:
+            self._call(node, Dequantize(), node.args[:1])
+        elif node.users and all(user.name in self._weight_of for user in node.users):
+            return  # puts a weight on its scale: its dequantize nodes stand for that
+        elif isinstance(source, Node) and source.args and is_quantization(source):
+            self._call(node, Rounded(node.target), (source.args[0], *node.args))
+        else:
+            self._copy(node)
 
     def _product(self, node: Node) -> Product | None:
         """The linear or convolution that a node is, where its weight is a site."""
@@ -111,3 +148,7 @@ class ExportedBuilder(Builder):
         given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :]]
         stride, padding, dilation = (tuple(v) * (rank // len(v)) for v in given[:3])
         return Convolution(stride, padding, dilation, given[3])
+
+
+def _name(value: Any) -> str:
+    return value.name if isinstance(value, Node) else ""
