@@ -64,7 +64,7 @@ def _is_known_module(module: nn.Module) -> bool:
 
 def written(node: Node, held: Any) -> Node | None:
     """The input that a node certainly works in place on; None where there is none, or nothing is known."""
-    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    first = first_input(node)
     if node.op == "call_method":
         name = str(node.target)
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
@@ -89,6 +89,12 @@ def written(node: Node, held: Any) -> Node | None:
     by_name = name.endswith("_") and not name.endswith("__") and not isinstance(target, torch._ops.OpOverload)
     in_place = target in _OUT_OF_PLACE or target is operator.setitem or by_name or argument_of(node, "inplace", False)
     return first if in_place else None
+
+
+def first_input(node: Node) -> Node | None:
+    """What a node is given first, by place or by name."""
+    first = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
+    return first if isinstance(first, Node) else None
 
 
 def argument_of(node: Node, name: str, default: Any = None) -> Any:
