@@ -139,6 +139,18 @@ def out_of_place(target: Any) -> Any:
     return next((found for room in (torch, functional) if (found := getattr(room, name, None)) is not None), None)
 
 
+def without_out(target: Any) -> Any:
+    """The function or op without its argument `out`; None where torch has none."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+
+    def types(op: Any) -> list[str]:
+        return [str(a.type) for a in op._schema.arguments if a.alias_info is None or not a.alias_info.is_write]
+
+    others = (op for op in overloads(target.overloadpacket) if len(types(op)) == len(op._schema.arguments))
+    return next((op for op in others if types(op) == types(target)), None)
+
+
 def with_item(value: Any, index: Any, item: Any) -> Any:
     """A copy of a tensor in which `copy[index] = item`."""
     value = value.clone()

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, written
+from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
 from cptv_ao.memory import Changed, Memory
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
@@ -113,7 +113,9 @@ class Builder(ABC):
                 kwargs["inplace"] = False
             else:
                 args[parameters(target).index("inplace")] = False
-        elif "out" not in node.kwargs and written(node, self._held(node)) is not None:
+        elif "out" in node.kwargs:
+            target = without_out(target)
+        elif written(node, self._held(node)) is not None:
             target = out_of_place(target)
         if target is None:
             raise UnsupportedModelError(
