@@ -58,6 +58,7 @@ class Memory:
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._held = held
         self._sources = {node: _viewed(node, held) for node in self._nodes}
+        self._writers = [node for node in self._nodes if may_write(node, held(node))]
         self._roots: dict[Node, frozenset[Node]] = {}
         for node in self._nodes:
             above = [self._roots[source] for source in self._sources[node]]
@@ -73,12 +74,8 @@ class Memory:
         for root in (root for node in nodes for root in self._roots[node]):
             seen[root] = seen.get(root, 0) + 1
         twice = {root for root, count in seen.items() if count > 1}
-        return bool(twice) and any(
-            twice & self._roots[source]
-            for node in self._nodes[at:]
-            if may_write(node, self._held(node))
-            for source in node.all_input_nodes
-        )
+        later = (node for node in self._writers if self._index[node] >= at) if twice else ()
+        return any(twice & self._roots[source] for node in later for source in node.all_input_nodes)
 
     def changed_by(self, node: Node) -> list[Changed] | None:
         """The values that are others once an in-place node has run; None where one of them is read later, and it cannot

@@ -22,6 +22,7 @@ from cptv_ao.codes import count_codes
 from cptv_ao.data import Batch
 from cptv_ao.evaluator import Evaluator
 from cptv_ao.losses import kl, mse
+from cptv_ao.memory import Memory
 from cptv_ao.running import call
 from cptv_ao.twin import Twin, disagreement
 
@@ -191,16 +192,20 @@ def test_the_twin_is_what_the_kernels_are_and_cuts_change_nothing(front: Callabl
     assert torch.equal(batch.args[0], batches[0])
 
 
-def test_what_cannot_be_followed_is_refused() -> None:
-    """Whether `contiguous` copies depends on the layout: what x is afterwards cannot be told."""
+@pytest.mark.parametrize("other", ["contiguous", "float", "flatten"])
+def test_what_cannot_be_followed_is_said(other: str) -> None:
+    """Whether these copy depends on layout and dtype: what x is afterwards cannot be told, if it is read."""
 
-    def uncertain(net: Any, x: Tensor) -> Tensor:
-        y = x.contiguous().exp_()
-        return x.sin() + y
+    class Uncertain(nn.Module):
+        def forward(self, x: Tensor, read: bool) -> Tensor:
+            y = getattr(x, other)().exp_()
+            return x.sin() + y if read else y
 
-    converted = convert_fx(prepared(uncertain)[1])
-    with pytest.raises(cptv_ao.UnsupportedModelError, match=r"exp_: .*what becomes of all that shares the memory"):
-        Twin(Backend(converted))
+    for read in (True, False):
+        graph = torch.fx.symbolic_trace(Uncertain(), {"read": read}).graph
+        written = next(node for node in graph.nodes if node.target == "exp_")
+        changed = Memory(graph.nodes, lambda node: None).changed_by(written)
+        assert (changed is None) == read
 
 
 def test_an_unknown_module_that_writes_what_is_read_later_is_refused() -> None:
