@@ -64,7 +64,7 @@ def _is_known_module(module: nn.Module) -> bool:
 
 def written(node: Node, held: Any) -> Node | None:
     """The input that a node certainly works in place on; None where there is none, or nothing is known."""
-    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    first = first_input(node)
     if node.op == "call_method":
         name = str(node.target)
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
@@ -89,6 +89,12 @@ def written(node: Node, held: Any) -> Node | None:
     by_name = name.endswith("_") and not name.endswith("__") and not isinstance(target, torch._ops.OpOverload)
     in_place = target in _OUT_OF_PLACE or target is operator.setitem or by_name or argument_of(node, "inplace", False)
     return first if in_place else None
+
+
+def first_input(node: Node) -> Node | None:
+    """What a node is given first, by place or by name."""
+    first = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
+    return first if isinstance(first, Node) else None
 
 
 def argument_of(node: Node, name: str, default: Any = None) -> Any:
@@ -131,6 +137,18 @@ def out_of_place(target: Any) -> Any:
         return getattr(packet, target._overloadname, None)
     name = getattr(target, "__name__", "").removesuffix("_")
     return next((found for room in (torch, functional) if (found := getattr(room, name, None)) is not None), None)
+
+
+def without_out(target: Any) -> Any:
+    """The function or op without its argument `out`; None where torch has none."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+
+    def types(op: Any) -> list[str]:
+        return [str(a.type) for a in op._schema.arguments if a.alias_info is None or not a.alias_info.is_write]
+
+    others = (op for op in overloads(target.overloadpacket) if len(types(op)) == len(op._schema.arguments))
+    return next((op for op in others if types(op) == types(target)), None)
 
 
 def with_item(value: Any, index: Any, item: Any) -> Any:

@@ -6,7 +6,7 @@ What is a view torch says itself, in the schemas of its ops.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from cptv_ao.inplace import DROPOUT_FUNCTIONS, DROPOUTS, is_known, may_write, overloads, written
+from cptv_ao.inplace import DROPOUT_FUNCTIONS, DROPOUTS, first_input, is_known, may_write, overloads, written
 
 #: The module of a call_module node, None of others.
 Held = Callable[[Node], Any]
@@ -31,16 +31,18 @@ _LISTS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes", "hspli
 
 
 @dataclass(frozen=True)
-class Through:
-    """A value in whose memory a node has written through a view of it.
+class Changed:
+    """A value that is another once a node has written in place.
 
     Attributes:
         node: the value.
-        steps: the nodes from it to what was written; none: it is the very same tensor.
+        steps: the nodes from it to the view of it that was written into; none: it is the very same tensor.
+        source: the value that it is made of, again, where it is no part of that way; it comes before this one.
     """
 
     node: Node
-    steps: tuple[Node, ...]
+    steps: tuple[Node, ...] = ()
+    source: Node | None = None
 
 
 class Memory:
@@ -56,6 +58,7 @@ class Memory:
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._held = held
         self._sources = {node: _viewed(node, held) for node in self._nodes}
+        self._writers = [node for node in self._nodes if may_write(node, held(node))]
         self._roots: dict[Node, frozenset[Node]] = {}
         for node in self._nodes:
             above = [self._roots[source] for source in self._sources[node]]
@@ -71,53 +74,51 @@ class Memory:
         for root in (root for node in nodes for root in self._roots[node]):
             seen[root] = seen.get(root, 0) + 1
         twice = {root for root, count in seen.items() if count > 1}
-        return bool(twice) and any(
-            twice & self._roots[source]
-            for node in self._nodes[at:]
-            if may_write(node, self._held(node))
-            for source in node.all_input_nodes
-        )
+        later = (node for node in self._writers if self._index[node] >= at) if twice else ()
+        return any(twice & self._roots[source] for node in later for source in node.all_input_nodes)
 
-    def written_through(self, node: Node) -> Iterator[Through] | None:
-        """The values that are others once an in-place node has run, if they are read after it.
-
-        None where it cannot be told what they are then.
-        """
+    def changed_by(self, node: Node) -> list[Changed] | None:
+        """The values that are others once an in-place node has run; None where one of them is read later, and it cannot
+        be told what it is then."""
         target = written(node, self._held(node))
         assert target is not None
         above = self._above(target)
-        if above is None:
+        if above is None or above[-1].node.op == "get_attr":  # the model's own: another value in each run
             return None
-        known = {through.node: through for through in above}
-        if above[-1].node.op == "get_attr":  # the model's own: another value in each run
-            return None
-        path = {above[0].node, *(step for through in above for step in through.steps)}
-        found = []
+        found = {change.node: change for change in above}
+        path = {target, *(step for change in above for step in change.steps)}
         for other in self._family(target, node):
-            if not self._later(other, node) or self._apart(other, path, node):
-                continue
-            if other not in known or self._is_list(other):
+            read = self._later(other, node) and not self._apart(other, path, node)
+            if other not in found and (change := self._made_again(other, found)) is not None:
+                found[other] = change
+            if read and (other not in found or (self._is_list(other) and found[other].source is None)):
                 return None
-            found.append(known[other])
-        return iter(found)
+        return [change for change in found.values() if change.source is not None or not self._is_list(change.node)]
 
-    def _above(self, target: Node) -> list[Through] | None:
+    def _made_again(self, node: Node, changed: Container[Node]) -> Changed | None:
+        """A value of which nothing but its source was written: a view, or the very same tensor."""
+        sources = self._sources[node]
+        if len(sources) != 1 or sources[0] not in changed:
+            return None
+        return Changed(node, (), sources[0]) if self.is_same(node) or self._is_view(node) else None
+
+    def _above(self, target: Node) -> list[Changed] | None:
         """What is written into, what it is a view of, and so on; None where a step is not certain to be a view."""
-        found, steps = [Through(target, ())], tuple[Node, ...]()
+        found, steps = [Changed(target)], tuple[Node, ...]()
         certain = True
         node = target
         while sources := self._sources[node]:
             if len(sources) > 1 or not is_known(node, self._held(node)):
                 return None
-            if not self._is_same(node):
+            if not self.is_same(node):
                 certain = certain and self._is_view(node)
                 steps = (node, *steps)
             node = sources[0]
-            found.append(Through(node, steps))
+            found.append(Changed(node, steps))
         return found if certain or not self._later_any(found[1:], target) else None
 
-    def _later_any(self, above: Sequence[Through], target: Node) -> bool:
-        return any(self._later(through.node, target) for through in above)
+    def _later_any(self, above: Sequence[Changed], target: Node) -> bool:
+        return any(self._later(change.node, target) for change in above)
 
     def _family(self, source: Node, before: Node) -> list[Node]:
         roots = self._roots[source]
@@ -126,7 +127,7 @@ class Memory:
     def _later(self, node: Node, than: Node) -> bool:
         return any(self._index[user] > self._index[than] for user in node.users)
 
-    def _is_same(self, node: Node) -> bool:
+    def is_same(self, node: Node) -> bool:
         """Whether a node's value is the very tensor that it was given."""
         module = self._held(node)
         if written(node, module) is not None:
@@ -137,7 +138,7 @@ class Memory:
         """Whether a node is certain to give a view, which can be made again of another tensor."""
         if node.op == "call_module" or _name(node) in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
             return False
-        return node.all_input_nodes == [node.args[0]] and _plain_index(node)
+        return bool(node.args) and node.all_input_nodes == [node.args[0]] and _plain_index(node)
 
     @staticmethod
     def _is_list(node: Node) -> bool:
@@ -179,7 +180,8 @@ def _viewed(node: Node, held: Held) -> list[Node]:
         return [target]
     if not is_known(node, module):
         return list(node.all_input_nodes)
-    first = [node.args[0]] if node.args and isinstance(node.args[0], Node) else []
+    given = first_input(node)
+    first = [] if given is None else [given]
     if node.op == "call_module":
         return first if any(isinstance(part, _VIEWING_MODULES) for part in module.modules()) else []
     if node.op == "call_function" and node.target is getattr:

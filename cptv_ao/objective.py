@@ -75,3 +75,4 @@ def _others(teacher: Tensor) -> Iterator[Tensor]:
     yield -teacher
     yield 3 * spread * noise
     yield teacher * 2 + spread
+    yield teacher + 1e6 * spread * noise  # a loss may tolerate much

@@ -60,7 +60,9 @@ def test_an_invalid_value_is_refused_by_name(name: str, value: Any) -> None:
         RefineConfig(**{name: value})
 
 
-@pytest.mark.parametrize("value", ["kl", "infonce", "soft_infonce", "mse", "cosine", lambda a, b: (a - b).abs().mean()])
+@pytest.mark.parametrize(
+    "value", ["auto", "kl", "infonce", "soft_infonce", "mse", "cosine", lambda a, b: (a - b).abs().mean()]
+)
 def test_every_loss_is_accepted(value: Any) -> None:
     assert RefineConfig(loss=value).loss is value
 

@@ -13,8 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.ops import op_name
 from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, written
-from cptv_ao.memory import Memory, Through
+from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
+from cptv_ao.memory import Changed, Memory
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
 from cptv_ao.twin.writes import OnCopies, WithPart
@@ -34,6 +34,7 @@ class Builder(ABC):
         self.sites: dict[str, SiteModule] = {}
         self.nodes: dict[str, Node] = {}
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
+        self._made: dict[str, Node] = {}  # what first gave a value that was written into later
         activations = (site for site in backend.sites.values() if site.kind == "activation")
         self._activation = {node: site.name for site in activations for node in site.nodes}
 
@@ -76,22 +77,30 @@ class Builder(ABC):
         if not is_known(node, held) and name in self._owned and not _on_scales(self._owned[name]):
             self._owned[name] = OnCopies(self._owned[name], node.name, memory.read_later(node))
         elif written(node, held) is not None:
-            changed = memory.written_through(node)
+            changed = memory.changed_by(node)
             if changed is None:
                 raise UnsupportedModelError(
                     f"{node.name}: the float twin does not know what becomes of all that shares the memory that "
                     f"{node.target} writes in place and is read later",
                     node.name,
                 )
-            for through in changed:
-                self.nodes[through.node.name] = self._with_part(through, new) if through.steps else new
+            for change in changed:
+                self.nodes[change.node.name] = self._changed(change, new, memory)
 
-    def _with_part(self, through: Through, part: Node) -> Node:
-        """A copy of a value with a part of it replaced."""
-        name = f"{through.node.name}_with_{part.name}"
-        self._owned[name] = WithPart(through.steps)
-        whole = self.nodes[through.node.name]
-        return self._graph.create_node("call_module", name, (whole, part), name=name)
+    def _changed(self, change: Changed, part: Node, memory: Memory) -> Node:
+        """A value that has a part of it replaced, or is made again of one that has."""
+        old = self.nodes[change.node.name]
+        made = self._made.setdefault(change.node.name, old)
+        if change.source is not None:
+            source = self.nodes[change.source.name]
+            if memory.is_same(change.node):
+                return source
+            return self._graph.create_node(made.op, made.target, (source, *made.args[1:]), dict(made.kwargs))
+        if not change.steps:
+            return part
+        name = f"{old.name}_with_{part.name}"
+        self._owned[name] = WithPart(change.steps)
+        return self._graph.create_node("call_module", name, (old, part), name=name)
 
     def _pure(self, node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """The call of a node, out of place: what is called, positional and keyword arguments.
@@ -106,7 +115,9 @@ class Builder(ABC):
                 kwargs["inplace"] = False
             else:
                 args[parameters(target).index("inplace")] = False
-        elif "out" not in node.kwargs and written(node, self._held(node)) is not None:
+        elif "out" in node.kwargs:
+            target = without_out(target)
+        elif written(node, self._held(node)) is not None:
             target = out_of_place(target)
         if target is None:
             raise UnsupportedModelError(
