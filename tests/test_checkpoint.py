@@ -7,7 +7,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from conftest import Case
 from safetensors.torch import load_file
 from small import small_config
-from test_saved import changed
+from test_saved import changed, check_damaged, flipped
 
 import cptv_ao
 from cptv_ao.checkpoint import Checkpoint
@@ -230,6 +233,226 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(conv: Case, tmp_pat
     with pytest.raises(cptv_ao.CptvError, match=r"not the checkpoint of a search|scale must be finite and > 0"):
         refine(conv, path)
     assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+def odd_seconds(_: Any, data: dict[str, Any]) -> None:
+    data["seconds"] = float("nan")
+
+
+def odd_step(_: Any, data: dict[str, Any]) -> None:
+    next(iter(data["step_sizes"].values()))["weights"] = -1.0
+
+
+def odd_shift(tensors: dict[str, Any], _: Any) -> None:
+    tensors["now/fc1.weight/shift"] = torch.ones(3, 3, dtype=torch.int8)
+
+
+def odd_correction(tensors: dict[str, Any], _: Any) -> None:
+    tensors["now/fc1.weight/correction"] = torch.ones(7)
+
+
+@pytest.mark.parametrize("change", [odd_seconds, odd_step, odd_shift, odd_correction])
+def test_what_cannot_be_is_refused(conv: Case, tmp_path: Path, change: Any) -> None:
+    test_a_damaged_checkpoint_is_refused_and_changes_nothing(conv, tmp_path, change)
+
+
+# Files that are whole, and lie
+
+
+def doubled(tensors: dict[str, Any], prefix: str) -> None:
+    for key in tensors:
+        if key.startswith(prefix) and key.endswith("weight/scale"):
+            tensors[key] = tensors[key] * 2
+
+
+def worse_best(tensors: dict[str, Any], _: Any) -> None:
+    doubled(tensors, "best/")
+
+
+def worse_now(tensors: dict[str, Any], _: Any) -> None:
+    doubled(tensors, "now/")
+
+
+def lower_best(_: Any, data: dict[str, Any]) -> None:
+    for losses in (data["losses"]["best"], *[point for point in data["history"] if point["kept"]][1:]):
+        losses["search"] *= 0.5
+
+
+def lower_now(_: Any, data: dict[str, Any]) -> None:
+    data["losses"]["now"] *= 0.5
+
+
+def lower_start(_: Any, data: dict[str, Any]) -> None:
+    data["losses"]["start"]["search"] = data["history"][0]["search"] = 1e9
+
+
+def other_history(_: Any, data: dict[str, Any]) -> None:
+    data["history"][-1]["search"] = data["history"][0]["search"] = 0.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"score_on": "simulation"}])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (worse_best, "its scales are not what it says: best"),
+        (worse_now, "its scales are not what it says: best"),
+        (lower_best, "its scales are not what it says: best"),
+        (lower_now, "its scales are not what it says: best"),
+        (lower_start, "it started from another loss"),
+        (other_history, "expected a history from the start's losses to the best ones"),
+    ],
+)
+def test_scales_are_scored_again_before_they_count(
+    conv: Case, tmp_path: Path, change: Any, told: str, settings: dict[str, Any]
+) -> None:
+    path = tmp_path / "search"
+    refine(conv.copy(), path, **settings)
+    changed(path, change)
+    given = conv.converted(conv.batches[0])
+    with pytest.raises(cptv_ao.ScalesFileError, match=f"search: .*{told}.*delete it to search from the start"):
+        refine(conv, path, **settings)
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+def test_a_file_that_is_right_about_worse_scales_is_refused(conv: Case, tmp_path: Path) -> None:
+    """Not one word of it is wrong: but never worse holds."""
+    from cptv_ao.backends.backend import Backend
+    from cptv_ao.weights import find_float_weights
+
+    path, spoilt = tmp_path / "search", conv.copy()
+    settings: dict[str, Any] = {"gradient_steps": 0, "population": (), "equalize": False, "passes": 1}
+    refine(conv.copy(), path, **settings)
+    backend = Backend(spoilt.converted)
+    find_float_weights(backend, spoilt.float_model)
+    qparams = backend.read("fc1.weight")
+    backend.write("fc1.weight", replace(qparams, scale=qparams.scale * 50))
+    refine(spoilt, None, **settings, max_evaluations=0)
+    losses = cptv_ao.report(spoilt.converted).before
+
+    def worse(tensors: dict[str, Any], data: dict[str, Any]) -> None:
+        tensors.clear()
+        for where in ("best", "now"):
+            tensors[f"{where}/fc1.weight/scale"] = qparams.scale * 50
+            tensors[f"{where}/fc1.weight/zero_point"] = qparams.zero_point.clone()
+        found = {"search": losses.search, "holdout": losses.holdout}
+        data["losses"] |= {"best": found, "now": losses.search}
+        data["best_is_given"] = False
+        data["history"].append({**data["history"][0], **found})
+
+    changed(path, worse)
+    given = conv.converted(conv.batches[0])
+    with pytest.raises(cptv_ao.ScalesFileError, match="its scales are worse than the given ones"):
+        refine(conv, path, **settings)
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+def test_a_checkpoint_with_one_bit_turned_is_refused(conv: Case, tmp_path: Path) -> None:
+    path = tmp_path / "search"
+    with pytest.raises(Killed):
+        refine(conv.copy(), path, kill_at=8)
+    whole, given = path.read_bytes(), conv.converted(conv.batches[0])
+    check_damaged(whole)
+    for bad in list(flipped(whole, 100, seed=3))[-4:]:
+        path.write_bytes(bad)
+        with pytest.raises(cptv_ao.ScalesFileError, match=r"search: .*delete it to search from the start"):
+            refine(conv, path)
+    assert torch.equal(conv.converted(conv.batches[0]), given)
+
+
+# Settings: what a search was started with
+
+
+def square(candidate: torch.Tensor, teacher: torch.Tensor, power: float = 2.0) -> torch.Tensor:
+    return (candidate - teacher).abs().pow(power).mean()
+
+
+class Weighted:
+    def __init__(self, weight: float) -> None:
+        self.weight = torch.tensor([weight])
+
+    def __call__(self, candidate: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return (candidate - teacher).square().mean() * self.weight.sum()
+
+    def measure(self, candidate: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return self(candidate, teacher)
+
+
+class Huber(torch.nn.Module):
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.inner = torch.nn.SmoothL1Loss(beta=beta)
+
+    def forward(self, candidate: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return self.inner(candidate, teacher)
+
+
+LOSSES: dict[str, tuple[Any, Any]] = {
+    "partial": (lambda: partial(square, power=2.0), lambda: partial(square, power=2.5)),
+    "object": (lambda: Weighted(1.0), lambda: Weighted(2.0)),
+    "bound method": (lambda: Weighted(1.0).measure, lambda: Weighted(2.0).measure),
+    "module": (lambda: Huber(1.0), lambda: Huber(0.5)),
+    "module of torch": (lambda: torch.nn.SmoothL1Loss(beta=1.0), lambda: torch.nn.SmoothL1Loss(beta=0.5)),
+    "default": (lambda: lambda c, t, k=1.0: k * (c - t).square().mean(), lambda: lambda c, t, k=2.0: k * square(c, t)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_loss_of_the_users_own_is_known_again(conv: Case, tmp_path: Path, kind: str) -> None:
+    make, other = LOSSES[kind]
+    refine(conv.copy(), tmp_path / "search", loss=make())
+    assert not [e for e in refine(conv.copy(), tmp_path / "search", loss=make()) if e.kind == "candidate"]
+    with pytest.raises(
+        cptv_ao.ScalesFileError, match=r"another config: loss is \S+ \(\w{16}\) there and \S+ \(\w{16}\) here"
+    ):
+        refine(conv, tmp_path / "search", loss=other())
+
+
+def site_by_site(sites: Any) -> dict[str, str]:
+    names = [site.name for site in sites]
+    return dict(zip(names, names, strict=True))
+
+
+def test_blocks_count_by_what_they_are(conv: Case, tmp_path: Path) -> None:
+    refine(conv.copy(), tmp_path / "search", blocks=lambda sites: {site.name: site.name for site in sites})
+    by_other_words = refine(conv.copy(), tmp_path / "search", blocks=site_by_site)
+    assert not [event for event in by_other_words if event.kind == "candidate"]
+    with pytest.raises(cptv_ao.ScalesFileError, match=r"another config: blocks is .* blocks .* there and 1 blocks"):
+        refine(conv.copy(), tmp_path / "search", blocks=lambda sites: {site.name: "all" for site in sites})
+    refine(conv.copy(), tmp_path / "default")
+    refine(conv, tmp_path / "default", blocks=cptv_ao.blocks_by_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "told"), [("there", "1 there and no setting here"), ("here", "no setting there and")]
+)
+def test_settings_of_another_version_are_named(conv: Case, tmp_path: Path, where: str, told: str) -> None:
+    def change(_: Any, data: dict[str, Any]) -> None:
+        config = data["fingerprint"]["config"]
+        if where == "there":
+            config["of_a_newer_version"] = "1"
+        else:
+            del config["racing"]
+
+    refine(conv.copy(), tmp_path / "search")
+    changed(tmp_path / "search", change)
+    name = "of_a_newer_version" if where == "there" else "racing"
+    with pytest.raises(cptv_ao.ScalesFileError, match=f"another config: {name} is {told}"):
+        refine(conv, tmp_path / "search")
+
+
+def test_what_cannot_be_compared_is_told(conv: Case, tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def loss(candidate: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        with lock:
+            return square(candidate, teacher)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cptv_ao.CptvWarning)
+        refine(conv.copy(), tmp_path / "search", loss=loss)
+    with pytest.warns(cptv_ao.CptvWarning, match=r"cannot be compared .* \(_thread.lock\); it goes on") as told:
+        refine(conv, tmp_path / "search", loss=loss)
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("damage", ["descent/leaf/0", "descent/adam/0/exp_avg", "course", "random"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import nets
 import pytest
 import torch
 from conftest import Case
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small import small_config
+from state import weights
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.saved import read_file, write_file
+from cptv_ao.saved import parse_file, read_file, write_file
 
 
 def refined(case: Case) -> Tensor:
@@ -135,6 +138,81 @@ def test_a_garbled_file_is_refused(conv: Case, tmp_path: Path, content: bytes) -
     (tmp_path / "scales").write_bytes(content)
     with pytest.raises(cptv_ao.ScalesFileError, match="not a whole safetensors file"):
         cptv_ao.load_scales(conv.converted, tmp_path / "scales")
+
+
+def flipped(whole: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """One bit turned: each of the first bytes, then any, the header as often as the tensors."""
+    draw = random.Random(seed)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = list(range(24)) * 8 + [
+        draw.randrange(*draw.choice([(header,), (header, len(whole))])) for _ in range(count)
+    ]
+    for number, place in enumerate(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (number // 24 if number < 192 else draw.randrange(8))
+        yield bytes(damaged)
+
+
+def check_damaged(content: bytes) -> None:
+    """Every way to damage a file is refused, and told as such."""
+    parse_file(content, "whole")
+    damaged = [*flipped(content, 400, seed=1), content + b"x", content * 2, content + bytes(4096), content[8:]]
+    damaged += [content[:size] for size in range(0, len(content), 97)]
+    damaged += [content.replace(b"cptv_ao", b"cptv_xx"), content.lower(), content.upper(), content[::-1]]
+    for number, bad in enumerate(damaged):
+        with pytest.raises(cptv_ao.ScalesFileError) as told:
+            parse_file(bad, f"file {number}")
+        assert str(told.value).startswith(f"file {number}: "), "the package's own words"
+
+
+def test_a_file_with_one_bit_turned_is_refused(conv: Case, tmp_path: Path) -> None:
+    cptv_ao.save_scales(conv.converted, tmp_path / "scales")
+    whole, given = (tmp_path / "scales").read_bytes(), weights(conv.converted)
+    check_damaged(whole)
+    for bad in flipped(whole, 20, seed=2):
+        (tmp_path / "scales").write_bytes(bad)
+        with pytest.raises(cptv_ao.ScalesFileError):
+            cptv_ao.load_scales(conv.converted, tmp_path / "scales")
+    assert weights(conv.converted) == given
+
+
+def test_the_same_scales_are_the_same_file(conv: Case, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        cptv_ao.save_scales(conv.converted, tmp_path / name)
+    content = (tmp_path / "a").read_bytes()
+    assert content == (tmp_path / "b").read_bytes()
+    read_elsewhere = load_file(tmp_path / "a")
+    assert torch.equal(read_elsewhere["fc1.weight.codes"], conv.converted.fc1.weight().int_repr())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_files_without_a_checksum_are_refused(tmp_path: Path, number: int) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "old", {"cptv_ao": json.dumps({"version": number, "sites": []})})
+    with pytest.raises(cptv_ao.ScalesFileError, match=f"expected version 4, got {number}; save it again"):
+        read_file(tmp_path / "old")
+    save_file({"a": torch.ones(3)}, tmp_path / "old", {"cptv_ao": json.dumps({"version": 4, "sites": []})})
+    with pytest.raises(cptv_ao.ScalesFileError, match="checksum"):
+        read_file(tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"3",
+        b"null",
+        b'{"__metadata__": 3}',
+        b'{"__metadata__": {"cptv_ao": 3}}',
+        b'{"__metadata__": {"cptv_ao": "["}}',
+        b'{"__metadata__": {"cptv_ao": "' + b"[" * 100_000 + b'"}}',
+        b"[" * 100_000,
+        b'{"__metadata__": {"cptv_ao": "{\\"version\\": 4}"}}',
+    ],
+)
+def test_odd_headers_are_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "odd").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(cptv_ao.ScalesFileError, match="odd: "):
+        read_file(tmp_path / "odd")
 
 
 def test_a_file_of_something_else_is_refused(conv: Case, tmp_path: Path) -> None:
