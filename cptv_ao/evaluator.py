@@ -155,7 +155,7 @@ class Evaluator:
     def outputs(self) -> list[Tensor]:
         """The compared outputs per batch, (N, C) each; of this rank's batches."""
         with torch.inference_mode():
-            return [self._output(i) for i in range(len(self._batches)) if self._world.mine(i)]
+            return [self._output(i).clone() for i in range(len(self._batches)) if self._world.mine(i)]
 
     def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
         """The summed losses of these batches, each scored by the rank that holds it."""
@@ -221,5 +221,5 @@ def teacher_outputs(
             output = compared(run(teacher, batch, index), select)
             if not bool(torch.isfinite(output).all()):
                 raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
-            outputs[index] = output
+            outputs[index] = output.clone()  # a model may return a buffer of its own, and write into it again
     return world.share(outputs)

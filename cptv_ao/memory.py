@@ -8,7 +8,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -203,9 +204,14 @@ def _returns_views(node: Node, name: str) -> bool:
     """What torch says of its op of this name."""
     if node.op not in ("call_function", "call_method"):
         return False
-    ops = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
-    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not ops else None
-    if isinstance(packet, torch._ops.OpOverloadPacket):
-        ops = overloads(packet)
-    returned = [result.alias_info for op in cast(Any, ops) for result in op._schema.returns]
+    return _is_viewing(node.target if isinstance(node.target, torch._ops.OpOverload) else name)
+
+
+@cache
+def _is_viewing(op: Any) -> bool:
+    ops = [op]
+    if isinstance(op, str):
+        packet = getattr(torch.ops.aten, op, None) if op.isidentifier() else None
+        ops = overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    returned = [result.alias_info for found in ops for result in found._schema.returns]
     return any(info is not None and not info.is_write for info in returned)

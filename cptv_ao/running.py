@@ -3,8 +3,9 @@ whatever runs here, float, prepared, quantized, compiled or a twin, the batch is
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +21,10 @@ def copied(value: Any) -> Any:
     """The same with a copy of each tensor in it."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        other = copy.copy(value)  # of its own type
+        other.update({key: copied(item) for key, item in value.items()})
+        return other
     if not isinstance(value, (list, tuple)):
         return value
     make = getattr(value, "_make", type(value))  # of a named tuple
@@ -30,7 +33,7 @@ def copied(value: Any) -> Any:
 
 def own_inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of the inputs of a batch, positional and by keyword."""
-    return copied(batch.args), copied(batch.kwargs)
+    return copied(batch.args), copied(dict(batch.kwargs))
 
 
 def call(model: Callable[..., Any], batch: Batch) -> Any:

@@ -20,11 +20,12 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.codes import count_codes
 from cptv_ao.data import Batch
-from cptv_ao.evaluator import Evaluator
+from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.losses import kl, mse
 from cptv_ao.memory import Memory
 from cptv_ao.running import call
 from cptv_ao.twin import Twin, disagreement
+from cptv_ao.twin.saturation import saturating_inputs
 
 SETTINGS: dict[str, Any] = {"population": ("output_error", "ranges", "biases"), "gradient_steps": 4, "loss": "auto"}
 
@@ -43,6 +44,7 @@ class Writing(nn.Module):
         super().__init__()
         self.front = front
         self.first, self.second, self.inner = nn.Linear(16, 24), nn.Linear(24, 6), nn.Linear(16, 16)
+        self.outer = nn.Linear(16, 16)
         self.elu, self.nested = nn.ELU(inplace=True), nn.Sequential(nn.SiLU(inplace=True))
         self.same, self.drop, self.doubling = nn.Identity(), nn.Dropout(inplace=True), Doubling()
 
@@ -147,9 +149,16 @@ def quantized(net: Any, x: Tensor) -> Tensor:
     return z + y
 
 
+def layer_behind_view(net: Any, x: Tensor) -> Tensor:
+    y = net.inner(x)
+    view = y.view(-1, 16)
+    functional.relu(y, inplace=True)
+    return net.outer(view) + y
+
+
 FRONTS = (
     normalised, other_name, result_and_input, function, argument, out, module, nested, unknown, through_view,
-    under_view, chunks, chunked, view_of_view, views_again, dropout, quantized,
+    under_view, chunks, chunked, view_of_view, views_again, dropout, quantized, layer_behind_view,
 )  # fmt: skip
 
 
@@ -182,6 +191,7 @@ def test_the_twin_is_what_the_kernels_are_and_cuts_change_nothing(front: Callabl
     converted, batch = convert_fx(model), as_batch(batches[0])
     assert disagreement(converted, Twin(Backend(converted)), [batch]) < 1e-3
     assert torch.equal(batch.args[0], batches[0])
+    assert saturating_inputs(converted, Twin(Backend(converted)), batch) == {}
     evaluator = Evaluator(converted, [batch], [torch.zeros(12, 6)], mse)
     whole = evaluator.score()
     for node in converted.graph.nodes:
@@ -271,3 +281,21 @@ def test_the_twin_of_an_exported_graph(pt2e: Any, front: Callable[[Any, Tensor],
         cptv_ao.refine(converted, batches, float_model=net, config=small_config(**SETTINGS), progress=False)
         told = cptv_ao.report(converted).after.search
         assert told == pytest.approx(true_loss(converted, net, batches), rel=1e-4)
+
+
+class Buffered(nn.Module):
+    """Returns the same tensor each time, with other numbers in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.held = inner, torch.zeros(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held.copy_(self.inner(x))
+
+
+def test_a_teacher_that_writes_into_its_last_output() -> None:
+    net, _, batches = prepared(module)
+    wanted = [call(net, as_batch(batch)) for batch in batches]
+    found = teacher_outputs(Buffered(net), [as_batch(batch) for batch in batches])
+    assert all(map(torch.equal, found, wanted))

@@ -65,6 +65,8 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
             if not isinstance(layer, Weighted) or layer not in sources:
                 continue
+            if any(given.name not in recorder.values for given in node.all_input_nodes):
+                continue  # of a value that was written in place, which the kernels have under another name
             given = map_arg(node.args, lambda n: lift(recorder.values[n.name]))
             wanted = layer(*given)
             got = recorder.values[node.name].int_repr()
