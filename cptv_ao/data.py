@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -59,7 +60,7 @@ class Batch:
         ends = pairwise(self.images * i // count for i in range(count + 1))
         return [(self.rows(i, j), slice(i * self.per_image, j * self.per_image)) for i, j in ends]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[Path, Tensor]:
         """All that are among the inputs, by where they stand."""
         found = (*leaves(self.args), *leaves(self.kwargs))
@@ -113,7 +114,7 @@ def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None =
         images, size = images + batch.images, size + batch.bytes
         if limit is not None and images >= limit:
             break
-        if index >= told and (images > _IMAGES or size > _BYTES):
+        if limit is None and index >= told and (images > _IMAGES or size > _BYTES):
             raise CalibrationDataError(
                 f"calib_loader: expected an end, got {images} images ({size / 2**30:.2g} GiB) in {index + 1} batches "
                 f"so far, {'more than its length' if told else 'and it has no length'}; all are held in memory and "

@@ -15,8 +15,29 @@ from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 
 import cptv_ao
+from cptv_ao import data
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.homes import ModuleWeightHome
+from cptv_ao.codes import count_codes
+
+
+class Endless:
+    """A loader that gives one batch for ever, and counts how often it did."""
+
+    def __init__(self, batch: Tensor) -> None:
+        self.batch, self.read = batch, 0
+
+    def __iter__(self) -> Any:
+        while True:
+            self.read += 1
+            yield self.batch
+
+
+class EndlessWithLength(Endless):
+    """One that says that there are two."""
+
+    def __len__(self) -> int:
+        return 2
 
 
 def check(error: type[Exception], match: str, model: Any, loader: Any, **arguments: Any) -> Any:
@@ -181,10 +202,73 @@ def test_a_loss_that_is_not_finite_at_the_start(conv: Case) -> None:
         ([torch.ones(4, 3, 8, 8)] * 2, r"batch 0: the model failed on inputs of shape \[\(4, 3, 8, 8\)\]"),
         ([{"images": torch.ones(4, 3, 16, 16)}] * 2, "batch 0: the model failed .* unexpected keyword argument"),
         ([torch.ones(1, 3, 16, 16)], "calib_loader: expected at least 2 images, got 1; one part is held out"),
+        ([torch.ones(4, 3, 16, 16).numpy()], r"batch 0: expected a tensor, got a numpy array; give torch.from_numpy"),
+        ([[1.0, 2.0]], "calib_loader, batch 0: expected a tensor, .* got list"),
+        ([{"x": torch.ones(4, 3, 16, 16).numpy()}], "batch 0, input 'x': expected a tensor, got a numpy array"),
+        ([{"x": 3}], "calib_loader, batch 0: expected a tensor, .* got dict"),
+        ([{"x": torch.tensor(3.0)}], r"batch 0: expected a batch dimension .* shape \(\)"),
+        ([{3: torch.ones(4, 3, 16, 16)}], "batch 0: the model failed on inputs .* keywords must be strings"),
+        ([torch.ones(4, 3, 16, 16).to_sparse()], r"batch 0: expected a dense tensor .* torch.sparse_coo; .*to_dense"),
+        ([torch.ones(4, 768).to_sparse_csr()], "batch 0: expected a dense tensor .* torch.sparse_csr"),
+        ([torch.ones(4, 3, 16, 16).to_mkldnn()], "batch 0: expected a dense tensor .* torch._mkldnn"),
+        ([torch.ones(4, 3, 16, 16, device="meta")], "batch 0: .* on the meta device, which holds no numbers"),
+        ([torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(3, 5)])], "batch 0: .* nested one; pad"),
+        (
+            [torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)], layout=torch.jagged)],
+            "batch 0: .* nested one; pad",
+        ),
+        (
+            [torch.quantize_per_tensor(torch.ones(4, 3, 16, 16), 0.1, 0, torch.quint8)],
+            r"batch 0: .* a quantized one \(torch.quint8\); give tensor.dequantize\(\)",
+        ),
+        ([torch.masked.masked_tensor(torch.ones(4, 3), torch.ones(4, 3) > 0)], "batch 0: .* a MaskedTensor, which is"),
+        ([torch.full((4, 3), complex(0, float("nan")))], "batch 0: the input holds NaN or inf"),
+        ([torch.full((4, 3), float("nan")).to(torch.float8_e4m3fn)], "batch 0: the input holds NaN or inf"),
+        ([torch.ones(4, 3, 16, 16).cfloat()] * 2, "batch 0: the model failed on inputs"),
+        (
+            [{"x": [torch.ones(4, 3), torch.full((4, 3), float("nan"))]}],
+            "batch 0, input 'x': the input holds NaN or inf",
+        ),
+        (
+            [{"x": torch.ones(4, 3, 16, 16), "mask": None}, {"x": torch.ones(4, 3, 16, 16), "mask": torch.ones(4)}],
+            "batch 1: its inputs differ from those of batch 0: a tensor at mask in one of them",
+        ),
     ],
 )
 def test_a_bad_loader(conv: Case, loader: Any, match: str) -> None:
     check(cptv_ao.CalibrationDataError, match, conv.converted, loader, float_model=conv.float_model)
+
+
+@pytest.mark.parametrize("kind", ["refine", "count_codes"])
+@pytest.mark.parametrize("length", [None, 2])
+def test_a_loader_without_an_end(conv: Case, monkeypatch: pytest.MonkeyPatch, length: int | None, kind: str) -> None:
+    """Read up to a limit, whatever it says of its length."""
+    monkeypatch.setattr(data, "_IMAGES", 40)
+    loader = Endless(conv.batches[0]) if length is None else EndlessWithLength(conv.batches[0])
+    told = "and it has no length" if length is None else "more than its length"
+    match = rf"calib_loader: expected an end, got 44 images .* in 11 batches so far, {told}; .*list\(itertools.islice\("
+    if kind == "refine":
+        check(cptv_ao.CalibrationDataError, match, conv.converted, loader, float_model=conv.float_model)
+    else:
+        with pytest.raises(cptv_ao.CalibrationDataError, match=match):
+            count_codes(conv.converted, "conv1.output", loader)
+    assert loader.read == 11
+    assert cptv_ao.diagnose(conv.converted, loader, float_model=conv.float_model, progress=False).images == 128
+
+
+def test_large_images_without_an_end(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_BYTES", 3 * conv.batches[0].nbytes)
+    loader = Endless(conv.batches[0])
+    match = r"expected an end, got 16 images \(4.6e-05 GiB\) in 4 batches so far"
+    check(cptv_ao.CalibrationDataError, match, conv.converted, loader, float_model=conv.float_model)
+
+
+def test_a_loader_that_fails_midway(conv: Case) -> None:
+    def loader() -> Any:
+        yield conv.batches[0]
+        raise ZeroDivisionError("in the user's code")
+
+    check(ZeroDivisionError, "in the user's code", conv.converted, loader(), float_model=conv.float_model)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "soft_infonce"])

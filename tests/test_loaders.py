@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from conftest import Case
 from small import small_config
 from state import weights
-from torch import Tensor
+from torch import Tensor, nn
 
 import cptv_ao
+from cptv_ao import data
 from cptv_ao.data import read_batches, split_batches
 
 
@@ -77,6 +79,87 @@ def test_a_loader_may_reuse_its_buffer(conv: Case, wanted: dict[str, Any]) -> No
         buffer.fill_(float("nan"))
 
     assert refined(conv, loader()) == wanted
+
+
+class Marked(Tensor):
+    """A subclass, as torchvision's tv_tensors are."""
+
+
+class TooShort(torch.utils.data.IterableDataset[Tensor]):
+    """Gives more, or fewer, batches than it says."""
+
+    def __init__(self, batches: list[Tensor], length: int) -> None:
+        self.batches, self.length = batches, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+class Lengthless(OneShot):
+    """Its length is nobody's business."""
+
+    def __len__(self) -> int:
+        raise RuntimeError("unknown")
+
+
+def test_kinds_of_the_same_tensors_give_the_same_scales(conv: Case, wanted: dict[str, Any]) -> None:
+    wide = [torch.stack([batch, batch.new_zeros(batch.shape)], -1)[..., 0] for batch in conv.batches]
+    assert not wide[0].is_contiguous()
+    assert refined(conv, wide) == wanted, "not contiguous"
+    assert refined(conv, [batch.clone().requires_grad_() * 1 for batch in conv.batches]) == wanted, "with a gradient"
+    assert refined(conv, [nn.Parameter(batch) for batch in conv.batches]) == wanted, "parameters"
+    assert refined(conv, [batch.as_subclass(Marked) for batch in conv.batches]) == wanted, "a subclass"
+    with torch.inference_mode():
+        frozen = [batch.clone() for batch in conv.batches]
+    assert refined(conv, frozen) == wanted, "inference tensors"
+
+
+def test_what_a_loader_says_of_its_length_is_not_believed(conv: Case, wanted: dict[str, Any]) -> None:
+    for length in (1, 9):
+        assert refined(conv, TooShort(conv.batches, length)) == wanted
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the DataLoader
+            assert refined(conv, torch.utils.data.DataLoader(TooShort(conv.batches, length), batch_size=None)) == wanted
+    assert refined(conv, Lengthless(conv.batches)) == wanted
+
+
+def test_expanded_tensors() -> None:
+    (batch,) = read_batches([torch.ones(1, 3).expand(5, 3)])
+    assert batch.args[0].is_contiguous()
+    assert type(read_batches([torch.ones(2, 3).as_subclass(Marked)])[0].args[0]) is Tensor
+
+
+def test_more_than_memory_should_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_IMAGES", 40)
+    with pytest.warns(
+        cptv_ao.CptvWarning, match="calib_loader: 11 batches of 4 images are being read, and held in mem"
+    ):
+        assert len(read_batches([torch.ones(4, 2)] * 11)) == 11
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_batches([torch.ones(4, 2)] * 10)
+        read_batches([torch.ones(4, 2)] * 11, limit=20)
+
+
+def test_reading_many_batches_looks_at_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How often a batch is asked for its images does not grow with the number of batches."""
+    asked = []
+
+    class Counting(data.Batch):
+        def __getattribute__(self, name: str) -> Any:
+            asked.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(data, "Batch", Counting)
+    costs = []
+    for count in (10, 100):
+        asked.clear()
+        read_batches([torch.ones(4, 2)] * count, limit=10_000)
+        costs.append(len(asked))
+    assert costs[1] < 11 * costs[0]
 
 
 def test_the_users_batches_are_not_written(conv: Case) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import shutil
@@ -149,6 +150,86 @@ def test_what_was_written_is_read_and_undone(model: GraphModule, float_model: nn
         assert not torch.equal(output(model), given), name
         backend.restore_all(before)
         assert torch.equal(output(model), given)
+
+
+class Deep(nn.Module):
+    """Many norms and linear layers, whose inputs can be centred."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU()) for _ in range(layers))
+        with torch.no_grad():
+            for block in self.blocks:
+                block[0].bias += torch.arange(8.0)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.flatten(1)[:, :8]
+        for block in self.blocks:
+            x = x + block(x)
+        return {"logits": x}
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """The graphs whose code was generated, each time that it was."""
+    seen: list[GraphModule] = []
+    recompile = GraphModule.recompile
+
+    def count(self: GraphModule) -> Any:
+        seen.append(self)
+        return recompile(self)
+
+    monkeypatch.setattr(GraphModule, "recompile", count)
+    return seen
+
+
+def test_code_is_generated_as_often_however_many_scales_are_written(
+    compilations: list[GraphModule], tmp_path: Path
+) -> None:
+    counts = []
+    for layers in (2, 8):
+        float_model = nets.seeded(lambda n=layers: Deep(n))
+        model = converted(float_model, xnnpack(), True)
+        fresh = copy.deepcopy(model)
+        compilations.clear()
+        report = refine(model, float_model, loss="mse", holdout=0.0)
+        assert len(report.moves) > layers
+        cptv_ao.save_scales(model, tmp_path / "scales")
+        cptv_ao.load_scales(fresh, tmp_path / "scales")
+        counts.append((compilations.count(model), compilations.count(fresh)))
+        assert torch.equal(output(fresh), output(model))
+        assert torch.equal(output(copy.deepcopy(model)), output(model)), "the code says what the graph says"
+    assert counts[0] == counts[1], counts
+    assert counts[1][1] == 1
+
+
+def test_code_and_graph_say_the_same_wherever_it_is_interrupted(
+    folded: GraphModule, float_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in one compilation of the graph after another: what was written is undone, in its code as well."""
+    given, code, recompile = output(folded), folded.code, GraphModule.recompile
+    stop, stopped = 1, True
+    while stopped:
+        left, stopped = stop, False
+
+        def interrupt(self: GraphModule) -> Any:
+            nonlocal left, stopped
+            left -= self is folded
+            if self is folded and left == 0:
+                stopped = True
+                raise KeyboardInterrupt
+            return recompile(self)
+
+        monkeypatch.setattr(GraphModule, "recompile", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            refine(folded, float_model)
+        if stopped:
+            assert folded.code == code
+            assert torch.equal(output(folded), given)
+            assert torch.equal(output(copy.deepcopy(folded)), given)
+        stop += 1
+    assert stop > 2, "it never compiled"
+    assert not torch.equal(output(folded), given)
 
 
 def test_refine_is_never_worse_and_keeps_its_word(model: GraphModule, float_model: nn.Module) -> None:
