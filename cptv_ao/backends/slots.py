@@ -39,6 +39,7 @@ class Slot:
         held: Any = self.owner._parameters
         if self.name in held:
             if not isinstance(value, nn.Parameter):
+                value = value.clone() if value.is_inference() else value
                 value = nn.Parameter(value, requires_grad=value.is_floating_point() and held[self.name].requires_grad)
         else:
             held = self.owner._buffers if self.name in self.owner._buffers else vars(self.owner)
