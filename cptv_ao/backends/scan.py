@@ -244,7 +244,11 @@ class _Scanner:
             self._weighted.append((node, name))
             self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
             return
-        weight = home.weight()
+        try:
+            weight = home.weight()
+        except RuntimeError:  # QNNPACK, of what it packs for three dimensions
+            self._unknown.append(f"{name} ({op}: this engine does not show its weight)")
+            return
         if not weight.is_quantized:  # float16, of dynamic linears
             self._weight_only.append(f"{name} ({op}, in float)")
             return
