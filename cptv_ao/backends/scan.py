@@ -246,9 +246,12 @@ class _Scanner:
             return
         try:
             weight = home.weight()
-        except RuntimeError:  # QNNPACK, of what it packs for three dimensions
-            self._unknown.append(f"{name} ({op}: this engine does not show its weight)")
-            return
+        except RuntimeError as error:  # QNNPACK, of what it packs for three dimensions: no state_dict either
+            raise UnsupportedModelError(
+                f"{name}: the engine does not give the weight of {op} back ({error}); convert for another engine "
+                "(torch.backends.quantized.engine), or leave the layer in float",
+                node.name,
+            ) from error
         if not weight.is_quantized:  # float16, of dynamic linears
             self._weight_only.append(f"{name} ({op}, in float)")
             return
