@@ -340,7 +340,7 @@ def test_what_the_twin_does_not_know_it_says(name: str, engine: str) -> None:
         model, images = quantized(*UNKNOWN[name], engine)
     except RuntimeError as error:
         pytest.skip(f"torch cannot do it on {engine}: {error}")
-    with pytest.raises(UnsupportedModelError, match="does not (know|give)") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"does not (know|give)") as caught:
         Twin(Backend(model)).checked(Batch((images,), {}, len(images)))
     assert caught.value.node in {node.name for node in model.graph.nodes}
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.ops import by_type, of_function, of_module, op_name, op_of, packet_of
 from cptv_ao.backends.passing import producer
-from cptv_ao.backends.quantized import Quantized, is_quantized, is_quantized_op, of_node, quantized_inside
+from cptv_ao.backends.quantized import Quantized, is_quantized_op, of_node, quantized_inside
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Line, Linear, Product
@@ -69,8 +69,8 @@ class LoweredBuilder(Builder):
     def _module(self, node: Node, module: nn.Module) -> None:
         known, told = of_node(node, self._modules), type(module).__name__
         if known is None:
-            if is_quantized(module) or any(quantized_inside(told, module)):
-                raise self._unsupported(node, told)
+            if inside := list(quantized_inside(str(node.target), module)):
+                raise self._unsupported(node, f"{told}, for what is quantized in it: {', '.join(inside)}")
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
             if hasattr(own, "inplace"):
