@@ -16,6 +16,7 @@ import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.qat as nnqat
+import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.ao.quantization.backend_config import (
     get_fbgemm_backend_config,
@@ -31,6 +32,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin
 
 ENGINES = [e for e in ("x86", "onednn", "qnnpack") if e in torch.backends.quantized.supported_engines]
@@ -81,8 +83,9 @@ class Residual(nn.Module):
 class Functional(nn.Module):
     """A functional layer with its weight."""
 
-    def __init__(self, op: Any, *shape: int) -> None:
+    def __init__(self, op: Any, *shape: int, per_channel: bool = True) -> None:
         super().__init__()
+        self.per_channel = per_channel
         self.weight, self.bias, self.op = nn.Parameter(torch.randn(shape) / 3), nn.Parameter(torch.randn(4)), op
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,9 +282,12 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ConvTranspose1d": (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3)), LINE),
     "ConvTranspose2d": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), PLANE),
     "ConvTranspose3d": (lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 3)), SOLID),
-    "conv_transpose1d": (lambda: Functional(transposed(F.conv_transpose1d, 1), 3, 4, 3), LINE),
-    "conv_transpose2d": (lambda: Functional(transposed(F.conv_transpose2d, 2), 3, 4, 3, 3), PLANE),
-    "conv_transpose3d": (lambda: Functional(transposed(F.conv_transpose3d, 3), 3, 4, 3, 3, 3), SOLID),
+    "conv_transpose1d": (lambda: Functional(transposed(F.conv_transpose1d, 1), 3, 4, 3, per_channel=False), LINE),
+    "conv_transpose2d": (lambda: Functional(transposed(F.conv_transpose2d, 2), 3, 4, 3, 3, per_channel=False), PLANE),
+    "conv_transpose3d": (
+        lambda: Functional(transposed(F.conv_transpose3d, 3), 3, 4, 3, 3, 3, per_channel=False),
+        SOLID,
+    ),
     "resize_": (flat(lambda x: x.resize_(16, 4)), FLAT),
     "add a number": (flat(lambda x: x + 0.5), FLAT),
     "PReLU": (flat(nn.PReLU()), FLAT),
@@ -300,6 +306,7 @@ def quantized(make: Callable[[], nn.Module], shape: tuple[int, ...], engine: str
         warnings.simplefilter("ignore")
         # Torch has no weights per channel for these.
         whole = any(isinstance(part, (nn.PReLU, _ConvTransposeNd)) for part in model.modules())
+        whole = whole or not getattr(model, "per_channel", True)
         prepared = prepare_fx(
             copy.deepcopy(model), nets.mapping(per_tensor=whole), (nets.images(*shape),), backend_config=config
         )
@@ -343,6 +350,33 @@ def test_what_the_twin_does_not_know_it_says(name: str, engine: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"does not (know|give)") as caught:
         Twin(Backend(model)).checked(Batch((images,), {}, len(images)))
     assert caught.value.node in {node.name for node in model.graph.nodes}
+
+
+@pytest.mark.parametrize("name", ["conv_transpose1d", "conv_transpose2d", "conv1d", "conv2d"])
+def test_a_functional_convolution_is_packed_again_as_what_it_is(name: str) -> None:
+    model, images = quantized(*(KNOWN | UNKNOWN)[name], "x86")
+    backend, before = Backend(model), model(images)
+    weight = next(site for site in backend.sites.values() if site.kind == "weight")
+    backend.set_float_weight(weight.name, backend.weight(weight.name).dequantize())
+    given = backend.read(weight.name)
+    backend.write(weight.name, given)
+    assert torch.equal(model(images), before)
+    backend.write(weight.name, QParams(given.scale * 0.25, given.zero_point))
+    assert model(images).shape == before.shape
+    assert not torch.equal(model(images), before)
+
+
+def test_a_quantized_relu6_is_no_identity() -> None:
+    """FX leaves nn.ReLU6 as it is; a graph may hold torch's quantized one all the same."""
+    model, images = quantized(lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 8), nn.Identity()), FLAT, "x86")
+    setattr(model, "2", nnq.ReLU6())
+    layer = next(node for node in model.graph.nodes if node.target == "1")
+    with model.graph.inserting_after(layer):
+        clamp = model.graph.call_module("2", (layer,))
+    layer.replace_all_uses_with(clamp, delete_user_cb=lambda user: user is not clamp)
+    model.recompile()
+    assert float(model(images).min()) == 0
+    check(model, images)
 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="needs the onednn engine")
