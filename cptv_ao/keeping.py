@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.quantized import is_quantized
 
 
 def saving_notes(model: GraphModule) -> list[str]:
@@ -85,7 +86,7 @@ def _survives_pickle(module: nn.Module) -> bool:
 
 def _forgets_scale(module: nn.Module) -> bool:
     """Whether a quantized module has a scale that its state_dict lacks (`nnq.Softmax`, `nnq.ELU`)."""
-    if not type(module).__module__.startswith("torch.ao.nn.") or ".quantized.modules" not in type(module).__module__:
+    if not is_quantized(module):
         return False
     has_scale = isinstance(getattr(module, "scale", None), (float, torch.Tensor))
     return has_scale and "scale" not in module.state_dict()

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.ao.nn.quantized as nnq
 from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.ops import op_name
+from cptv_ao.backends.ops import op_of, packet_of
+from cptv_ao.backends.quantized import of_node
 from cptv_ao.sites import ScaleSite
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -28,7 +30,6 @@ _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_sca
 _CLIPS = {"relu": math.inf, "relu6": 6.0}
 # What a value can be asked for without its numbers.
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-_SHAPES = {"aten.sym_size", "aten._assert_tensor_metadata"}
 
 _Found = TypeVar("_Found")
 
@@ -109,7 +110,7 @@ class Patterns:
         return [found for node in self._model.graph.nodes if (found := pattern(node)) is not None]
 
     def _unfused(self, node: Node) -> UnfusedNorm | None:
-        if node.op != "call_function" or node.target not in (functional.batch_norm, torch.batch_norm):
+        if node.target not in (functional.batch_norm, torch.batch_norm):
             return None
         given = dict(zip(_BATCH_NORM, node.args, strict=False)) | node.kwargs
         tensors = self._tensors(given, ("running_mean", "running_var", "weight", "bias"))
@@ -126,19 +127,20 @@ class Patterns:
 
     def _layer(self, value: Any, norm: Node) -> Node | None:
         """The quantized layer whose dequantized output a norm reads, and nothing else."""
-        if not isinstance(value, Node) or op_name(value) != "dequantize" or not isinstance(value.args[0], Node):
+        if not isinstance(value, Node) or self._op(value) != "dequantize" or not isinstance(value.args[0], Node):
             return None
         layer = value.args[0]
         if layer.name not in self._weights or layer.name not in self._outputs or list(layer.users) != [value]:
             return None
-        if "relu" in self._name(layer).lower():
+        known = of_node(layer, self._modules)
+        if known is None or known.after or known.adds:
             return None
         return layer if [user for user in value.users if reads(user)] == [norm] else None
 
     def _after(self, norm: Node) -> ScaleSite | None:
         """The site on whose scale the output of a norm is put at once."""
         readers = [user for user in norm.users if reads(user)]
-        if len(readers) != 1 or op_name(readers[0]) != "quantize_per_tensor":
+        if len(readers) != 1 or self._op(readers[0]) != "quantize":
             return None
         return self._outputs.get(readers[0].name)
 
@@ -149,7 +151,8 @@ class Patterns:
         tensors, shape = norm
         users = [user for user in node.users if reads(user)]
         readers = [self._weights[user.name] for user in users if user.name in self._weights]
-        linear = all("linear" in reader.op.lower() for reader in readers)
+        layers = [of_node(user, self._modules) for user in users]
+        linear = all(layer is not None and layer.product == "linear" for layer in layers)
         if not (tensors and users) or len(shape) != 1 or len(readers) < len(users) or not linear:
             return None
         return ReadNorm((output.name,), node.name, tuple(tensors), tuple(reader.name for reader in readers))
@@ -158,11 +161,11 @@ class Patterns:
         """Paths of weight and bias, and the normalized shape."""
         if node.op == "call_module":
             module: Any = self._modules[str(node.target)]
-            if type(module).__name__ != "LayerNorm" or str(node.target) not in self._once:
+            if type(module) is not nnq.LayerNorm or str(node.target) not in self._once:
                 return None
             held = [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
             return [f"{node.target}.{name}" for name in held], module.normalized_shape
-        if op_name(node) != "quantized.layer_norm":
+        if packet_of(node.target) is not torch.ops.quantized.layer_norm:
             return None
         given: dict[str, Any] = dict(zip(_LAYER_NORM, node.args, strict=False)) | node.kwargs
         found = self._tensors(given, ("weight", "bias"))
@@ -177,21 +180,22 @@ class Patterns:
         """What each reader of a value lets through of it above 0; None where one also reads what is below."""
         highs: list[float] = []
         for user in node.users:
-            name = self._name(user)
-            if name in {"Identity", "Dropout"}:
+            name = self._op(user)
+            if name in {"identity", "dropout"}:
                 behind = self._highs(user)
                 if not behind:
                     return None
                 highs += behind
-            elif name.lower().rstrip("_") in _CLIPS:
-                highs.append(_CLIPS[name.lower().rstrip("_")])
+            elif name in _CLIPS:
+                highs.append(_CLIPS[name])
             elif reads(user):
                 return None
         return highs
 
-    def _name(self, node: Node) -> str:
-        """Of the type of a module, or of a function."""
-        return type(self._modules[str(node.target)]).__name__ if node.op == "call_module" else op_name(node)
+    def _op(self, node: Node) -> str:
+        """What a node calls, by our own word for it; `""` where it is not known."""
+        op = op_of(node, self._modules)
+        return "" if op is None else op.name
 
     def _tensors(self, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, str] | None:
         """Paths of these arguments of a node, those that are None left out; None where one is shared or computed."""
@@ -220,8 +224,7 @@ def own_path(value: Any, once: Container[str]) -> str | None:
 
 def reads(user: Node) -> bool:
     """Whether a node reads the numbers of its first input, not just its shape."""
-    if user.op == "call_method":
-        return str(user.target) not in {"size", "dim"}
     if user.target is getattr:
         return user.args[1] not in _ATTRIBUTES
-    return op_name(user) not in _SHAPES
+    op = op_of(user, {})
+    return op is None or op.effect != "asks"

@@ -10,26 +10,14 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.ops import op_name
+from cptv_ao.backends.ops import op_name, op_of
 from cptv_ao.backends.passing import producer
+from cptv_ao.backends.quantized import of_node
 from cptv_ao.blocks import Block
 from cptv_ao.sites import ScaleSite
 
-# What only moves values between float and quantized, or selects and reorders them.
-_MOVING = {
-    "dequantize", "quantize_per_tensor", "quantize_per_channel", "dequantize_per_tensor", "dequantize_per_channel",
-    "contiguous", "clone", "detach", "flatten", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view",
-    "expand", "repeat", "chunk", "split", "unbind", "getitem", "getattr", "size", "cat", "stack", "narrow", "slice",
-    "select", "to", "float", "pad", "roll", "dropout", "Dropout", "Identity", "Flatten", "copy", "zeros", "ones",
-    "reshape_as", "unflatten", "Unflatten", "movedim", "new_zeros", "alias", "t", "expand_as", "view_as",
-}  # fmt: skip
-_LAYERS = {
-    "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "linear",
-    "conv1d", "conv2d", "conv3d", "convolution", "Bilinear", "MultiheadAttention",
-}  # fmt: skip
-_NORMS = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BNReLU2d", "BNReLU3d", "batch_norm", "batch_norm2d"}
-_ON_SCALE = {"dequantize", "quantize_per_tensor", "dequantize_per_tensor"}
-_NO_TENSOR = {"getattr", "size", "eq", "_assert", "dim", "numel"}
+_ON_SCALE = {"quantizes", "dequantizes"}
+_NO_TENSOR = {"asks", "compares"}
 # Weights of 7 bits and less cannot overflow a sum of two products, 2 * 255 * 64 < 2^15.
 _NARROW_WEIGHT = 64
 
@@ -62,7 +50,7 @@ class Survey:
             if node.name in own:
                 found[own[node.name]] = node.name
             for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
-                if path in names and self._kind(node) not in _NO_TENSOR:
+                if path in names and self._effect(node) not in _NO_TENSOR:
                     found[path] = node.name
         return found
 
@@ -70,13 +58,12 @@ class Survey:
         """Batch norms whose input is the output of a quantized convolution, with nothing but scales between."""
         found = []
         for node in self._nodes:
-            if self._kind(node) not in _NORMS:
+            if self._effect(node) != "norm":
                 continue
             source = node.args[0]
-            while isinstance(source, Node) and self._kind(source) in _ON_SCALE:
+            while isinstance(source, Node) and self._effect(source) in _ON_SCALE:
                 source = source.args[0]
-            weight = self._weight.get(source.name) if isinstance(source, Node) else None
-            if weight is not None and "conv" in weight.op.lower() and "relu" not in weight.op.lower():
+            if isinstance(source, Node) and source.name in self._weight and self._convolves(source):
                 found.append(_path(node))
         return tuple(found)
 
@@ -89,12 +76,12 @@ class Survey:
         layers: list[str] = []
         ops: dict[str, int] = {}
         for node in self._nodes:
-            kind = self._kind(node)
-            if not kind or kind in _MOVING or node.name in self._weight or node.name not in floating:
+            kind, op = self._kind(node), op_of(node, self._modules)
+            if not kind or (op is not None and op.brings) or node.name in self._weight or node.name not in floating:
                 continue
             if not node.all_input_nodes or (self._exported and any(map(self._dequantizes, node.all_input_nodes))):
                 continue
-            if kind in _LAYERS:
+            if self._effect(node) == "layer":
                 layers.append(_path(node))
             else:
                 ops[kind] = ops.get(kind, 0) + 1
@@ -137,13 +124,25 @@ class Survey:
         return int(codes.min()), int(codes.max())
 
     def _kind(self, node: Node) -> str:
-        """Short name of what a node calls: `Linear`, `softmax`, `conv2d`; `""` of placeholders and the like."""
+        """Short name of what a node calls, to tell of it: `Linear`, `softmax`; `""` of placeholders and the like."""
         if node.op == "call_module":
             return type(self._modules[str(node.target)]).__name__ if str(node.target) in self._modules else ""
         return op_name(node).split(".")[-1] if node.op in ("call_function", "call_method") else ""
 
     def _dequantizes(self, node: Node) -> bool:
-        return self._kind(node).startswith("dequantize")
+        return self._effect(node) == "dequantizes"
+
+    def _effect(self, node: Node) -> str:
+        """What the op of a node does; `""` where that is not known."""
+        op = op_of(node, self._modules)
+        return "" if op is None else op.effect
+
+    def _convolves(self, node: Node) -> bool:
+        """Whether a node is a convolution with nothing behind it, quantized or of a PT2E graph."""
+        known, op = of_node(node, self._modules), op_of(node, self._modules)
+        if known is not None:
+            return known.product in {"conv", "transposed conv"} and not known.after
+        return op is not None and op.name == "conv"
 
 
 def _path(node: Node) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.backends.exported import fused_weights, is_exported
+from cptv_ao.backends.quantized import is_observer, of_node
 from cptv_ao.errors import FloatModelMismatchError
 from cptv_ao.sites import ScaleSite, weight_name
 from cptv_ao.smoothing import LEAST_EXPONENT
@@ -32,7 +33,7 @@ def weight_ranges(float_model: nn.Module | None) -> dict[str, tuple[int, int]]:
     from the reference modules that convert_fx leaves in the prepared model."""
     ranges: dict[str, tuple[int, int]] = {}
     for path, module in float_model.named_modules(remove_duplicate=False) if float_model is not None else ():
-        inner = module[0] if isinstance(module, nn.Sequential) and len(module) else module
+        inner = _weighted(module)
         qmin, qmax = getattr(inner, "weight_quant_min", None), getattr(inner, "weight_quant_max", None)
         qconfig = getattr(inner, "qconfig", None)
         if qmin is None and qconfig is not None and isinstance(getattr(inner, "weight", None), Tensor):
@@ -56,19 +57,20 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
     held = deque(p for p in (*float_model.parameters(), *float_model.buffers()) if p.is_floating_point())
-    exported = is_exported(backend.model)
+    exported, nodes = is_exported(backend.model), {node.name: node for node in backend.model.graph.nodes}
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
             continue
         path = site.scope if exported else site.name.removesuffix(".weight")
         weight = backend.weight(site.name)
+        functional = of_node(nodes[site.nodes[0]], {}) is not None  # its weight is no module's
         candidates: Iterable[Tensor] = ()
-        if not site.op.startswith("quantized.") and path in modules:
+        if not functional and path in modules:
             candidates = chain(_module_weights(modules, path), [fused[path]] if path in fused else [])
-        elif not (site.op.startswith("quantized.") or exported):
+        elif not (functional or exported):
             _refuse_module(path)
         found = _nearest(candidates, weight, site)
-        if found.steps > 2 * HALF_STEP and (exported or site.op.startswith("quantized.")):
+        if found.steps > 2 * HALF_STEP and (functional or exported):
             found = _nearest((p for p in held if p.numel() == weight.numel()), weight, site, found)
             _turn_behind(held, found.weight)
         if found.steps <= 2 * HALF_STEP:
@@ -133,13 +135,14 @@ def _refuse(path: str, weight: Tensor, shapes: Collection[tuple[int, ...]]) -> N
 
 def _module_weights(modules: dict[str, nn.Module], path: str) -> Iterator[Tensor]:
     """The weight of a module as it is, then fused with batch norms: the next one in module order first."""
-    module = modules[path]
-    if isinstance(module, nn.Sequential) and len(module):  # ConvReLU2d, LinearReLU of a prepared model
-        module = module[0]
+    module = _weighted(modules[path])
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
     yield weight
+    own = getattr(module, "bn", None)
+    if isinstance(own, _BATCH_NORMS) and own.running_var is not None:  # ConvBnReLU2d of QAT
+        yield _fused(module, weight, own)
     names = list(modules)
     place = names.index(path)
     channels = weight.shape[1 if _transposed(module) else 0]
@@ -148,6 +151,13 @@ def _module_weights(modules: dict[str, nn.Module], path: str) -> Iterator[Tensor
         if isinstance(norm, _BATCH_NORMS) and norm.num_features == channels and norm.running_var is not None:
             yield _fused(module, weight, norm)
             yield _folded(module, weight, norm)
+
+
+def _weighted(module: nn.Module) -> nn.Module:
+    """The module that holds a weight: in fused ones of a prepared model (ConvReLU2d) the first, in those of QAT, which
+    are sequences too, they themselves."""
+    own = isinstance(getattr(module, "weight", None), Tensor)
+    return module[0] if isinstance(module, nn.Sequential) and len(module) and not own else module
 
 
 def _transposed(module: nn.Module) -> bool:
@@ -219,7 +229,7 @@ def as_float(model: nn.Module) -> Iterator[None]:
     patched: list[tuple[nn.Module, str]] = []
     try:
         for module in model.modules():
-            if _is_observer(module):
+            if is_observer(module):
                 patched.append((module, "forward"))
                 module.forward = _identity
             elif hasattr(module, "get_weight") and isinstance(getattr(module, "weight", None), Tensor):
@@ -233,7 +243,3 @@ def as_float(model: nn.Module) -> Iterator[None]:
 
 def _identity(value: Tensor) -> Tensor:
     return value
-
-
-def _is_observer(module: nn.Module) -> bool:
-    return any(c.__name__ in {"ObserverBase", "FakeQuantizeBase"} for c in type(module).__mro__)

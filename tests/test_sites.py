@@ -9,9 +9,15 @@ import pytest
 import torch
 from conftest import Case
 from torch import Tensor, nn
+from torch.ao.nn import quantized as nnq
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 import cptv_ao
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.homes import infer_range
+from cptv_ao.twin import Twin
 
 CONV_TABLE = """\
 site                 kind        op                   shape        codes   zero_point  moves
@@ -216,6 +222,63 @@ def test_an_op_that_is_not_understood_is_named(conv: Case) -> None:
     sites = cptv_ao.find_sites(conv.converted)
     assert sites.unknown == ("celu (quantized.celu)",)
     assert str(sites).endswith("not understood, left alone: celu (quantized.celu)")
+
+
+def test_what_is_quantized_inside_a_module_is_named() -> None:
+    """A standalone module is one node of the graph, and so is a module that is not traced."""
+    inner = QConfigMapping().set_global(nets.qconfig())
+    images = nets.images(4, 6)
+    custom = PrepareCustomConfig().set_standalone_module_name("1", inner, (images,), PrepareCustomConfig(), None)
+    model = nets.seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU())))
+    prepared = prepare_fx(model, nets.mapping(), (images,), custom)
+    prepared(images)
+    converted = convert_fx(prepared)
+    assert cptv_ao.find_sites(converted).unknown == ("1.quantize_per_tensor (quantize_per_tensor)", "1.0 (LinearReLU)")
+
+    class Untraced(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.list = nn.ModuleList([inside])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.list[0](x)
+
+    setattr(converted, "1", Untraced(getattr(converted, "1")))
+    first, second = cptv_ao.find_sites(converted).unknown
+    assert (first, second) == ("1.list.0.quantize_per_tensor (quantize_per_tensor)", "1.list.0.0 (LinearReLU)")
+
+
+def test_a_type_that_is_not_known_is_not_taken_for_another(conv: Case) -> None:
+    class LinearReLUAndMore(nnq.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.quantize_per_tensor(super().forward(x).dequantize().cos(), 0.01, 0, torch.quint8)
+
+    class SameLinear(nnq.Linear):
+        """Of another name, and nothing else."""
+
+    conv.converted.fc2.__class__ = LinearReLUAndMore
+    sites = cptv_ao.find_sites(conv.converted)
+    assert sites.unknown == ("fc2 (LinearReLUAndMore)",)
+    assert not {"fc2.weight", "fc2.output"} & set(sites)
+    with pytest.raises(cptv_ao.UnsupportedModelError, match=r"fc2: the float twin does not know LinearReLUAndMore"):
+        Twin(Backend(conv.converted))
+    conv.converted.fc2.__class__ = SameLinear
+    assert {"fc2.weight", "fc2.output"} <= set(cptv_ao.find_sites(conv.converted))
+
+
+def test_a_functional_dropout_has_no_scale() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
+
+    _, model = nets.quantize(nets.seeded(Net), [nets.images(8, 6)])
+    assert torch.ops.quantized.dropout in {node.target for node in model.graph.nodes}
+    sites = cptv_ao.find_sites(model)
+    assert (sites.unknown, [s for s in sites if "scale" in s]) == ((), ["a.input_scale_0"])
 
 
 def test_the_nominal_range_is_inferred_from_the_codes() -> None:

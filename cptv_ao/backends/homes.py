@@ -206,8 +206,12 @@ class PackedWeightHome(PackedHome):
         packed = self._packed()
         ops = torch.ops.quantized
         if hasattr(packed, "stride"):
+            settings = [packed.stride(), packed.padding(), packed.dilation(), packed.groups()]
             prepack = {3: ops.conv1d_prepack, 4: ops.conv2d_prepack, 5: ops.conv3d_prepack}[weight.dim()]
-            new = prepack(weight, bias, packed.stride(), packed.padding(), packed.dilation(), packed.groups())
+            if packed.transpose():
+                prepack = {4: ops.conv_transpose2d_prepack, 5: ops.conv_transpose3d_prepack}[weight.dim()]
+                settings.insert(2, packed.output_padding())
+            new = prepack(weight, bias, *settings)
         else:
             new = ops.linear_prepack(weight, bias)
         setattr(self._owner, self._attribute, new)

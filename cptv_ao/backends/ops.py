@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.ao.nn.intrinsic as nni
+import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.reference as nnqr
 from torch import nn
 from torch.fx import Node
@@ -26,10 +28,11 @@ from torch.nn import functional
 #:     asks: gives no tensor, but what a tensor is like
 #:     quantizes, dequantizes: goes from float to codes, or back
 #:     brings: moves, makes or converts float values, and computes nothing
+#:     compares: gives truths
 #:     layer: has a weight; norm: a batch norm
 Effect = Literal[
-    "moves", "averages", "mean", "clamps", "fixed", "joins", "asks", "quantizes", "dequantizes", "brings", "layer",
-    "norm",
+    "moves", "averages", "mean", "clamps", "fixed", "joins", "asks", "quantizes", "dequantizes", "brings",
+    "compares", "layer", "norm",
 ]  # fmt: skip
 _KEEPING: set[Effect] = {"moves", "averages", "mean", "clamps"}
 _BRINGING: set[Effect] = {"joins", "asks", "quantizes", "dequantizes", "brings"}
@@ -74,13 +77,21 @@ _TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functio
 _CONV_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _REFERENCE = (nnqr.Conv1d, nnqr.Conv2d, nnqr.Conv3d)
 _REFERENCE_TRANSPOSED = (nnqr.ConvTranspose1d, nnqr.ConvTranspose2d, nnqr.ConvTranspose3d)
+_QUANTIZED_NORMS = (nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d)
 
 _OPS = (
     Op("chunk", "moves", (torch.chunk,), ("chunk",), (), ("chunk",)),
     Op("clone", "moves", (torch.clone,), ("clone",), (), ("clone", "alias", "copy")),
     Op("contiguous", "moves", (), ("contiguous",), (), ("contiguous",)),
     Op("detach", "moves", (torch.detach, torch.detach_), ("detach", "detach_"), (), ("detach",)),
-    Op("dropout", "moves", (functional.dropout, torch.dropout), (), (nn.Dropout,), ("dropout",)),
+    Op(
+        "dropout",
+        "moves",
+        (functional.dropout, torch.dropout, torch.ops.quantized.dropout),
+        (),
+        (nn.Dropout, nnq.Dropout),
+        ("dropout",),
+    ),
     Op("expand", "moves", (), ("expand", "expand_as"), (), ("expand", "expand_as")),
     Op("flatten", "moves", (torch.flatten,), ("flatten",), (nn.Flatten,), ("flatten",)),
     Op("getitem", "moves", (operator.getitem,), (), (), ("slice", "select")),
@@ -135,7 +146,7 @@ _OPS = (
     ),
     Op("interpolate", "averages", (functional.interpolate,), (), (nn.Upsample,)),
     Op("mean", "mean", (torch.mean,), ("mean",), (), ("mean",)),
-    Op("relu6", "clamps", (functional.relu6,), (), (nn.ReLU6,), ("relu6",)),
+    Op("relu6", "clamps", (functional.relu6,), (), (nn.ReLU6, nnq.ReLU6), ("relu6",)),
     Op("hardtanh", "clamps", (functional.hardtanh, functional.hardtanh_), (), (nn.Hardtanh,), ("hardtanh",)),
     Op("clamp", "clamps", (torch.clamp, torch.clamp_), ("clamp", "clamp_"), (), ("clamp",)),
     Op(
@@ -169,14 +180,8 @@ _OPS = (
     Op("dim", "asks", (), ("dim", "ndimension"), (), ("dim",)),
     Op("numel", "asks", (torch.numel,), ("numel", "nelement"), (), ("numel",)),
     Op("getattr", "asks", (getattr,)),
-    Op(
-        "assert",
-        "asks",
-        (operator.eq, torch._assert),
-        (),
-        (),
-        ("_assert_tensor_metadata", "_assert_scalar", "_assert_async"),
-    ),
+    Op("assert", "asks", (torch._assert,), (), (), ("_assert_tensor_metadata", "_assert_scalar")),
+    Op("compare", "compares", (operator.eq, operator.ne), (), (), ("eq", "ne", "_assert_async")),
     Op(
         "quantize",
         "quantizes",
@@ -197,7 +202,7 @@ _OPS = (
         (*_CONVS, *_TRANSPOSED),
         (),
         (*_CONV_MODULES, *_REFERENCE, *_REFERENCE_TRANSPOSED),
-        ("conv1d", "conv2d", "conv3d", "convolution"),
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
     ),
     Op("bilinear", "layer", (functional.bilinear,), (), (nn.Bilinear,), ("bilinear",)),
     Op("attention", "layer", (), (), (nn.MultiheadAttention,)),
@@ -206,7 +211,7 @@ _OPS = (
         "norm",
         (functional.batch_norm, torch.batch_norm),
         (),
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nni.BNReLU2d, nni.BNReLU3d),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nni.BNReLU2d, nni.BNReLU3d, *_QUANTIZED_NORMS),
         ("batch_norm", "_native_batch_norm_legit_no_training"),
     ),
 )

@@ -8,7 +8,6 @@ from torch import nn
 from torch.fx import Node
 
 from cptv_ao.backends.ops import op_of
-from cptv_ao.backends.quantized import of_node
 
 
 def producer(node: Node, known: Container[Node], modules: Mapping[str, nn.Module]) -> Node:
@@ -19,5 +18,5 @@ def producer(node: Node, known: Container[Node], modules: Mapping[str, nn.Module
 
 
 def _passes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    op, quantized = op_of(node, modules), of_node(node, modules)
-    return (op is not None and op.keeps) or (quantized is not None and quantized.role == "inherits")
+    op = op_of(node, modules)
+    return op is not None and op.keeps

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.quantized import is_quantized, of_module
 from cptv_ao.backends.slots import Slot
 from cptv_ao.errors import UnsupportedModelError
 
@@ -54,8 +55,7 @@ def is_reference(model: nn.Module) -> bool:
         if isinstance(node.target, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
             return False
         weighted = weighted or (node.target in _QUANTIZE and _source(node) is not None)
-    lowered = any(type(m).__module__.startswith("torch.ao.nn.quantized.modules") for m in model.modules())
-    return weighted and not lowered
+    return weighted and not any(is_quantized(m) and not _is_of_reference(m) for m in model.modules())
 
 
 def lower(model: GraphModule, qconfig_map: Mapping[str, Any] | None = None) -> GraphModule:
@@ -217,7 +217,12 @@ def _source(node: Node) -> str | None:
 
 
 def _is_reference_module(module: nn.Module) -> bool:
-    return ".quantized.reference" in type(module).__module__ and isinstance(getattr(module, "weight", None), Tensor)
+    return _is_of_reference(module) and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _is_of_reference(module: nn.Module) -> bool:
+    known = of_module(module)
+    return known is not None and known.role == "reference"
 
 
 def _scopes(model: GraphModule) -> dict[str, tuple[str, Any]]:

@@ -245,7 +245,14 @@ class _Scanner:
             self._weighted.append((node, name))
             self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
             return
-        weight = home.weight()
+        try:
+            weight = home.weight()
+        except RuntimeError as error:  # QNNPACK, of what it packs for three dimensions: no state_dict either
+            raise UnsupportedModelError(
+                f"{name}: the engine does not give the weight of {op} back ({error}); convert for another engine "
+                "(torch.backends.quantized.engine), or leave the layer in float",
+                node.name,
+            ) from error
         if not weight.is_quantized:  # float16, of dynamic linears
             self._weight_only.append(f"{name} ({op}, in float)")
             return

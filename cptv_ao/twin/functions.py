@@ -156,6 +156,18 @@ class Convolution(_Product):
         return torch.channels_last if codes.dim() == 4 and not strided_pointwise else torch.contiguous_format
 
 
+@dataclass(frozen=True)
+class Line(Convolution):
+    """A convolution of one dimension whose weight (C, C', 1, K) is packed as one of two, as functional ones are."""
+
+    def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
+        return super().forward(codes.unsqueeze(2), weight).squeeze(2)
+
+    def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
+        d_codes, d_weight = super().backward(gradient.unsqueeze(2), codes.unsqueeze(2), weight, mask)
+        return None if d_codes is None else d_codes.squeeze(2), d_weight
+
+
 Product = Linear | Convolution
 
 

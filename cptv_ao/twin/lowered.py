@@ -7,7 +7,7 @@ After:  Quantizer(x)                 -> Weighted   -> Sum(a, b)                 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -22,16 +22,18 @@ from torch.nn import functional
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.ops import by_type, of_function, of_module, op_name, op_of, packet_of
 from cptv_ao.backends.passing import producer
-from cptv_ao.backends.quantized import Quantized, is_quantized, is_quantized_op, of_node, quantized_inside
+from cptv_ao.backends.quantized import Quantized, is_quantized_op, of_node, quantized_inside
 from cptv_ao.scopes import fetch
 from cptv_ao.twin.builder import Builder
-from cptv_ao.twin.functions import Convolution, Linear, Product
+from cptv_ao.twin.functions import Convolution, Line, Linear, Product
 from cptv_ao.twin.lift import Lift
 from cptv_ao.twin.modules import Norm, NormModule, Pointwise, Quantizer, ScaledBy, Sum, Times, Weighted
 from cptv_ao.twin.pointwise import FUNCTIONS, function_of
 
 # The kernel's names of the arguments of quantized.layer_norm, and ours.
 _NORM_NAMES = {"normalized_shape": "shape"}
+# Arguments of torch's average pools.
+_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _OUTPUT = ("output_scale", "output_zero_point")
 
 
@@ -65,13 +67,14 @@ class LoweredBuilder(Builder):
     def _module(self, node: Node, module: nn.Module) -> None:
         known, told = of_node(node, self._modules), type(module).__name__
         if known is None:
-            if is_quantized(module) or any(quantized_inside(told, module)):
-                raise self._unsupported(node, told)
+            if inside := list(quantized_inside(str(node.target), module)):
+                raise self._unsupported(node, f"{told}, for what is quantized in it: {', '.join(inside)}")
             # A float module sees quantized values too (ReLU, MaxPool2d): it is lifted like a function.
             own = copy.deepcopy(module)
             for part in own.modules():
                 if hasattr(part, "inplace"):
                     cast(Any, part).inplace = False
+            self._check_pool(node, vars(own))
             self._call(node, Lift(told, of_module(own), own))
         elif known.role == "static":
             self._call(node, self._weighted(node, known, _module_product(module), getattr(module, "negative_slope", 0)))
@@ -89,7 +92,7 @@ class LoweredBuilder(Builder):
             raise self._unsupported(node, told)
 
     def _weighted(self, node: Node, known: Quantized, product: Product | None, slope: float) -> Weighted:
-        if product is None:
+        if product is None or node.name not in self._weight_of:
             raise self._unsupported(node, f"{self._told(node)} with these settings")
         if known.adds:
             self._check_added(node)
@@ -166,9 +169,10 @@ class LoweredBuilder(Builder):
         """A functional linear or convolution: value, what is added, packed weight, scale, zero_point, slope."""
         inputs = 1 + known.adds
         packed = node.args[inputs]
-        if node.name not in self._weight_of or not isinstance(packed, Node) or len(node.args) != inputs + 3:
+        if not isinstance(packed, Node) or len(node.args) != inputs + 3:
             raise self._unsupported(node, self._told(node))
-        product = _packed_product(fetch(self._model, str(packed.target)))
+        line = packet_of(node.target) in (torch.ops.quantized.conv1d, torch.ops.quantized.conv1d_relu)
+        product = _packed_product(fetch(self._model, str(packed.target)), line)
         self._call(node, self._weighted(node, known, product, 0.0), node.args[:inputs])
 
     def _bound(self, node: Node) -> tuple[Any, dict[str, Any]]:
@@ -178,7 +182,17 @@ class LoweredBuilder(Builder):
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         return given.pop(names[0]), {name: value for name, value in given.items() if name not in _OUTPUT}
 
+    def _check_pool(self, node: Node, settings: Mapping[str, Any]) -> None:
+        """QNNPACK's average pools divide by the whole window, whatever is asked for (torch 2.14)."""
+        op = op_of(node, self._modules)
+        if not self._qnnpack or op is None or op.name != "avg_pool" or settings.get("ceil_mode", False):
+            return
+        padded = settings.get("padding", 0) not in (0, (0,), (0, 0), [0, 0])
+        if settings.get("divisor_override") is not None or (padded and not settings.get("count_include_pad", True)):
+            raise self._unsupported(node, f"{self._told(node)} of QNNPACK with these settings")
+
     def _lift(self, node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._check_pool(node, dict(zip(_POOL, node.args, strict=False)) | node.kwargs)
         if node.all_input_nodes:
             self._call(node, Lift(op_name(node), op_of(node, self._modules), function), args, kwargs)
         else:
@@ -203,13 +217,14 @@ def _module_product(module: nn.Module) -> Product | None:
     return Convolution(stride, padding, dilation, owner.groups)
 
 
-def _packed_product(packed: Any) -> Product | None:
-    """Of a packed weight; None where its settings are not known."""
+def _packed_product(packed: Any, line: bool) -> Product | None:
+    """Of a packed weight, of a convolution of one dimension or another; None where its settings are not known."""
     if not hasattr(packed, "stride"):
         return Linear()
     if packed.transpose():
         return None
-    return Convolution(tuple(packed.stride()), tuple(packed.padding()), tuple(packed.dilation()), packed.groups())
+    stride, padding, dilation = tuple(packed.stride()), tuple(packed.padding()), tuple(packed.dilation())
+    return (Line if line else Convolution)(stride, padding, dilation, packed.groups())
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:

@@ -39,11 +39,6 @@ def _group_norm(module: Any) -> Function:
     return lambda x: functional.group_norm(x, groups, _to(weight, x), _to(bias, x), eps)
 
 
-def _prelu(module: Any) -> Function:
-    slopes = module.weight.dequantize()
-    return lambda x: functional.prelu(x, slopes.to(x))
-
-
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Of the statistics of the input."""
     return functional.instance_norm(x, None, None, weight, bias, True, 0.0, eps)
@@ -77,7 +72,6 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Function]] = {
     nnq.InstanceNorm2d: _instance_norm,
     nnq.InstanceNorm3d: _instance_norm,
     nnq.GroupNorm: _group_norm,
-    nnq.PReLU: _prelu,
     nnq.Hardswish: lambda module: functional.hardswish,
     nnq.Sigmoid: lambda module: torch.sigmoid,
     nnq.ELU: lambda module: partial(elu, alpha=module.alpha),
