@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.config import RefineConfig
-from cptv_ao.data import Batch
+from cptv_ao.data import Batch, leaves
 
 # Settings that say when to stop, or where things are held: a search may go on with others.
 _FREE = {"max_seconds", "max_evaluations", "cache_bytes", "accept_on", "distributed"}
@@ -43,7 +43,8 @@ def _of_config(config: RefineConfig) -> dict[str, str]:
 def _of_data(batches: Iterable[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
-        for name, value in (*enumerate(batch.args), *batch.kwargs.items()):
+        for path, value in (*leaves(batch.args), *leaves(batch.kwargs)):
+            name = ".".join(map(str, path))
             digest.update(f"{name} {getattr(value, 'shape', value)} {getattr(value, 'dtype', '')}".encode())
             if isinstance(value, Tensor):
                 _add(digest, value)
