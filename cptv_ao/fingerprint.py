@@ -12,7 +12,7 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.blocks import find_blocks
 from cptv_ao.config import RefineConfig, name_of
-from cptv_ao.data import Batch
+from cptv_ao.data import Batch, leaves
 from cptv_ao.identity import Identity
 
 # Settings that say when to stop, or where things are held: a search may go on with others.
@@ -71,7 +71,8 @@ def _short(digest: bytes) -> str:
 def _of_data(batches: Iterable[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
-        for name, value in (*enumerate(batch.args), *batch.kwargs.items()):
+        for path, value in (*leaves(batch.args), *leaves(batch.kwargs)):
+            name = ".".join(map(str, path))
             digest.update(f"{name} {getattr(value, 'shape', value)} {getattr(value, 'dtype', '')}".encode())
             if isinstance(value, Tensor):
                 _add(digest, value)

@@ -80,7 +80,10 @@ def refine(
             the scales that make it lower to the very model that was searched, and where these do not round a weight
             to the code that was searched, the value of that code in its place.
         calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
-            read), or of dicts of keyword inputs. Iterated once. About 1,000 images are a good number.
+            read), or of dicts of keyword inputs: in these the tensors that have as many rows as the output are the
+            images, and others (masks, positions) are the same for all. Iterated once, and held in memory. About 1,000
+            images are a good number. One without a length, or longer than that, is refused after 100,000 images or 4
+            GiB: it may have no end; `list(itertools.islice(calib_loader, n))` are its first n batches.
         float_model: the float model that was given to `prepare_fx` or exported, the prepared FX model, or the exported
             float one. Gives the teacher's outputs and the float weights that are re-rounded at a new scale. Without it
             the teacher is the model itself with float activations, and weights stay as they are (but for those that
@@ -101,7 +104,7 @@ def refine(
     Raises:
         UnsupportedModelError: the model is not a converted model.
         FloatModelMismatchError: `float_model` is not its float original.
-        CalibrationDataError: the loader is empty or gives something that the model cannot run on.
+        CalibrationDataError: the loader is empty, has no end, or gives something that the model cannot run on.
         NonFiniteError: scales or outputs of the model are NaN or infinite.
         ScalesFileError: the checkpoint is damaged, or of another model, config or data.
         ValueError: the loss that was asked for cannot see the model's output, or there is no such `config.device`.

@@ -10,6 +10,7 @@ attention add up to one. So it can be given back in the biases on the right.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,7 @@ class SharedInputs:
 
     def __init__(self, backend: Backend) -> None:
         self._model, self._sites = backend.model, backend.sites
+        self._tied = Counter(site.tied for site in self._sites.values())
         self._once = read_once(self._model.graph.nodes)
         self._weight_of = weight_sites(self._model, backend.sites)
         self._quantized = {
@@ -112,8 +114,7 @@ class SharedInputs:
     def _alone(self, names: list[str]) -> bool:
         """Whether these sites are tied to each other at most."""
         tied = {self._sites[name].tied for name in names}
-        group = {site.name for site in self._sites.values() if site.tied in tied}
-        return len(tied) == 1 and group == set(names)
+        return len(tied) == 1 and self._tied[tied.pop()] == len(set(names))
 
     def _reader(self, layer: Node, dequantized: Node) -> Reader | None:
         """A linear layer that reads a dequantized value, with a weight and a bias of its own."""
