@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cptv_ao.backends.quantized import of_module, of_node
 from cptv_ao.scopes import fetch
 
 Values = tuple[Any, ...]
@@ -248,6 +249,9 @@ def _written_in_place(nodes: list[Node], held: dict[Node, Any]) -> set[Node]:
 
 def _writes(node: Node, held: Any) -> bool:
     """Whether a node may work in place; a module of which nothing is known may."""
+    known = of_module(held) if node.op == "call_module" else of_node(node, {})
+    if known is not None and known.adds:  # oneDNN's kernel may write over what it adds
+        return True
     if node.op == "call_module":
         parts = list(held.modules())
         known = all(type(part).__module__.startswith(("torch.", "cptv_ao.twin.")) for part in parts)

@@ -32,6 +32,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from cptv_ao.backends.backend import Backend
 from cptv_ao.data import Batch
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.evaluator import Evaluator
+from cptv_ao.losses import get_loss
 from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin
 
@@ -385,6 +387,23 @@ def test_what_a_kernel_overwrites_is_not_known() -> None:
     model, images = quantized(lambda: Residual(True, other=False), PLANE, "onednn")
     with pytest.raises(UnsupportedModelError, match="ConvAddReLU2d where what is added is read elsewhere"):
         Twin(Backend(model)).checked(Batch((images,), {}, len(images)))
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="needs the onednn engine")
+def test_what_a_kernel_overwrites_is_not_cached() -> None:
+    """An evaluator that begins at the fused add gives it a copy of what is added."""
+    model, images = quantized(lambda: Residual(True), PLANE, "onednn")
+    backend, batch = Backend(model), Batch((images,), {}, len(images))
+    target = torch.zeros(len(images), model(images).flatten(1).shape[1])
+    evaluator = Evaluator(model, [batch], [target], get_loss("mse", 1.0))
+    whole = evaluator.score()
+    given = backend.read("right.output")
+    evaluator.enter(backend.sites["right.output"].nodes)
+    for _ in range(2):
+        backend.write("right.output", QParams(given.scale * 3, given.zero_point))
+        assert evaluator.score() != whole
+        backend.write("right.output", given)
+        assert evaluator.score() == whole
 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="needs the onednn engine")
