@@ -249,8 +249,8 @@ def _written_in_place(nodes: list[Node], held: dict[Node, Any]) -> set[Node]:
 
 def _writes(node: Node, held: Any) -> bool:
     """Whether a node may work in place; a module of which nothing is known may."""
-    known = of_module(held) if node.op == "call_module" else of_node(node, {})
-    if known is not None and known.adds:  # oneDNN's kernel may write over what it adds
+    fused = of_module(held) if node.op == "call_module" else of_node(node, {})
+    if fused is not None and fused.adds:  # oneDNN's kernel may write over what it adds
         return True
     if node.op == "call_module":
         parts = list(held.modules())
