@@ -16,6 +16,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from cptv_ao.backends.quantized import of_module, of_node
+
 _aten = torch.ops.aten
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add, operator.iand: operator.and_, operator.ifloordiv: operator.floordiv,
@@ -41,7 +43,9 @@ def may_write(node: Node, held: Any) -> bool:
     Args:
         held: the module of a call_module node.
     """
-    return written(node, held) is not None or not is_known(node, held)
+    fused = of_module(held) if node.op == "call_module" else of_node(node, {})
+    overwrites = fused is not None and fused.adds  # oneDNN's kernel may write over what it adds
+    return overwrites or written(node, held) is not None or not is_known(node, held)
 
 
 def is_known(node: Node, held: Any) -> bool:
