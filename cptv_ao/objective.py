@@ -53,8 +53,7 @@ def _checked(config: RefineConfig, teacher: Tensor) -> list[str]:
     """Of a function of the user's; what is to be said of it."""
     loss = get_loss(config.loss, config.temperature)
     perfect = float(loss(teacher, teacher))
-    found = [float(loss(other, teacher)) for other in _others(teacher)]
-    if math.isfinite(perfect) and all(value == perfect for value in found):
+    if math.isfinite(perfect) and all(float(loss(other, teacher)) == perfect for other in _others(teacher)):
         raise ValueError(
             f"RefineConfig.loss: expected a function that is higher for worse outputs, got {config.loss_name}, which "
             f"is {perfect:.5g} for the teacher's own outputs and for quite different ones; compare its two arguments "
