@@ -71,8 +71,9 @@ def refine(
     """Search better scales for a converted model and write them into it (CPT-V, arXiv 2211.09643).
 
     The input model is candidate 0: what is returned has a loss that is not higher, on the search images and on
-    held-out calibration images. On any exception the model is exactly as it was given. The first Ctrl-C ends the search
-    with the best scales so far, the second one raises. Autocast is off inside: all models run in their own dtypes.
+    held-out calibration images. On any exception the model is exactly as it was given. Tensors that change are replaced
+    in the model, not written, since other models may hold them, too. The first Ctrl-C ends the search with the best
+    scales so far, the second one raises. Autocast is off inside: all models run in their own dtypes.
 
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned. It is written in place and

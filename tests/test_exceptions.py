@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import torch
 from conftest import Case
 from small import small_config
 from state import everything, generators
 from torch import Tensor
+from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
 import cptv_ao
 from cptv_ao import losses
@@ -172,18 +176,23 @@ def test_a_prepared_model_is_unpatched(conv: Case) -> None:
     assert everything(conv.prepared) == given
 
 
+# Rooms that write other forms of a model, and other tensors into it.
+FORMS = ("equalize", "equivalent", "centring", "ends", "slots", "reference", "exported")
+
+
 class AtLine:
     """Traces the lines of the package's rooms, and raises KeyboardInterrupt at one of them."""
 
     ROOMS = ("loop", "proposals", "gradient", "evaluator", "entries", "space", "evolution", "backend", "homes", "saved",
-             "checkpoint", "population")  # fmt: skip
+             "checkpoint", "population", "biases", "leaves", "features", "files", "ground", "given", "simulated",
+             "simulation", *FORMS)  # fmt: skip
 
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.seen = at, 0
+    def __init__(self, at: int | None = None, rooms: tuple[str, ...] = ROOMS) -> None:
+        self.at, self.rooms, self.seen = at, rooms, 0
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
-        if "cptv_ao" not in name or Path(name).stem not in self.ROOMS:
+        if "cptv_ao" not in name or Path(name).stem not in self.rooms:
             return None
         if event == "line":
             self.seen += 1
@@ -225,3 +234,53 @@ def test_ctrl_c_at_any_line(conv: Case, tmp_path: Path) -> None:
         assert {found.name for found in tmp_path.iterdir()} >= {path.name}
         path.unlink()
         assert {found.name for found in tmp_path.iterdir()} == {"whole"}, "nothing temporary is left"
+
+
+def _uneven() -> Case:
+    from test_equalize import uneven
+
+    model, batches = uneven(), list(nets.images(16, 3, 8, 8).split(4))
+    return Case(model, *nets.quantize(model, batches), batches)
+
+
+def _reference() -> Case:
+    model, batches = nets.seeded(nets.ConvNet), list(nets.images(16, 3, 16, 16).split(4))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        prepared = prepare_fx(copy.deepcopy(model), nets.mapping(3), (batches[0],))
+        for batch in batches:
+            prepared(batch)
+        return Case(model, prepared, convert_to_reference_fx(prepared), batches)
+
+
+def _attending() -> Case:
+    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+    from test_pt2e_forms import BATCHES, apart, quantized
+
+    model = apart(outlier=60)
+    graph = quantized(model)
+    return Case(model, graph, graph, list(BATCHES))
+
+
+@pytest.mark.parametrize("make", [_uneven, _reference, _attending])
+def test_ctrl_c_inside_an_equivalent_form(make: Callable[[], Case]) -> None:
+    """Also while a form is half written: all is as it was, and the next search ends where one without it does."""
+    case = make()
+    config = small_config(evaluations=2, gradient_steps=2, population=("biases",), passes=0)
+
+    def refine(model: Any) -> None:
+        cptv_ao.refine(model, case.batches, float_model=case.float_model, config=config, progress=False)
+
+    given, generator, output = everything(case.converted), random.Random(0), case.converted(case.batches[0])
+    whole = copy.deepcopy(case.converted)
+    with AtLine(rooms=FORMS) as lines:
+        refine(whole)
+    assert everything(whole) != given and lines.seen > 100
+    wanted = whole(case.batches[0])
+    for _ in range(int(os.environ.get("CPTV_AO_INTERRUPTS", "12"))):
+        with AtLine(generator.randrange(1, lines.seen), FORMS), pytest.raises(KeyboardInterrupt):
+            refine(case.converted)
+        assert everything(case.converted) == given
+        assert torch.equal(case.converted(case.batches[0]), output)
+    refine(case.converted)
+    assert torch.equal(case.converted(case.batches[0]), wanted)
