@@ -127,7 +127,7 @@ class Checkpoint:
         try:
             write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
         except OSError as error:
-            told = f"checkpoint: cannot be written ({error.strerror})"
+            told = f"checkpoint: cannot be written ({error.strerror or error})"
             if self._path.exists():
                 told += "; what was saved before is whole: make room, and call again to go on from there"
             raise type(error)(error.errno, told, str(self._path)) from error

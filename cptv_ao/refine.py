@@ -107,7 +107,8 @@ def refine(
         FloatModelMismatchError: `float_model` is not its float original.
         CalibrationDataError: the loader is empty, has no end, or gives something that the model cannot run on.
         NonFiniteError: scales or outputs of the model are NaN or infinite.
-        ScalesFileError: the checkpoint is damaged, or of another model, config or data.
+        ScalesFileError: the checkpoint is damaged, or of another model, config or data, or its scales are not what it
+            says.
         ValueError: the loss that was asked for cannot see the model's output, or there is no such `config.device`.
         OSError: the checkpoint cannot be written. One that cannot be written at all is refused before any work; where
             a disk fills up on the way, what was saved before is whole, and the next call goes on from it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
@@ -97,6 +98,29 @@ def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: d
     seconds = [point.seconds for point in found.history]
     assert seconds == sorted(seconds), "the clock goes on where the file left it"
     assert len(seen) < len(events)
+
+
+def test_a_graph_of_pt2e_goes_on_to_the_same_end(pt2e: Any, tmp_path: Path) -> None:
+    from cptv_ao.backends.backend import Backend
+
+    float_model = pt2e.nets.seeded(pt2e.Residual)
+    given = pt2e.converted(float_model, pt2e.x86(), True)
+    graphs = [copy.deepcopy(given) for _ in range(3)]
+    cases = [Case(float_model, given, graph, pt2e.BATCHES) for graph in graphs]
+    settings: dict[str, Any] = {"output": first, "population": ("output_error",)}
+    refine(cases[0], None, **settings)
+    for kill_at in (9, 9):
+        with pytest.raises(Killed):
+            refine(cases[1], tmp_path / "search", kill_at=kill_at, **settings)
+    assert len(refine(cases[2], tmp_path / "search", **settings)) > 0
+    whole, resumed = (Backend(graph) for graph in (graphs[0], graphs[2]))
+    assert all(torch.equal(whole.read(name).scale, resumed.read(name).scale) for name in whole.sites)
+    reports = [cptv_ao.report(graph) for graph in (graphs[0], graphs[2])]
+    assert reports[0].after == reports[1].after and reports[0].blocks == reports[1].blocks and reports[0].moves
+
+
+def first(output: dict[str, torch.Tensor]) -> torch.Tensor:
+    return output["logits"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"score_on": "simulation"}, {"rounding_rate": 0.0, "feature_weight": 0.0}])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def test_refine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_seconds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--seconds", "0.01", "--out", "scales"]
+    given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--seconds", "1e-2", "--out", "scales"]
     assert main([*given, "--quiet", "--json", "r.json"]) == 0
     assert capsys.readouterr().out.startswith("cptv_ao.refine: ")
     assert json.loads((here / "r.json").read_text())["status"] == "BUDGET"
@@ -218,6 +219,32 @@ MISTAKES = {
         ("diagnose", "factory.py:pair", *DATA, "--json", "."),
         "expected the path of a file, got the folder .",
     ),
+    "seconds without end": (
+        ("refine", "factory.py:pair", *DATA, *OUT, "--seconds", "1e999"),
+        "a finite number > 0, got",
+    ),
+    "seconds in words": (
+        ("refine", "factory.py:pair", *DATA, *OUT, "--seconds", "one"),
+        "a finite number > 0, got one",
+    ),
+    "no number": (("refine", "factory.py:pair", *DATA, *OUT, "--seconds", "nan"), "a finite number > 0, got nan"),
+    "a device": (("refine", "factory.py:pair", *DATA, "--out", "/dev/full"), "of a file, got a device, /dev/full"),
+    "its own output": (("refine", "factory.py:pair", *DATA, "--out", "/dev/stdout"), "--out: "),
+    "one file": (("refine", "factory.py:pair", *DATA, *OUT, "--json", OUT[1]), "--out and --json are the same file"),
+    "by another spelling": (
+        ("refine", "factory.py:pair", *DATA, *OUT, "--checkpoint", f"./{OUT[1]}"),
+        "--out and --checkpoint are the same file",
+    ),
+    "its symlink": (("refine", "factory.py:pair", *DATA, "--out", "a", "--json", "to_a"), "--out and --json are the s"),
+    "its hard link": (
+        ("refine", "factory.py:pair", *DATA, *OUT, "--checkpoint", "beside.py", "--json", "hard"),
+        "--checkpoint and --json are the same file",
+    ),
+    "the model's code": (("refine", "factory.py:pair", *DATA, "--out", "factory.py"), "would overwrite factory.py"),
+    "the data's code": (
+        ("diagnose", "nowhere:pair", "--data", "factory:batches", "--json", "./factory.py"),
+        "--json would overwrite factory.py, which factory:batches is in",
+    ),
 }
 
 
@@ -225,6 +252,9 @@ MISTAKES = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_mistake_is_told_in_one_line(here: Path, mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, told = MISTAKES[mistake]
+    (here / "to_a").symlink_to("a")
+    os.link(here / "beside.py", here / "hard")
+    before = {path.name: path.lstat().st_ino for path in here.iterdir()}
     try:
         code: Any = main(list(arguments))
     except SystemExit as left:
@@ -235,6 +265,52 @@ def test_a_mistake_is_told_in_one_line(here: Path, mistake: str, capsys: pytest.
     (line,) = printed.err.splitlines()
     assert line.startswith("cptv_ao: error: ")
     assert told in line
+    after = {path.name: path.lstat().st_ino for path in here.iterdir() if path.name != "__pycache__"}
+    assert after == before, "nothing was written"
+
+
+def test_json_goes_where_the_program_prints(folder: Path) -> None:
+    """Behind the table, into a pipe as into a file."""
+    given = ["diagnose", "factory.py:pair", "--data", "factory:batches", "--quiet", "--json"]
+    into_pipe = output(folder, *given, "/dev/stdout")
+    table, _, found = into_pipe.partition("\n{\n")
+    assert table.startswith("cptv_ao.diagnose: ") and json.loads("{" + found)["loss_name"] == "kl"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-W", "ignore", "-m", "cptv_ao", *given]
+    with open(folder / "printed", "w") as file:
+        subprocess.run([*command, "/dev/stdout"], cwd=folder, env=environment, stdout=file, check=True)
+    assert (folder / "printed").read_text() == into_pipe
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_json_is_written_through_links_and_into_fifos_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["diagnose", "factory.py:pair", "--data", "factory:batches", "--quiet", "--json"]
+    (here / "link").symlink_to("target")
+    assert main([*given, "link"]) == 0
+    whole = (here / "target").read_text()
+    assert (here / "link").is_symlink() and json.loads(whole)["images"] == 64
+    os.mkfifo(here / "fifo")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((here / "fifo").read_text()))
+    reader.start()
+    assert main([*given, "fifo"]) == 0
+    reader.join(timeout=60)
+    assert read == [whole] and (here / "fifo").is_fifo()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cptv_ao.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        main([*given, "target"])
+    assert (here / "target").read_text() == whole
+    assert {path.name for path in here.iterdir()} - {"__pycache__"} == {
+        "factory.py",
+        "beside.py",
+        "link",
+        "target",
+        "fifo",
+    }
 
 
 def test_a_mistake_ends_the_process_with_2(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+from dataclasses import replace
 
 import pytest
 from conftest import Case
@@ -168,6 +170,52 @@ def test_a_model_that_was_not_refined(conv: Case) -> None:
 def test_a_copy_keeps_its_report(conv: Case) -> None:
     report = refined(conv)
     assert cptv_ao.report(copy.deepcopy(conv.converted)) == report
+
+
+def plain(value: object) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and plain(held) for key, held in value.items())
+    if type(value) is list:
+        return all(map(plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def test_it_is_kept_as_plain_values(conv: Case, made: Report) -> None:
+    report = refined(conv, evaluations=4, gradient_steps=4)
+    assert plain(conv.converted.meta)
+    assert report == cptv_ao.report(conv.converted) and report.moves and report.history
+    assert str(cptv_ao.report(conv.converted)) == str(report)
+    for kept in (made, replace(made, before=Losses(float("inf"), None), settings={"a": "b"})):
+        kept.put_on(conv.converted)
+        assert plain(conv.converted.meta) and cptv_ao.report(conv.converted) == kept
+        conv.converted.meta = json.loads(json.dumps(conv.converted.meta))
+        assert cptv_ao.report(conv.converted) == kept
+        assert pickle.loads(pickle.dumps(cptv_ao.report(conv.converted))) == kept
+
+
+DAMAGES: list[object] = [
+    None, 3, "IMPROVED", [], {}, {"status": "IMPROVED"}, {"status": "FINE"}, {"before": None},
+    {"after": {"search": "1"}}, {"blocks": [3]}, {"images": [1]}, {"seconds": None},
+    {"settings": {"a": 1}}, {"sites": True}, {"more": 1},
+    {"notes": "text"}, {"status": []},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_ours_is_no_report(conv: Case, made: Report, damage: object) -> None:
+    made.put_on(conv.converted)
+    good = conv.converted.meta["cptv_ao"]
+    whole = isinstance(damage, dict) and damage and damage != {"status": "IMPROVED"}
+    conv.converted.meta["cptv_ao"] = {**good, **damage} if whole else damage  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"no report: expected a model that cptv_ao.refine returned"):
+        cptv_ao.report(conv.converted)
+    found = cptv_ao.diagnose(conv.converted, conv.batches[:1], float_model=conv.float_model, progress=False)
+    conv.converted.meta.clear()
+    never = cptv_ao.diagnose(conv.converted, conv.batches[:1], float_model=conv.float_model, progress=False)
+    assert found.advice == never.advice
+    conv.converted.meta = None
+    with pytest.raises(ValueError, match="no report"):
+        cptv_ao.report(conv.converted)
 
 
 def test_no_progress_is_silent(conv: Case, capfd: pytest.CaptureFixture[str]) -> None:
