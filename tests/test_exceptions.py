@@ -159,7 +159,7 @@ def test_the_earlier_report_survives_an_exception(conv: Case) -> None:
     report = cptv_ao.report(conv.converted)
     with pytest.raises(KeyboardInterrupt):
         cptv_ao.refine(conv.converted, conv.batches, callback=after(3, KeyboardInterrupt), **arguments)
-    assert cptv_ao.report(conv.converted) is report
+    assert cptv_ao.report(conv.converted) == report
 
 
 def test_a_prepared_model_is_unpatched(conv: Case) -> None:

@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_ops_that_are_not_understood(conv: Case, settings: dict[str, Any]) -> No
     check_ours(recorded(call), r"not understood, left alone: .*celu", "unknown")
 
 
+def test_settings_that_cannot_be_compared(conv: Case, settings: dict[str, Any], tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def loss(candidate: Tensor, teacher: Tensor) -> Tensor:
+        with lock:
+            return (candidate - teacher).square().mean()
+
+    arguments = {**settings, "config": small_config(loss=loss), "checkpoint": tmp_path / "search"}
+    first = conv.copy()
+    found = recorded(lambda: cptv_ao.refine(first.converted, conv.batches, float_model=conv.float_model, **arguments))
+    assert found == [], "nothing to compare with yet"
+
+    def call() -> None:
+        cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, **arguments)  # unseen
+
+    check_ours(recorded(call), r"cannot be compared with those of the search there \(_thread.lock\)", "unseen")
+
+
 def test_these_are_all_that_the_package_can_emit() -> None:
     """A new warning gets a test here."""
     found = [
@@ -85,7 +104,7 @@ def test_these_are_all_that_the_package_can_emit() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
         for _ in re.findall(r"warnings\.warn\(", path.read_text())
     ]
-    assert found == ["refine.py", "refine.py"]
+    assert found == ["refine.py", "refine.py", "refine.py"]
 
 
 def test_no_warning_with_a_float_model(small: Case, settings: dict[str, Any], tmp_path: Path) -> None:
