@@ -21,7 +21,7 @@ from cptv_ao.world import ALONE, World
 _Output = Callable[[Batch, int], Any]
 
 # Images on which is tried whether a single input may be cut.
-_FEW = 32
+_FEW = 4
 # Share of the largest output by which those of the same images may differ, in a batch and in a part of it: kernels add
 # up in another order.
 _SAME = 1e-3
