@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cptv_ao.backends.quantized import of_module, of_node
 from cptv_ao.inplace import may_write
 from cptv_ao.memory import Memory
 from cptv_ao.scopes import fetch
@@ -236,6 +237,7 @@ def _is_new(node: Node, held: dict[Node, Any]) -> bool:
     """Whether a node's value is known to have memory of its own."""
     if node.op == "call_method":
         return node.target == "dequantize"
-    if node.op == "call_module":
-        return type(held[node]).__module__.startswith("torch.ao.nn") and hasattr(held[node], "scale")
-    return node.target is torch.quantize_per_tensor or "quantized" in str(getattr(node.target, "__module__", ""))
+    known = of_module(held[node]) if node.op == "call_module" else of_node(node, {})
+    if known is not None:
+        return known.role in {"static", "scaled", "binary"} and not known.adds
+    return node.target is torch.quantize_per_tensor
