@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.data import Batch
+from cptv_ao.errors import CalibrationDataError
 from cptv_ao.outputs import Select, first_floating
 from cptv_ao.running import run
 from cptv_ao.world import ALONE, World
@@ -82,7 +83,7 @@ def _per_image(batches: Sequence[Batch], output: _Output) -> int:
     half = batch.rows(batch.images - batch.images // 2, batch.images)
     try:
         got, part = output(batch, index), output(half, index)
-    except Exception:  # the model says that this is no input, in whatever way
+    except CalibrationDataError:  # the model says that this is no input
         output(whole, index)  # its error, if it does not take the whole batch
         return 0
     if not isinstance(got, Tensor) or not got.dim() or not bool(torch.isfinite(got).all()):
