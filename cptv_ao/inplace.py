@@ -37,6 +37,10 @@ DROPOUT_FUNCTIONS = {
 _KNOWN_PACKAGES = {"torch", "cptv_ao", "operator", "_operator", "builtins", "math"}
 
 
+class OutOfPlace(nn.Module):
+    """A module that never writes into what it is given; those of the float twin are such."""
+
+
 def may_write(node: Node, held: Any) -> bool:
     """Whether a node may work in place; one of which nothing is known may.
 
@@ -63,7 +67,7 @@ def is_known(node: Node, held: Any) -> bool:
 def _is_known_module(module: nn.Module) -> bool:
     if isinstance(module, (GraphModule, torch.jit.ScriptModule)) or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return type(module).__module__.startswith(("torch.", "cptv_ao.twin."))
+    return isinstance(module, OutOfPlace) or type(module).__module__.split(".")[0] == "torch"
 
 
 def written(node: Node, held: Any) -> Node | None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_unflatten
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_quantization, weight_sites
+from cptv_ao.inplace import OutOfPlace
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Linear, Product
 from cptv_ao.twin.modules import WeightQuantizer
@@ -24,14 +25,14 @@ _aten = torch.ops.aten
 _CONVOLUTIONS = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
 
 
-class Dequantize(nn.Module):
+class Dequantize(OutOfPlace):
     """The values of quantized ones."""
 
     def forward(self, value: QTensor) -> Tensor:
         return value.dequantize()
 
 
-class Rounded(nn.Module):
+class Rounded(OutOfPlace):
     """A value as an op gives it back that was quantized with a scale of its own at run time."""
 
     def __init__(self, dequantize: Any) -> None:
@@ -55,7 +56,7 @@ class _PassedOn(torch.autograd.Function):
         return gradients[0], None
 
 
-class DequantizedWeight(nn.Module):
+class DequantizedWeight(OutOfPlace):
     """A weight on its scale, as a float tensor."""
 
     def __init__(self, weight: WeightQuantizer) -> None:
@@ -66,7 +67,7 @@ class DequantizedWeight(nn.Module):
         return self.weight.dequantize()
 
 
-class FloatWeighted(nn.Module):
+class FloatWeighted(OutOfPlace):
     """A float linear or convolution whose weight is on a scale."""
 
     def __init__(self, weight: WeightQuantizer, product: Product) -> None:

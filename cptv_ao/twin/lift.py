@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from cptv_ao.backends.ops import Op
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.inplace import OutOfPlace
 from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.values import QTensor, straight_through_round
 
@@ -28,7 +29,7 @@ _FIXED: dict[str, tuple[Callable[[Tensor], Tensor], float, int]] = {
 _ATTRIBUTES = {"shape", "ndim", "device"}
 
 
-class Lift(nn.Module):
+class Lift(OutOfPlace):
     """A float function or module on values that may be quantized.
 
     Args:

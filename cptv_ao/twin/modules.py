@@ -11,16 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from cptv_ao.inplace import OutOfPlace
 from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite
 from cptv_ao.twin.functions import Add, Product, Quantize, RoundWeight, Weigh
 from cptv_ao.twin.norm import LayerNorm
 from cptv_ao.twin.values import Limits, QTensor, Rounding, straight_through_round
 
 
-class SiteModule(nn.Module):
+class SiteModule(OutOfPlace):
     """Scale and zero_point of one site as buffers, so that `functional_call` can replace them."""
 
     scale: Tensor
@@ -135,7 +136,7 @@ def whole_parts(shift: Tensor) -> Tensor:
     return (shift.detach() * SHIFT_PARTS).round().to("cpu", torch.int8)
 
 
-class Weighted(nn.Module):
+class Weighted(OutOfPlace):
     """A quantized linear or convolution, with what is fused behind it.
 
     Args:
@@ -189,7 +190,7 @@ class Weighted(nn.Module):
         return self._product.error(value, self.weight.error(scale))
 
 
-class Sum(nn.Module):
+class Sum(OutOfPlace):
     """quantized.add and its fused ReLU."""
 
     def __init__(self, output: Quantizer, relu: bool, fixed_point: bool) -> None:
@@ -204,7 +205,7 @@ class Sum(nn.Module):
         return like.with_codes(Add.apply(*given, like.scale, like.zero_point, fixed, limits))
 
 
-class Times(nn.Module):
+class Times(OutOfPlace):
     """quantized.mul and its fused ReLU: the product of the centred codes is rescaled once."""
 
     def __init__(self, output: Quantizer, relu: bool) -> None:
@@ -217,7 +218,7 @@ class Times(nn.Module):
         return like.fitted(functional.relu(u) if self._relu else u)
 
 
-class Norm(nn.Module):
+class Norm(OutOfPlace):
     """quantized.layer_norm."""
 
     def __init__(self, output: Quantizer) -> None:
@@ -249,7 +250,7 @@ class NormModule(Norm):
         return super().forward(value, self._shape, self.weight, self.bias, self._eps)
 
 
-class Pointwise(nn.Module):
+class Pointwise(OutOfPlace):
     """An op that the kernel computes in float on dequantized values (hardswish, softmax, batch norm ...)."""
 
     def __init__(self, output: Quantizer, op: Callable[..., Tensor]) -> None:
@@ -261,7 +262,7 @@ class Pointwise(nn.Module):
         return result
 
 
-class ScaledBy(nn.Module):
+class ScaledBy(OutOfPlace):
     """quantized.mul of a value and a number, and its fused ReLU: the codes stay, the scale is multiplied."""
 
     def __init__(self, factor: float, relu: bool) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.inplace import OutOfPlace
 from cptv_ao.running import copied
 
 
-class WithPart(nn.Module):
+class WithPart(OutOfPlace):
     """A copy of a tensor in which a view of it has another value.
 
     Args:
@@ -45,7 +46,7 @@ def _step(node: Node) -> Callable[[Any], Any]:
     return lambda value: function(value, *args, **kwargs)
 
 
-class OnCopies(nn.Module):
+class OnCopies(OutOfPlace):
     """A function or module of which nothing is known: it is given copies of tensors.
 
     Args:
