@@ -7,11 +7,9 @@
 from typing import TYPE_CHECKING, Any
 
 from cptv_ao import callbacks, plot
-from cptv_ao.blocks import Block, blocks_by_path
-from cptv_ao.config import RefineConfig
-from cptv_ao.diagnose import diagnose
-from cptv_ao.diagnosis import Diagnosis
-from cptv_ao.errors import (
+from cptv_ao.core.blocks import Block, blocks_by_path
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.errors import (
     CalibrationDataError,
     CptvError,
     CptvWarning,
@@ -22,11 +20,13 @@ from cptv_ao.errors import (
     ScalesFileError,
     UnsupportedModelError,
 )
-from cptv_ao.events import STOP, Event
+from cptv_ao.core.events import STOP, Event
+from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.diagnose import diagnose
+from cptv_ao.diagnosis import Diagnosis
 from cptv_ao.refine import refine
 from cptv_ao.report import Point, Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
-from cptv_ao.sites import QParams, ScaleSite, SiteTable
 from cptv_ao.sources import find_sites
 
 if TYPE_CHECKING:

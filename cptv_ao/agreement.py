@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.config import RefineConfig
-from cptv_ao.data import Batch
-from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.outputs import first_floating
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.twin import Twin, disagreement
 from cptv_ao.twin.saturation import saturating_inputs
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.running import call
 from cptv_ao.twin import Twin
 from cptv_ao.twin.exported import FloatWeighted

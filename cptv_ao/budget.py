@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.report import Status
-from cptv_ao.world import ALONE, World
 
 
 @dataclass

@@ -23,8 +23,8 @@ from typing import Any, TextIO
 
 from torch.fx import GraphModule
 
-from cptv_ao.events import STOP, Callback, Event
-from cptv_ao.files import straight
+from cptv_ao.core.atomic_file import straight
+from cptv_ao.core.events import STOP, Callback, Event
 
 _COLUMNS = ("kind", "name", "pass_index", "evaluations", "loss", "best", "seconds")
 

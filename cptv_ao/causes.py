@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.blocks import Block
-from cptv_ao.config import RefineConfig
+from cptv_ao.core.blocks import Block
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluator import Evaluator
-from cptv_ao.losses import get_loss
 from cptv_ao.measures import Watcher
-from cptv_ao.outputs import compared, first_floating
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.simulated import on_device
 from cptv_ao.twin.simulation import SimulatedBackend

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cptv_ao.errors import ScalesFileError
-from cptv_ao.files import try_out
+from cptv_ao.core.atomic_file import try_out
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.errors import ScalesFileError
 from cptv_ao.loop import Loop
 from cptv_ao.loop_state import put_into, score_again, taken_from
 from cptv_ao.proposals import Proposer
 from cptv_ao.saved import parse_file, write_file
-from cptv_ao.world import ALONE, World
 
 # In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
 # the moments of Adam for each weight make large files.

@@ -13,11 +13,11 @@ from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import is_reference, lower
-from cptv_ao.data import read_batches
-from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.guard import eval_mode, plain_torch
+from cptv_ao.core.batches import read_batches
+from cptv_ao.core.contexts import eval_mode, plain_torch
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.measures import Watcher
-from cptv_ao.sites import ScaleSite
 
 # Codes of quint8 and of qint8 fit into it.
 _LOWEST, _HIGHEST = -128, 255

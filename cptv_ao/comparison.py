@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.measures import ActivationMeter, Fidelity, Watcher, real
 from cptv_ao.running import run
 from cptv_ao.twin.simulation import SimulatedBackend

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.data import Batch
-from cptv_ao.errors import CalibrationDataError
-from cptv_ao.outputs import Select, first_floating
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.tensors import Select, first_floating
 from cptv_ao.running import run
-from cptv_ao.world import ALONE, World
 
 _Output = Callable[[Batch, int], Any]
 

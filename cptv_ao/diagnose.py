@@ -16,20 +16,20 @@ from cptv_ao.advice import advise
 from cptv_ao.agreement import disagreeing
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported, takes_fixed_batch
-from cptv_ao.blocks import Block, find_blocks
 from cptv_ao.causes import Advance, Causes, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
-from cptv_ao.config import RefineConfig
+from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.blocks import Block, find_blocks
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.objective import settled
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.counting import counted
-from cptv_ao.data import Batch, read_batches
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.equalize import smoothable
-from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.guard import check_device, eval_mode, plain_torch
-from cptv_ao.losses import get_loss
 from cptv_ao.measures import Fidelity, measured_weight
-from cptv_ao.objective import settled
-from cptv_ao.outputs import first_floating
 from cptv_ao.report import is_refined
 from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cptv_ao.table import plain, table
+from cptv_ao.core.text_table import plain, table
 
 _ROWS = 10
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import World
+from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.measures import Watcher, real
-from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.twin import Twin
-from cptv_ao.world import World
 
 # Images on which values are looked at.
 _IMAGES = 64

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.pieces import Pieces, Values, packed, same_stamp, storages
 from cptv_ao.running import copied, own_inputs
 

@@ -12,12 +12,12 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
-from cptv_ao.errors import InvalidScaleError, UnsupportedModelError
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import World
+from cptv_ao.core.errors import InvalidScaleError, UnsupportedModelError
 from cptv_ao.measures import Watcher, real
 from cptv_ao.twin import Twin, unquantized
 from cptv_ao.twin.values import QTensor
-from cptv_ao.world import World
 
 #: Images on which outputs are compared.
 FEW = 2

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.errors import CalibrationDataError, NonFiniteError
+from cptv_ao.core.losses import Loss
+from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.entries import Entries
-from cptv_ao.errors import CalibrationDataError, NonFiniteError
-from cptv_ao.losses import Loss
-from cptv_ao.outputs import Select, compared, first_floating
 from cptv_ao.pieces import Pieces
 from cptv_ao.running import has_hooks, run
-from cptv_ao.world import ALONE, World
 
 DEFAULT_CACHE_BYTES = 2 << 30
 #: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n

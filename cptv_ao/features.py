@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.measures import OUTLIER
 from cptv_ao.running import own_inputs
 from cptv_ao.twin import LayerInputs, Twin

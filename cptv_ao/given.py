@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.equalize import equalize
-from cptv_ao.errors import NonFiniteError
 from cptv_ao.report import Losses, Report, Status
 from cptv_ao.scoring import Calibration, Scoring, Shipped
 

@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.losses import Loss
+from cptv_ao.core.objective import differentiable
+from cptv_ao.core.plain import from_plain
+from cptv_ao.core.sites import QParams, ScaleSite
+from cptv_ao.core.tensors import Select, compared
 from cptv_ao.features import Features, distance
 from cptv_ao.leaves import Leaves
-from cptv_ao.losses import Loss
-from cptv_ao.objective import differentiable
-from cptv_ao.outputs import Select, compared
-from cptv_ao.plain import from_plain
 from cptv_ao.population import rescaled
 from cptv_ao.running import own_inputs
 from cptv_ao.schedule import Course, Schedule
-from cptv_ao.sites import QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
-from cptv_ao.world import ALONE, World
 
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
 # depends on the batch alone, never on how many ranks there are.

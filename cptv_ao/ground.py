@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.given import Given, equalized
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report
 from cptv_ao.scoring import Calibration, Scoring, Shipped, check_losses
 from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
-from cptv_ao.sites import ScaleSite
 from cptv_ao.twin.simulation import SimulatedBackend
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.twin import Twin
 from cptv_ao.twin.modules import whole_parts
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptv_ao.core.plain import as_plain, from_plain
+from cptv_ao.core.sites import QParams
 from cptv_ao.loop import Loop, Position
-from cptv_ao.plain import as_plain, from_plain
 from cptv_ao.report import BlockResult, Losses, Point
-from cptv_ao.sites import QParams
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import HALF_STEP, Backend
-from cptv_ao.data import Batch
-from cptv_ao.sites import QParams, ScaleSite
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.twin.check import ordered
 from cptv_ao.twin.values import QTensor
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.ops import op_of, packet_of
 from cptv_ao.backends.quantized import of_node
-from cptv_ao.sites import ScaleSite
+from cptv_ao.core.sites import ScaleSite
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cptv_ao.data import Batch
-from cptv_ao.sites import REDUCED_QMAX, QParams, ScaleSite
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.exported import FloatWeighted

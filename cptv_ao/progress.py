@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from cptv_ao.events import Event
+from cptv_ao.core.events import Event
 from cptv_ao.loop import Loop
 
 

@@ -15,14 +15,14 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
 from cptv_ao.biases import FORWARDS, corrections
 from cptv_ao.budget import Budget
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.sites import REDUCED_QMAX, ScaleSite
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.gradient import GradientDescent, State
-from cptv_ao.losses import get_loss
-from cptv_ao.outputs import first_floating
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
 from cptv_ao.schedule import Schedule
 from cptv_ao.scoring import Calibration, Images
-from cptv_ao.sites import REDUCED_QMAX, ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs

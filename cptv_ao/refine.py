@@ -19,30 +19,30 @@ from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import takes_fixed_batch
 from cptv_ao.backends.reference import write_back
-from cptv_ao.blocks import find_blocks
 from cptv_ao.budget import Budget
 from cptv_ao.checkpoint import Checkpoint, check_path
-from cptv_ao.config import RefineConfig
+from cptv_ao.core.batches import Batch, read_batches, split_batches
+from cptv_ao.core.blocks import find_blocks
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, restored_on_error, stop_on_interrupt
+from cptv_ao.core.distributed import World
+from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
+from cptv_ao.core.events import Callback
+from cptv_ao.core.objective import settled
+from cptv_ao.core.sites import QParams
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.counting import counted
-from cptv_ao.data import Batch, read_batches, split_batches
-from cptv_ao.errors import CptvWarning, UnsupportedModelError
-from cptv_ao.events import Callback
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.ground import Ground, find_ground
-from cptv_ao.guard import check_device, eval_mode, plain_torch, restored_on_error, stop_on_interrupt
 from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Loop
-from cptv_ao.objective import settled
-from cptv_ao.outputs import first_floating
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report, Status
 from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
-from cptv_ao.sites import QParams
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.weights import as_float, find_float_weights
-from cptv_ao.world import World
 
 
 @dataclass(frozen=True)

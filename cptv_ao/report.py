@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.plain import as_plain, from_plain
-from cptv_ao.table import plain, table
+from cptv_ao.core.plain import as_plain, from_plain
+from cptv_ao.core.text_table import plain, table
 
 if TYPE_CHECKING:
     import os

@@ -14,8 +14,8 @@ from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.outputs import flatten
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.tensors import flatten
 from cptv_ao.smoothing import smooth
 from cptv_ao.tracing import WEIGHTED_FUNCTIONS, graph_of, is_float_interpolation, rewrite, undo
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.data import Batch
-from cptv_ao.errors import CalibrationDataError, CptvError
-from cptv_ao.outputs import flatten
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.errors import CalibrationDataError, CptvError
+from cptv_ao.core.tensors import flatten
 
 
 def copied(value: Any) -> Any:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.atomic_file import at_once, is_special, target_of
+from cptv_ao.core.contexts import restored_on_error, without_torch_floods
+from cptv_ao.core.errors import ScalesFileError
+from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.equalize import replaceable
-from cptv_ao.errors import ScalesFileError
-from cptv_ao.files import at_once, is_special, target_of
-from cptv_ao.guard import restored_on_error, without_torch_floods
 from cptv_ao.scopes import fetch
-from cptv_ao.sites import QParams, ScaleSite
 
 # Versions before 4 had no checksum, and were in no release.
 _KEY, _VERSION = "cptv_ao", 4

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from cptv_ao.world import ALONE, World
+from cptv_ao.core.distributed import ALONE, World
 
 _WARM_UP = 0.1
 

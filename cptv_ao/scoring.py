@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from cptv_ao.config import RefineConfig
-from cptv_ao.data import Batch
-from cptv_ao.errors import FloatModelMismatchError, NonFiniteError
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.errors import FloatModelMismatchError, NonFiniteError
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluator import Evaluator, batch_loss, teacher_outputs
-from cptv_ao.losses import get_loss
-from cptv_ao.outputs import compared, first_floating
 from cptv_ao.report import Losses
 from cptv_ao.running import run
-from cptv_ao.world import ALONE, World
 
 
 @dataclass(frozen=True)

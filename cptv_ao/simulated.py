@@ -8,10 +8,10 @@ from typing import cast
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status
 from cptv_ao.scoring import Calibration, Images, Scoring, Shipped
-from cptv_ao.sites import ScaleSite
 from cptv_ao.space import Assignment
 from cptv_ao.twin.simulation import SimulatedBackend
 

@@ -10,11 +10,11 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import fix_shared, is_reference, lower
-from cptv_ao.config import RefineConfig
-from cptv_ao.data import Batch
-from cptv_ao.errors import CalibrationDataError, UnsupportedModelError
-from cptv_ao.guard import without_torch_floods
-from cptv_ao.sites import SiteTable
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.contexts import without_torch_floods
+from cptv_ao.core.errors import CalibrationDataError, UnsupportedModelError
+from cptv_ao.core.sites import SiteTable
 from cptv_ao.twin import unquantized
 from cptv_ao.weights import weight_ranges
 

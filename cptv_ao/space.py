@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.search.protocol import Group, Layout, Vector
-from cptv_ao.sites import QParams, ScaleSite
 
 #: A scale stays within this factor of the one in the model that was given: beyond it lies nothing but overflow.
 _RANGE = 64.0

@@ -13,8 +13,8 @@ from cptv_ao.backends.exported import is_exported
 from cptv_ao.backends.ops import op_name, op_of
 from cptv_ao.backends.passing import producer
 from cptv_ao.backends.quantized import of_node
-from cptv_ao.blocks import Block
-from cptv_ao.sites import ScaleSite
+from cptv_ao.core.blocks import Block
+from cptv_ao.core.sites import ScaleSite
 
 _ON_SCALE = {"quantizes", "dequantizes"}
 _NO_TENSOR = {"asks", "compares"}

@@ -16,7 +16,7 @@ import torch
 from workloads import accuracy, agreement, digits, logits, quantize, trained
 
 import cptv_ao
-from cptv_ao.losses import kl
+from cptv_ao.core.losses import kl
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao import RefineConfig
 from cptv_ao.biases import corrections
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.sites import QParams, same
 from cptv_ao.proposals import Proposer
 from cptv_ao.scoring import Calibration, Images
-from cptv_ao.sites import QParams, same
 from cptv_ao.twin import Twin, unquantized
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import Case
 
 import cptv_ao
-from cptv_ao.blocks import block_path, blocks_by_path, find_blocks
-from cptv_ao.sites import ScaleSite
+from cptv_ao.core.blocks import block_path, blocks_by_path, find_blocks
+from cptv_ao.core.sites import ScaleSite
 
 
 def site(name: str, kind: str = "activation") -> ScaleSite:

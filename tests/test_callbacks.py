@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.callbacks import EarlyStop, Log, TensorBoard, chain
-from cptv_ao.events import Callback
-from cptv_ao.losses import kl
+from cptv_ao.core.events import Callback
+from cptv_ao.core.losses import kl
 
 
 def refine(case: Case, callback: Callback, **changes: Any) -> cptv_ao.Report:

@@ -14,8 +14,8 @@ from small import small_config
 from torch import Tensor, nn
 
 import cptv_ao
+from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.counting import counted
-from cptv_ao.data import Batch, read_batches
 
 LENGTH, WIDTH = 6, 8
 

@@ -21,8 +21,8 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao import causes
 from cptv_ao.backends.backend import Backend
-from cptv_ao.losses import kl
-from cptv_ao.sites import QParams
+from cptv_ao.core.losses import kl
+from cptv_ao.core.sites import QParams
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import Recorder
 from cptv_ao.weights import find_float_weights

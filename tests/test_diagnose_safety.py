@@ -14,7 +14,7 @@ from test_diagnose import diagnosed, pt2e_model
 from torch import Tensor
 
 import cptv_ao
-from cptv_ao.losses import kl
+from cptv_ao.core.losses import kl
 
 
 def test_the_model_is_only_read(case: Case) -> None:

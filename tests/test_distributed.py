@@ -21,7 +21,7 @@ from test_checkpoint import Killed
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.world import World
+from cptv_ao.core.distributed import World
 
 CONFIG = small_config(passes=2, evaluations=4, gradient_steps=6, population=("output_error", "ranges", "biases"))
 

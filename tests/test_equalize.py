@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao import given
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.equalize import equalize
 from cptv_ao.patterns import Patterns
 from cptv_ao.sources import open_backend

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao import losses
 from cptv_ao.backends.backend import Backend
-from cptv_ao.blocks import Block, find_blocks
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.blocks import Block, find_blocks
+from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator
-from cptv_ao.sites import QParams
 from cptv_ao.weights import find_float_weights
 
 

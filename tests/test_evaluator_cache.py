@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.blocks import find_blocks
-from cptv_ao.data import Batch, read_batches
+from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.blocks import find_blocks
+from cptv_ao.core.losses import kl
+from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.losses import kl
 from cptv_ao.pieces import Pieces
-from cptv_ao.sites import QParams
 
 
 class _Block(nn.Module):

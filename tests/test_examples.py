@@ -71,7 +71,7 @@ def test_the_own_blocks_of_custom_cut_each_block_in_two(vit_w3: object) -> None:
     import custom
 
     import cptv_ao
-    from cptv_ao.blocks import find_blocks
+    from cptv_ao.core.blocks import find_blocks
 
     sites = cptv_ao.find_sites(vit_w3.converted).values()  # type: ignore[attr-defined]
     names = [block.name for block in find_blocks(sites, custom.halves)]

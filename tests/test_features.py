@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import Loss, kl
+from cptv_ao.core.sites import QParams
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluator import teacher_outputs
 from cptv_ao.features import Features, Targets, _target, distance
 from cptv_ao.gradient import GradientDescent, Schedule
-from cptv_ao.losses import Loss, kl
-from cptv_ao.outputs import first_floating
-from cptv_ao.sites import QParams
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.weights import find_float_weights, weight_ranges

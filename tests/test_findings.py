@@ -18,7 +18,7 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
-from cptv_ao.losses import kl
+from cptv_ao.core.losses import kl
 from cptv_ao.twin.saturation import Recorder
 from cptv_ao.weights import find_float_weights
 

@@ -11,7 +11,7 @@ from test_outputs import quantized
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.losses import kl
+from cptv_ao.core.losses import kl
 
 SETTINGS: dict[str, Any] = {"gradient_steps": 4, "evaluations": 4}
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cptv_ao import RefineConfig
-from cptv_ao.identity import Identity
+from cptv_ao.core.identity import Identity
 
 GAMMA = 2.0
 

@@ -19,9 +19,9 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.codes import count_codes
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import kl, mse
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.losses import kl, mse
 from cptv_ao.memory import Memory
 from cptv_ao.running import call
 from cptv_ao.twin import Twin, disagreement

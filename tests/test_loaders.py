@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao import data
-from cptv_ao.data import read_batches, split_batches
+from cptv_ao.core.batches import read_batches, split_batches
 
 
 class Label:

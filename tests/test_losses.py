@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao import losses
-from cptv_ao.losses import get_loss
+from cptv_ao.core.losses import get_loss
 
 ROWS, CLASSES = 7, 5
 

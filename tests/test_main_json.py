@@ -49,7 +49,7 @@ def test_json_is_written_through_links_and_into_fifos_at_once(here: Path, monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cptv_ao.files.os.fsync", full)
+    monkeypatch.setattr("cptv_ao.core.atomic_file.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         main([*given, "target"])
     assert (here / "target").read_text() == whole

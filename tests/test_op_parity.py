@@ -23,11 +23,11 @@ from torch.ao.quantization.backend_config import (
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
-from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator
-from cptv_ao.losses import get_loss
-from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin
 
 # Share of the codes that may be off by one: what falls between two codes falls to either side.

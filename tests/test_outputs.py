@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.outputs import compared
+from cptv_ao.core.tensors import compared
 from cptv_ao.report import Report
 
 GRADIENT: dict[str, Any] = {

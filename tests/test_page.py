@@ -248,7 +248,7 @@ def test_it_is_written_at_once(report: cptv_ao.Report, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cptv_ao.files.os.replace", full)
+        patch.setattr("cptv_ao.core.atomic_file.os.replace", full)
         with pytest.raises(OSError, match="No space left"):
             report.save_html(path)
     assert path.read_text() == "the last one"

@@ -14,7 +14,7 @@ from conftest import Case
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.losses import infonce
+from cptv_ao.core.losses import infonce
 from cptv_ao.search import Group, Individual, Layout, PaperStrategy
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import kl
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.gradient import GradientDescent, Schedule
-from cptv_ao.losses import kl
-from cptv_ao.outputs import first_floating
 from cptv_ao.population import HALF, output_error_scales, rescaled
 from cptv_ao.space import ScaleSpace
 from cptv_ao.twin import Twin

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.equalize import equalize
 from cptv_ao.shared_inputs import SharedInputs
 from cptv_ao.twin import unquantized

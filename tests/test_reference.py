@@ -24,8 +24,8 @@ import cptv_ao
 from cptv_ao.backends import reference as reference_backend
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import is_reference, lower, write_back
-from cptv_ao.errors import UnsupportedModelError
-from cptv_ao.sites import QParams
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.sites import QParams
 from cptv_ao.twin import unquantized
 from cptv_ao.weights import find_float_weights, weight_ranges
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cptv_ao
 from cptv_ao import losses
-from cptv_ao.outputs import first_floating
+from cptv_ao.core.tensors import first_floating
 
 
 def loss_of(model: Any, teacher: Any, batches: list[Tensor]) -> float:

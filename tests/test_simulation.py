@@ -222,8 +222,8 @@ from torch import nn
 from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping
 from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
-from cptv_ao.config import RefineConfig
-from cptv_ao.data import Batch
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.batches import Batch
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
 with torch.no_grad():
     for layer in (model[0], model[2]):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import cptv_ao
-from cptv_ao.blocks import find_blocks
+from cptv_ao.core.blocks import find_blocks
 
 timm = pytest.importorskip("timm")
 

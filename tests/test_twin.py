@@ -21,10 +21,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.losses import get_loss
-from cptv_ao.sites import QParams
 from cptv_ao.twin import Twin, disagreement, unquantized
 from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.saturation import Recorder, lift
@@ -143,7 +143,7 @@ def test_trained_vit_end_to_end(vit: nn.Module, digits: workloads.Images, engine
 SATURATING = """
 import torch, workloads
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.twin import Twin, disagreement
 torch.set_num_threads(1)
 digits = workloads.digits()

@@ -26,9 +26,9 @@ from cptv_ao.backends.compiling import compiled_once
 from cptv_ao.backends.homes import Home, PackedHome, WeightHome
 from cptv_ao.backends.scan import scan
 from cptv_ao.backends.slots import Owned, Slot
-from cptv_ao.errors import NonFiniteError
+from cptv_ao.core.errors import NonFiniteError
+from cptv_ao.core.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
 from cptv_ao.scopes import fetch
-from cptv_ao.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
 
 # Half a step, plus what float32 rounding of w / s can add.
 HALF_STEP = 0.5 + 2e-3

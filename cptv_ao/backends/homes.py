@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.slots import Slot
-from cptv_ao.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
 
 
 class ActivationHome(Protocol):

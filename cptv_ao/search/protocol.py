@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cptv_ao.sites import SiteKind
+from cptv_ao.core.sites import SiteKind
 
 Vector = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.ops import op_name
-from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
 from cptv_ao.memory import Changed, Memory
 from cptv_ao.scopes import fetch

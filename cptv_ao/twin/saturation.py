@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from cptv_ao.data import Batch
+from cptv_ao.core.batches import Batch
 from cptv_ao.twin import Twin
 from cptv_ao.twin.check import ordered
 from cptv_ao.twin.modules import Quantizer, Weighted

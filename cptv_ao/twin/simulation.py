@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.data import Batch
-from cptv_ao.sites import QParams, ScaleSite, SiteTable, same
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.sites import QParams, ScaleSite, SiteTable, same
 from cptv_ao.twin import Twin, moved
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.inplace import OutOfPlace
 from cptv_ao.running import copied
 

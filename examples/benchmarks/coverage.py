@@ -28,7 +28,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import GraphModule
 
 import cptv_ao
-from cptv_ao.blocks import find_blocks
+from cptv_ao.core.blocks import find_blocks
 
 MODELS = (
     "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit3_small_patch16_224", "beit_base_patch16_224",

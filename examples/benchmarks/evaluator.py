@@ -31,10 +31,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import workloads
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.blocks import find_blocks
-from cptv_ao.data import Batch, read_batches
+from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.blocks import find_blocks
+from cptv_ao.core.losses import kl
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.losses import kl
 from cptv_ao.search import EvolutionStrategy, Individual
 from cptv_ao.space import ScaleSpace
 from cptv_ao.twin import Twin

@@ -28,7 +28,7 @@ from workloads import accuracy, agreement, logits
 
 import cptv_ao
 from cptv_ao import RefineConfig
-from cptv_ao.losses import kl
+from cptv_ao.core.losses import kl
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells"

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cptv_ao.blocks import BlockPolicy
-from cptv_ao.losses import LOSSES, Loss
+from cptv_ao.core.blocks import BlockPolicy
+from cptv_ao.core.losses import LOSSES, Loss
 
 LossName = Literal["auto", "kl", "infonce", "soft_infonce", "mse", "cosine"]
 # As in <function loss at 0x7f3a5c0>.

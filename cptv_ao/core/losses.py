@@ -104,7 +104,7 @@ class _Scalar:
 def get_loss(loss: str | Loss, temperature: float) -> Loss:
     """A loss by name, with its temperature where it has one; a function is made safe (see `_Scalar`).
 
-    `auto` is `kl` here: `cptv_ao.objective.settled` decides where the outputs are known.
+    `auto` is `kl` here: `cptv_ao.core.objective.settled` decides where the outputs are known.
     """
     if not isinstance(loss, str):
         return _Scalar(loss)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cptv_ao.config import RefineConfig
-from cptv_ao.losses import Loss, get_loss
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.losses import Loss, get_loss
 
 
 def settled(config: RefineConfig, teacher: Tensor) -> tuple[RefineConfig, list[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptv_ao.errors import CalibrationDataError, CptvWarning
+from cptv_ao.core.errors import CalibrationDataError, CptvWarning
 
 # What a loader may give that does not say how much it is: beyond it, it is taken for one without an end.
 _IMAGES, _BYTES = 100_000, 4 << 30

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cptv_ao.errors import InvalidScaleError
+from cptv_ao.core.errors import InvalidScaleError
 
 SiteKind = Literal["weight", "activation"]
 

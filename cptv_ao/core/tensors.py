@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cptv_ao.errors import UnsupportedModelError
+from cptv_ao.core.errors import UnsupportedModelError
 
 Select = Callable[[Any], Tensor]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from cptv_ao.errors import DistributedError
+from cptv_ao.core.errors import DistributedError
 
 _MAX_DIMS = 8
 _TOLD_BYTES = 512

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cptv_ao.sites import ScaleSite
+from cptv_ao.core.sites import ScaleSite
 
 #: Given the sites of a model in graph order, returns the block of each site by name.
 BlockPolicy = Callable[[Sequence[ScaleSite]], Mapping[str, str]]
