@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.running import call
+from cptv_ao.fx.running import call
 from cptv_ao.twin import Twin
 from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted

@@ -22,8 +22,8 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.ends import Ends, channel_ends, ranged
 from cptv_ao.equivalent import Equivalence
+from cptv_ao.fx.paths import fetch
 from cptv_ao.measures import Watcher, real
-from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInput
 from cptv_ao.twin import Twin
 

@@ -17,7 +17,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError
 from cptv_ao.core.tensors import Select, first_floating
-from cptv_ao.running import run
+from cptv_ao.fx.running import run
 
 _Output = Callable[[Batch, int], Any]
 

@@ -29,9 +29,9 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.counting import counted
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.equalize import smoothable
+from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.report import is_refined
-from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey

@@ -32,9 +32,9 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite, same
 from cptv_ao.ends import Ends, channel_ends, ranged
 from cptv_ao.equivalent import FEW, Equivalence, largest
+from cptv_ao.fx.paths import fetch
 from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
-from cptv_ao.scopes import fetch
 from cptv_ao.shared_inputs import SharedInput, SharedInputs
 from cptv_ao.smoothing import outlier_exponents
 from cptv_ao.weights import fold_factors

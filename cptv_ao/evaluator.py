@@ -5,7 +5,7 @@ Only the tail of the graph, from the searched block on, runs per candidate:
     Before: x -> stem -> blocks.0 -> ... -> blocks.k -> ... -> head -> logits
     After:  [cached values that cross the cut] -> blocks.k -> ... -> head -> logits
 
-The tail is generated code that runs on the model itself (`cptv_ao.pieces`), so a scale that was written is seen at
+The tail is generated code that runs on the model itself (`cptv_ao.fx.segments`), so a scale that was written is seen at
 once and nothing of the model is copied.
 """
 
@@ -27,8 +27,8 @@ from cptv_ao.core.errors import CalibrationDataError, NonFiniteError
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.entries import Entries
-from cptv_ao.pieces import Pieces
-from cptv_ao.running import has_hooks, run
+from cptv_ao.fx.running import has_hooks, run
+from cptv_ao.fx.segments import Pieces
 
 DEFAULT_CACHE_BYTES = 2 << 30
 #: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n

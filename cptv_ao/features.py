@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.fx.running import own_inputs
 from cptv_ao.measures import OUTLIER
-from cptv_ao.running import own_inputs
 from cptv_ao.twin import LayerInputs, Twin
 from cptv_ao.twin.exported import FloatWeighted
 from cptv_ao.twin.modules import Weighted

@@ -24,9 +24,9 @@ from cptv_ao.core.plain import from_plain
 from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.core.tensors import Select, compared
 from cptv_ao.features import Features, distance
+from cptv_ao.fx.running import own_inputs
 from cptv_ao.leaves import Leaves
 from cptv_ao.population import rescaled
-from cptv_ao.running import own_inputs
 from cptv_ao.schedule import Course, Schedule
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin

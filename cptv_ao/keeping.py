@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.quantized import is_quantized
+from cptv_ao.fx.quantized_ops import is_quantized
 
 
 def saving_notes(model: GraphModule) -> list[str]:

@@ -20,9 +20,9 @@ from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.ops import op_of, packet_of
-from cptv_ao.backends.quantized import of_node
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.fx.ops import op_of, packet_of
+from cptv_ao.fx.quantized_ops import of_node
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")

@@ -33,13 +33,13 @@ from cptv_ao.core.sites import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.counting import counted
 from cptv_ao.fingerprint import fingerprint
+from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.ground import Ground, find_ground
 from cptv_ao.keeping import saving_notes
 from cptv_ao.loop import Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report, Status
-from cptv_ao.running import changed_by_hooks
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.weights import as_float, find_float_weights

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn import functional
 
+from cptv_ao.fx.paths import fetch
 from cptv_ao.measures import OUTLIER
 from cptv_ao.patterns import own_path, read_once
-from cptv_ao.scopes import fetch
 
 #: Less is not worth it, and could not be told from roundings.
 LEAST_EXPONENT = 2

@@ -10,11 +10,11 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.exported import is_exported
-from cptv_ao.backends.ops import op_name, op_of
-from cptv_ao.backends.passing import producer
-from cptv_ao.backends.quantized import of_node
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.fx.ops import op_name, op_of
+from cptv_ao.fx.producers import producer
+from cptv_ao.fx.quantized_ops import of_node
 
 _ON_SCALE = {"quantizes", "dequantizes"}
 _NO_TENSOR = {"asks", "compares"}

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.nn import functional
 
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.paths import fetch
 
 #: Functions with a weight, which prepare_fx quantizes where it stands in its place among the arguments.
 WEIGHTED_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.backends.exported import fused_weights, is_exported
-from cptv_ao.backends.quantized import is_observer, of_node
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
+from cptv_ao.fx.quantized_ops import is_observer, of_node
 from cptv_ao.smoothing import LEAST_EXPONENT
 
 # A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.

@@ -17,7 +17,7 @@ from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
 from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.pieces import Pieces
+from cptv_ao.fx.segments import Pieces
 
 
 class _Block(nn.Module):

@@ -22,8 +22,8 @@ from cptv_ao.codes import count_codes
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl, mse
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.memory import Memory
-from cptv_ao.running import call
+from cptv_ao.fx.aliasing import Memory
+from cptv_ao.fx.running import call
 from cptv_ao.twin import Twin, disagreement
 from cptv_ao.twin.saturation import saturating_inputs
 

@@ -18,7 +18,7 @@ from test_refine import loss_of
 import cptv_ao
 from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
-from cptv_ao.pieces import Pieces, storages
+from cptv_ao.fx.segments import Pieces, storages
 from cptv_ao.scoring import Scoring
 from cptv_ao.simulated import SimulatedProposer
 from cptv_ao.twin import Twin

@@ -28,7 +28,7 @@ from cptv_ao.backends.scan import scan
 from cptv_ao.backends.slots import Owned, Slot
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.paths import fetch
 
 # Half a step, plus what float32 rounding of w / s can add.
 HALF_STEP = 0.5 + 2e-3

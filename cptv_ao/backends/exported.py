@@ -19,7 +19,7 @@ from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.homes import BufferHome, Found, WeightHome
 from cptv_ao.backends.slots import Slot
 from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.paths import fetch
 
 _NAMESPACE = "quantized_decomposed."
 _PER_TENSOR, _PER_CHANNEL = "dequantize_per_tensor.default", "dequantize_per_channel.default"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.quantized import is_quantized, of_module
 from cptv_ao.backends.slots import Slot
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.fx.quantized_ops import is_quantized, of_module
 
 _QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
 # Marks are 1 + k / _MARKS, exact in float32.

@@ -24,13 +24,13 @@ from cptv_ao.backends.homes import (
     WeightHome,
     infer_range,
 )
-from cptv_ao.backends.ops import op_name, op_of, packet_of
-from cptv_ao.backends.passing import producer
-from cptv_ao.backends.quantized import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside
 from cptv_ao.backends.slots import Slot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable, output_name, weight_name
-from cptv_ao.scopes import Scopes, fetch
+from cptv_ao.fx.ops import op_name, op_of, packet_of
+from cptv_ao.fx.paths import Scopes, fetch
+from cptv_ao.fx.producers import producer
+from cptv_ao.fx.quantized_ops import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside
 
 _DYNAMIC = "dynamic quantization computes its scales at run time"
 _DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.paths import fetch
 
 
 @dataclass(frozen=True)

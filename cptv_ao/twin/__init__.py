@@ -17,7 +17,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import QParams
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.running import call, run
+from cptv_ao.fx.running import call, run
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.check import Checker, ordered
 from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted

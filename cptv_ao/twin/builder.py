@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.ops import op_name
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
-from cptv_ao.memory import Changed, Memory
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.aliasing import Changed, Memory
+from cptv_ao.fx.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
+from cptv_ao.fx.ops import op_name
+from cptv_ao.fx.paths import fetch
 from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
 from cptv_ao.twin.writes import OnCopies, WithPart
 

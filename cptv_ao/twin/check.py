@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from cptv_ao.backends.ops import op_name
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.running import copied
+from cptv_ao.fx.ops import op_name
+from cptv_ao.fx.running import copied
 from cptv_ao.twin.lift import Lift
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cptv_ao.backends.ops import Op
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.inplace import OutOfPlace
+from cptv_ao.fx.inplace import OutOfPlace
+from cptv_ao.fx.ops import Op
 from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.values import QTensor, straight_through_round
 

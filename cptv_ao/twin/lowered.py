@@ -20,10 +20,10 @@ from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.ops import by_type, of_function, of_module, op_name, op_of, packet_of
-from cptv_ao.backends.passing import producer
-from cptv_ao.backends.quantized import Quantized, is_quantized_op, of_node, quantized_inside
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.ops import by_type, of_function, of_module, op_name, op_of, packet_of
+from cptv_ao.fx.paths import fetch
+from cptv_ao.fx.producers import producer
+from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_node, quantized_inside
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Line, Linear, Product
 from cptv_ao.twin.lift import Lift

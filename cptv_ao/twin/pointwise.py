@@ -12,7 +12,7 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cptv_ao.backends.ops import by_type
+from cptv_ao.fx.ops import by_type
 
 Function = Callable[..., Tensor]
 

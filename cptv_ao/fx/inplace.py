@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from cptv_ao.backends.quantized import of_module, of_node
+from cptv_ao.fx.quantized_ops import of_module, of_node
 
 _aten = torch.ops.aten
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {

@@ -23,7 +23,7 @@ from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.ops import by_type, op_name, packet_of
+from cptv_ao.fx.ops import by_type, op_name, packet_of
 
 #: How a quantized op keeps its scales.
 #:     static: a packed weight, and an output scale of its own

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from torch import nn
 from torch.fx import Node
 
-from cptv_ao.backends.ops import op_of
+from cptv_ao.fx.ops import op_of
 
 
 def producer(node: Node, known: Container[Node], modules: Mapping[str, nn.Module]) -> Node:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from cptv_ao.backends.quantized import of_module, of_node
-from cptv_ao.inplace import may_write
-from cptv_ao.memory import Memory
-from cptv_ao.scopes import fetch
+from cptv_ao.fx.aliasing import Memory
+from cptv_ao.fx.inplace import may_write
+from cptv_ao.fx.paths import fetch
+from cptv_ao.fx.quantized_ops import of_module, of_node
 
 Values = tuple[Any, ...]
 _PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

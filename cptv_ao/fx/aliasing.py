@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from cptv_ao.inplace import DROPOUT_FUNCTIONS, DROPOUTS, first_input, is_known, may_write, overloads, written
+from cptv_ao.fx.inplace import DROPOUT_FUNCTIONS, DROPOUTS, first_input, is_known, may_write, overloads, written
 
 #: The module of a call_module node, None of others.
 Held = Callable[[Node], Any]
