@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 from cptv_ao.advice import advise
 from cptv_ao.agreement import disagreeing
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported, takes_fixed_batch
+from cptv_ao.backends.float_weights import as_float, find_float_weights
+from cptv_ao.backends.pt2e import is_exported, takes_fixed_batch
 from cptv_ao.causes import Advance, Causes, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.core.batches import Batch, read_batches
@@ -36,7 +37,6 @@ from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey
 from cptv_ao.twin.simulation import SimulatedBackend
-from cptv_ao.weights import as_float, find_float_weights
 
 _IMAGES = 128
 # Share of large codes from which an activation counts as one of the full range: observers with reduce_range let a few

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.float_weights import fold_factors
+from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.centring import centre
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
@@ -37,7 +38,6 @@ from cptv_ao.measures import Watcher
 from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
 from cptv_ao.shared_inputs import SharedInput, SharedInputs
 from cptv_ao.smoothing import outlier_exponents
-from cptv_ao.weights import fold_factors
 
 # Images on which codes are looked at.
 _FEW = 16

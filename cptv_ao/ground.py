@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.given import Given, equalized
 from cptv_ao.proposals import Proposer

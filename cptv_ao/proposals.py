@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.biases import FORWARDS, corrections
 from cptv_ao.budget import Budget
 from cptv_ao.core.batches import Batch

@@ -17,7 +17,8 @@ from torch.fx import GraphModule
 
 from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import takes_fixed_batch
+from cptv_ao.backends.float_weights import as_float, find_float_weights
+from cptv_ao.backends.pt2e import takes_fixed_batch
 from cptv_ao.backends.reference import write_back
 from cptv_ao.budget import Budget
 from cptv_ao.checkpoint import Checkpoint, check_path
@@ -42,7 +43,6 @@ from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report, Status
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.sources import Sources, check_negatives, open_backend
-from cptv_ao.weights import as_float, find_float_weights
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import weight_sites
+from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.ops import op_name
 from cptv_ao.patterns import ReadNorm, own_path, read_once, reads
 

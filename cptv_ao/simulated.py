@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status

@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import weight_ranges
 from cptv_ao.backends.reference import fix_shared, is_reference, lower
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
@@ -16,7 +17,6 @@ from cptv_ao.core.contexts import without_torch_floods
 from cptv_ao.core.errors import CalibrationDataError, UnsupportedModelError
 from cptv_ao.core.sites import SiteTable
 from cptv_ao.twin import unquantized
-from cptv_ao.weights import weight_ranges
 
 
 @dataclass(frozen=True)

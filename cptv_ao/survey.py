@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.ops import op_name, op_of

@@ -17,7 +17,7 @@ from torch.ao.quantization import QConfigMapping
 import cptv_ao
 from cptv_ao import data
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.homes import ModuleWeightHome
+from cptv_ao.backends.scale_slots import ModuleWeightHome
 from cptv_ao.codes import count_codes
 
 

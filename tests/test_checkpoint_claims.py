@@ -73,7 +73,7 @@ def test_scales_are_scored_again_before_they_count(
 def test_a_file_that_is_right_about_worse_scales_is_refused(conv: Case, tmp_path: Path) -> None:
     """Not one word of it is wrong: but never worse holds."""
     from cptv_ao.backends.backend import Backend
-    from cptv_ao.weights import find_float_weights
+    from cptv_ao.backends.float_weights import find_float_weights
 
     path, spoilt = tmp_path / "search", conv.copy()
     settings: dict[str, Any] = {"gradient_steps": 0, "population": (), "equalize": False, "passes": 1}

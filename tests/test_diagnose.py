@@ -21,11 +21,11 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao import causes
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.core.sites import QParams
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import Recorder
-from cptv_ao.weights import find_float_weights
 
 
 @pytest.fixture(scope="module")

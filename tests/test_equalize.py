@@ -20,13 +20,13 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao import given
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.equalize import equalize
 from cptv_ao.patterns import Patterns
 from cptv_ao.sources import open_backend
 from cptv_ao.twin import unquantized
 from cptv_ao.twin.values import QTensor
-from cptv_ao.weights import find_float_weights
 
 
 class TracedNorm(nn.BatchNorm2d):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao import losses
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator
-from cptv_ao.weights import find_float_weights
 
 
 class Reference:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import Loss, kl
 from cptv_ao.core.sites import QParams
@@ -25,7 +26,6 @@ from cptv_ao.features import Features, Targets, _target, distance
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.space import Assignment
 from cptv_ao.twin import LayerInputs, Twin
-from cptv_ao.weights import find_float_weights, weight_ranges
 
 
 def twin_of(model: Any, float_model: nn.Module) -> Twin:

@@ -18,9 +18,9 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.twin.saturation import Recorder
-from cptv_ao.weights import find_float_weights
 
 
 def test_unfused_batch_norms_are_counted() -> None:

@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.homes import BufferHome
 from cptv_ao.backends.reference import lower
+from cptv_ao.backends.scale_slots import BufferHome
 
 BATCHES = list(nets.images(24, 3, 8, 8).split(6))
 

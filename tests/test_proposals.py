@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.core.tensors import first_floating
@@ -26,7 +27,6 @@ from cptv_ao.population import HALF, output_error_scales, rescaled
 from cptv_ao.space import ScaleSpace
 from cptv_ao.twin import Twin
 from cptv_ao.twin.saturation import saturating_inputs
-from cptv_ao.weights import find_float_weights, weight_ranges
 
 
 def backend_of(case: Case) -> Backend:

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.twin import Twin
-from cptv_ao.weights import find_float_weights
 
 torchao = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
 

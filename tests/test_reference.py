@@ -23,11 +23,11 @@ from torch.fx import GraphModule
 import cptv_ao
 from cptv_ao.backends import reference as reference_backend
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import QParams
 from cptv_ao.twin import unquantized
-from cptv_ao.weights import find_float_weights, weight_ranges
 
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "conv": lambda: (nets.seeded(nets.ConvNet), list(nets.images(8, 3, 16, 16).split(4))),

@@ -16,7 +16,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.homes import infer_range
+from cptv_ao.backends.scale_slots import infer_range
 from cptv_ao.twin import Twin
 
 CONV_TABLE = """\

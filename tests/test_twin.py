@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.sites import QParams
@@ -30,7 +31,6 @@ from cptv_ao.twin.functions import Clamp
 from cptv_ao.twin.saturation import Recorder, lift
 from cptv_ao.twin.simulation import SimulatedBackend
 from cptv_ao.twin.values import Limits
-from cptv_ao.weights import find_float_weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EQUAL = 0.9999

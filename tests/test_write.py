@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cptv_ao import InvalidScaleError, QParams, ScaleSite
 from cptv_ao.backends.backend import Backend
-from cptv_ao.weights import find_float_weights, weight_ranges
+from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 
 
 def backend_of(case: Case) -> Backend:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.compiling import compiled_once
-from cptv_ao.backends.homes import Home, PackedHome, WeightHome
-from cptv_ao.backends.scan import scan
-from cptv_ao.backends.slots import Owned, Slot
+from cptv_ao.backends.lowered import scan
+from cptv_ao.backends.scale_slots import Home, PackedHome, WeightHome
+from cptv_ao.backends.tensor_slots import Owned, Slot
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.sites import SHIFT_PARTS, QParams, ScaleSite, SiteTable
 from cptv_ao.fx.paths import fetch

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.slots import Slot
+from cptv_ao.backends.tensor_slots import Slot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.quantized_ops import is_quantized, of_module
 

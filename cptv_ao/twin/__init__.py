@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_exported
+from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import QParams

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.exported import is_quantization, weight_sites
+from cptv_ao.backends.pt2e import is_quantization, weight_sites
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.twin.builder import Builder
 from cptv_ao.twin.functions import Convolution, Linear, Product

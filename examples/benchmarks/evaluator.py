@@ -31,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import workloads
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
@@ -38,7 +39,6 @@ from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.search import EvolutionStrategy, Individual
 from cptv_ao.space import ScaleSpace
 from cptv_ao.twin import Twin
-from cptv_ao.weights import find_float_weights
 
 RESULTS = Path(__file__).parent / "results" / "evaluator.json"
 

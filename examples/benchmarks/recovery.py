@@ -104,7 +104,7 @@ def refined(case: Case, config: RefineConfig) -> tuple[GraphModule, dict[str, fl
 def clamped(case: Case) -> GraphModule:
     """The converted model with its weight codes clamped to the nominal range, at the observers' scales."""
     from cptv_ao.backends.backend import Backend
-    from cptv_ao.weights import find_float_weights, weight_ranges
+    from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 
     model = copy.deepcopy(case.quantized)
     backend = Backend(model, weight_ranges(case.float_model))

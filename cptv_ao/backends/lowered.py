@@ -11,8 +11,8 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.exported import is_exported, scan_exported
-from cptv_ao.backends.homes import (
+from cptv_ao.backends.pt2e import is_exported, scan_exported
+from cptv_ao.backends.scale_slots import (
     ActivationHome,
     AttributeHome,
     BufferHome,
@@ -24,7 +24,7 @@ from cptv_ao.backends.homes import (
     WeightHome,
     infer_range,
 )
-from cptv_ao.backends.slots import Slot
+from cptv_ao.backends.tensor_slots import Slot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable, output_name, weight_name
 from cptv_ao.fx.ops import op_name, op_of, packet_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import HALF_STEP, Backend
-from cptv_ao.backends.exported import fused_weights, is_exported
+from cptv_ao.backends.pt2e import fused_weights, is_exported
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.fx.quantized_ops import is_observer, of_node

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.backends.slots import Slot
+from cptv_ao.backends.tensor_slots import Slot
 from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
 
 
@@ -33,7 +33,7 @@ class BufferHome:
     """A scale and zero_point as buffers, of the root (`quantize_per_tensor`, `quantized.add`) or of a module
     (`nnq.LayerNorm`); of a PT2E graph also those of the channels of a weight.
 
-    They are written in place, for a search holds on to them: see `cptv_ao.backends.slots` for whose they are.
+    They are written in place, for a search holds on to them: see `cptv_ao.backends.tensor_slots` for whose they are.
     """
 
     def __init__(self, scale: Slot, zero_point: Slot, shape: Sequence[int] = ()) -> None:
