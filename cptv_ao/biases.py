@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.running import call
-from cptv_ao.twin import Twin
-from cptv_ao.twin.exported import FloatWeighted
-from cptv_ao.twin.modules import Weighted
-from cptv_ao.twin.values import QTensor
+from cptv_ao.simulation.modules import Weighted
+from cptv_ao.simulation.pt2e_builder import FloatWeighted
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.twin import Twin
 
 # Images whose means are compared.
 _IMAGES = 200

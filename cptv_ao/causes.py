@@ -20,7 +20,7 @@ from cptv_ao.evaluator import Evaluator
 from cptv_ao.measures import Watcher
 from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.simulated import on_device
-from cptv_ao.twin.simulation import SimulatedBackend
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 # Sites that are tried one by one: those of the blocks with the largest shares.
 _SITES = 32

@@ -25,7 +25,7 @@ from cptv_ao.equivalent import Equivalence
 from cptv_ao.fx.paths import fetch
 from cptv_ao.measures import Watcher, real
 from cptv_ao.shared_inputs import SharedInput
-from cptv_ao.twin import Twin
+from cptv_ao.simulation.twin import Twin
 
 # A range that gets less narrow is left as it is.
 _NARROWER = 0.95

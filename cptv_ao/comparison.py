@@ -15,7 +15,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.running import run
 from cptv_ao.measures import ActivationMeter, Fidelity, Watcher, real
-from cptv_ao.twin.simulation import SimulatedBackend
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
 @dataclass

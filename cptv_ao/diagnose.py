@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cptv_ao.advice import advise
-from cptv_ao.agreement import disagreeing
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import as_float, find_float_weights
 from cptv_ao.backends.pt2e import is_exported, takes_fixed_batch
@@ -34,9 +33,10 @@ from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.report import is_refined
 from cptv_ao.scoring import Calibration, Images, Scoring
+from cptv_ao.simulation.kernel_agreement import disagreeing
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey
-from cptv_ao.twin.simulation import SimulatedBackend
 
 _IMAGES = 128
 # Share of large codes from which an activation counts as one of the full range: observers with reduce_range let a few

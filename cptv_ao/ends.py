@@ -14,7 +14,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.sites import QParams, ScaleSite
 from cptv_ao.measures import Watcher, real
-from cptv_ao.twin import Twin
+from cptv_ao.simulation.twin import Twin
 
 # Images on which values are looked at.
 _IMAGES = 64

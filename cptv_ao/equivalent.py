@@ -16,8 +16,8 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import InvalidScaleError, UnsupportedModelError
 from cptv_ao.measures import Watcher, real
-from cptv_ao.twin import Twin, unquantized
-from cptv_ao.twin.values import QTensor
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.twin import Twin, unquantized
 
 #: Images on which outputs are compared.
 FEW = 2

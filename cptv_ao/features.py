@@ -16,10 +16,10 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.measures import OUTLIER
-from cptv_ao.twin import LayerInputs, Twin
-from cptv_ao.twin.exported import FloatWeighted
-from cptv_ao.twin.modules import Weighted
-from cptv_ao.twin.values import Apart, QTensor
+from cptv_ao.simulation.modules import Weighted
+from cptv_ao.simulation.pt2e_builder import FloatWeighted
+from cptv_ao.simulation.qtensor import Apart, QTensor
+from cptv_ao.simulation.twin import LayerInputs, Twin
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ from cptv_ao.fx.running import own_inputs
 from cptv_ao.leaves import Leaves
 from cptv_ao.population import rescaled
 from cptv_ao.schedule import Course, Schedule
+from cptv_ao.simulation.twin import LayerInputs, Twin
 from cptv_ao.space import Assignment
-from cptv_ao.twin import LayerInputs, Twin
 
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
 # depends on the batch alone, never on how many ranks there are.

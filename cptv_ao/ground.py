@@ -13,7 +13,7 @@ from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report
 from cptv_ao.scoring import Calibration, Scoring, Shipped, check_losses
 from cptv_ao.simulated import SimulatedProposer, as_backend, confirmed, on_device
-from cptv_ao.twin.simulation import SimulatedBackend
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
 class Ground:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.twin import Twin
-from cptv_ao.twin.modules import whole_parts
+from cptv_ao.simulation.modules import whole_parts
+from cptv_ao.simulation.twin import Twin
 
 #: A zero_point moves by this many codes where a log scale moves by 1.
 _CODES_PER_LOG = 20.0

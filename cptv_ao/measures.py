@@ -14,8 +14,8 @@ from torch.nn import functional
 from cptv_ao.backends.backend import HALF_STEP, Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.twin.check import ordered
-from cptv_ao.twin.values import QTensor
+from cptv_ao.simulation.check import ordered
+from cptv_ao.simulation.qtensor import QTensor
 
 # Codes above this one overflow where kernels add pairs of products in 16 bits: 2 * 130 * 127 > 2^15.
 _NARROW = 129

@@ -23,9 +23,9 @@ from cptv_ao.gradient import GradientDescent, State
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
 from cptv_ao.schedule import Schedule
 from cptv_ao.scoring import Calibration, Images
+from cptv_ao.simulation.saturation import saturating_inputs
+from cptv_ao.simulation.twin import Twin
 from cptv_ao.space import Assignment
-from cptv_ao.twin import Twin
-from cptv_ao.twin.saturation import saturating_inputs
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import as_float, find_float_weights
 from cptv_ao.backends.pt2e import takes_fixed_batch
@@ -42,6 +41,7 @@ from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report, Status
 from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
+from cptv_ao.simulation.kernel_agreement import agreement_notes
 from cptv_ao.sources import Sources, check_negatives, open_backend
 
 

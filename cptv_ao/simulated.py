@@ -12,8 +12,8 @@ from cptv_ao.core.sites import ScaleSite
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Losses, Report, Status
 from cptv_ao.scoring import Calibration, Images, Scoring, Shipped
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.space import Assignment
-from cptv_ao.twin.simulation import SimulatedBackend
 
 
 class SimulatedProposer(Proposer):

@@ -16,7 +16,7 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import without_torch_floods
 from cptv_ao.core.errors import CalibrationDataError, UnsupportedModelError
 from cptv_ao.core.sites import SiteTable
-from cptv_ao.twin import unquantized
+from cptv_ao.simulation.twin import unquantized
 
 
 @dataclass(frozen=True)

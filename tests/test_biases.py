@@ -23,7 +23,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import QParams, same
 from cptv_ao.proposals import Proposer
 from cptv_ao.scoring import Calibration, Images
-from cptv_ao.twin import Twin, unquantized
+from cptv_ao.simulation.twin import Twin, unquantized
 
 
 def batches_of(images: list[Tensor]) -> list[Batch]:

@@ -24,8 +24,8 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.core.sites import QParams
-from cptv_ao.twin import Twin
-from cptv_ao.twin.saturation import Recorder
+from cptv_ao.simulation.saturation import Recorder
+from cptv_ao.simulation.twin import Twin
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluator import teacher_outputs
 from cptv_ao.features import Features, Targets, _target, distance
 from cptv_ao.gradient import GradientDescent, Schedule
+from cptv_ao.simulation.twin import LayerInputs, Twin
 from cptv_ao.space import Assignment
-from cptv_ao.twin import LayerInputs, Twin
 
 
 def twin_of(model: Any, float_model: nn.Module) -> Twin:

@@ -24,8 +24,8 @@ from cptv_ao.core.losses import kl, mse
 from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.fx.aliasing import Memory
 from cptv_ao.fx.running import call
-from cptv_ao.twin import Twin, disagreement
-from cptv_ao.twin.saturation import saturating_inputs
+from cptv_ao.simulation.saturation import saturating_inputs
+from cptv_ao.simulation.twin import Twin, disagreement
 
 SETTINGS: dict[str, Any] = {"population": ("output_error", "ranges", "biases"), "gradient_steps": 4, "loss": "auto"}
 

@@ -24,9 +24,9 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.population import HALF, output_error_scales, rescaled
+from cptv_ao.simulation.saturation import saturating_inputs
+from cptv_ao.simulation.twin import Twin
 from cptv_ao.space import ScaleSpace
-from cptv_ao.twin import Twin
-from cptv_ao.twin.saturation import saturating_inputs
 
 
 def backend_of(case: Case) -> Backend:

@@ -22,7 +22,7 @@ from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.equalize import equalize
 from cptv_ao.shared_inputs import SharedInputs
-from cptv_ao.twin import unquantized
+from cptv_ao.simulation.twin import unquantized
 
 pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
-from cptv_ao.twin import Twin
+from cptv_ao.simulation.twin import Twin
 
 torchao = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
 

@@ -27,7 +27,7 @@ from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import QParams
-from cptv_ao.twin import unquantized
+from cptv_ao.simulation.twin import unquantized
 
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "conv": lambda: (nets.seeded(nets.ConvNet), list(nets.images(8, 3, 16, 16).split(4))),

@@ -18,8 +18,8 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend, round_weight, shift_of
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.sites import QParams, ScaleSite, same
-from cptv_ao.twin.functions import RoundWeight
-from cptv_ao.twin.values import Limits
+from cptv_ao.simulation.autograd_ops import RoundWeight
+from cptv_ao.simulation.qtensor import Limits
 
 SITE = ScaleSite("w", "weight", "Linear", "", (3,), 0, -4, 3, False, ("n",), "w")
 

@@ -21,9 +21,9 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.fx.segments import Pieces, storages
 from cptv_ao.scoring import Scoring
 from cptv_ao.simulated import SimulatedProposer
-from cptv_ao.twin import Twin
-from cptv_ao.twin.simulation import SimulatedBackend
-from cptv_ao.twin.values import QTensor
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
+from cptv_ao.simulation.twin import Twin
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -220,7 +220,7 @@ SATURATING = """
 import nets, torch
 from torch import nn
 from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping
-from cptv_ao.agreement import agreement_notes
+from cptv_ao.simulation.kernel_agreement import agreement_notes
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.batches import Batch

@@ -17,7 +17,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.scale_slots import infer_range
-from cptv_ao.twin import Twin
+from cptv_ao.simulation.twin import Twin
 
 CONV_TABLE = """\
 site                 kind        op                   shape        codes   zero_point  moves

@@ -26,11 +26,11 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.sites import QParams
 from cptv_ao.evaluator import Evaluator, teacher_outputs
-from cptv_ao.twin import Twin, disagreement, unquantized
-from cptv_ao.twin.functions import Clamp
-from cptv_ao.twin.saturation import Recorder, lift
-from cptv_ao.twin.simulation import SimulatedBackend
-from cptv_ao.twin.values import Limits
+from cptv_ao.simulation.autograd_ops import Clamp
+from cptv_ao.simulation.qtensor import Limits
+from cptv_ao.simulation.saturation import Recorder, lift
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
+from cptv_ao.simulation.twin import Twin, disagreement, unquantized
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EQUAL = 0.9999
@@ -144,7 +144,7 @@ SATURATING = """
 import torch, workloads
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.twin import Twin, disagreement
+from cptv_ao.simulation.twin import Twin, disagreement
 torch.set_num_threads(1)
 digits = workloads.digits()
 _, model = workloads.quantize(
@@ -245,7 +245,7 @@ def test_the_gradient_of_a_strided_pointwise_convolution_stays_in_its_memory() -
     """In a process of its own: with channels last oneDNN corrupts the heap."""
     code = """
 import torch
-from cptv_ao.twin.functions import Convolution
+from cptv_ao.simulation.autograd_ops import Convolution
 product = Convolution((2, 2), (0, 0), (1, 1), 1)
 for _ in range(40):
     codes, weight = torch.randn(4, 3, 128, 128), torch.randn(48, 3, 1, 1)

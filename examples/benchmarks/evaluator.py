@@ -37,8 +37,8 @@ from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
 from cptv_ao.evaluator import Evaluator, teacher_outputs
 from cptv_ao.search import EvolutionStrategy, Individual
+from cptv_ao.simulation.twin import Twin
 from cptv_ao.space import ScaleSpace
-from cptv_ao.twin import Twin
 
 RESULTS = Path(__file__).parent / "results" / "evaluator.json"
 

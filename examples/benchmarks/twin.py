@@ -26,7 +26,7 @@ import workloads
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.sites import QParams
-from cptv_ao.twin import Twin
+from cptv_ao.simulation.twin import Twin
 
 
 def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.ops import op_name
 from cptv_ao.fx.running import copied
-from cptv_ao.twin.lift import Lift
+from cptv_ao.simulation.qtensor_ops import Lift
 
 
 class Checker(Interpreter):

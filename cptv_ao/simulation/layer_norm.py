@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cptv_ao.twin.values import Limits, dot
+from cptv_ao.simulation.qtensor import Limits, dot
 
 _aten = torch.ops.aten
 

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_unflatten
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_quantization, weight_sites
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.twin.builder import Builder
-from cptv_ao.twin.functions import Convolution, Linear, Product
-from cptv_ao.twin.modules import WeightQuantizer
-from cptv_ao.twin.values import QTensor
+from cptv_ao.simulation.autograd_ops import Convolution, Linear, Product
+from cptv_ao.simulation.builder import Builder
+from cptv_ao.simulation.modules import WeightQuantizer
+from cptv_ao.simulation.qtensor import QTensor
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}

@@ -14,8 +14,8 @@ from torch.nn import functional
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.fx.ops import Op
-from cptv_ao.twin.functions import Clamp
-from cptv_ao.twin.values import QTensor, straight_through_round
+from cptv_ao.simulation.autograd_ops import Clamp
+from cptv_ao.simulation.qtensor import QTensor, straight_through_round
 
 # The real values that clamps clamp to, where the call does not say otherwise.
 _CLAMPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (-math.inf, math.inf)}

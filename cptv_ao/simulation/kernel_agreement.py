@@ -7,8 +7,8 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.twin import Twin, disagreement
-from cptv_ao.twin.saturation import saturating_inputs
+from cptv_ao.simulation.saturation import saturating_inputs
+from cptv_ao.simulation.twin import Twin, disagreement
 
 # Relative difference of the outputs from which it is worth a word: roundings alone stay well below.
 _TOLERATED = 0.03

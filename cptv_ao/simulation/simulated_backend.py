@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import QParams, ScaleSite, SiteTable, same
-from cptv_ao.twin import Twin, moved
+from cptv_ao.simulation.twin import Twin, moved
 
 
 class SimulatedBackend:

@@ -24,11 +24,11 @@ from cptv_ao.fx.ops import by_type, of_function, of_module, op_name, op_of, pack
 from cptv_ao.fx.paths import fetch
 from cptv_ao.fx.producers import producer
 from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_node, quantized_inside
-from cptv_ao.twin.builder import Builder
-from cptv_ao.twin.functions import Convolution, Line, Linear, Product
-from cptv_ao.twin.lift import Lift
-from cptv_ao.twin.modules import Norm, NormModule, Pointwise, Quantizer, ScaledBy, Sum, Times, Weighted
-from cptv_ao.twin.pointwise import FUNCTIONS, function_of
+from cptv_ao.simulation.autograd_ops import Convolution, Line, Linear, Product
+from cptv_ao.simulation.builder import Builder
+from cptv_ao.simulation.modules import Norm, NormModule, Pointwise, Quantizer, ScaledBy, Sum, Times, Weighted
+from cptv_ao.simulation.pointwise import FUNCTIONS, function_of
+from cptv_ao.simulation.qtensor_ops import Lift
 
 # The kernel's names of the arguments of quantized.layer_norm, and ours.
 _NORM_NAMES = {"normalized_shape": "shape"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptv_ao.twin.values import Limits, dot
+from cptv_ao.simulation.qtensor import Limits, dot
 
 _aten = torch.ops.aten
 

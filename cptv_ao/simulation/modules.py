@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from cptv_ao.core.sites import SHIFT_PARTS, QParams, ScaleSite
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.twin.functions import Add, Product, Quantize, RoundWeight, Weigh
-from cptv_ao.twin.norm import LayerNorm
-from cptv_ao.twin.values import Limits, QTensor, Rounding, straight_through_round
+from cptv_ao.simulation.autograd_ops import Add, Product, Quantize, RoundWeight, Weigh
+from cptv_ao.simulation.layer_norm import LayerNorm
+from cptv_ao.simulation.qtensor import Limits, QTensor, Rounding, straight_through_round
 
 
 class SiteModule(OutOfPlace):

@@ -18,12 +18,12 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import QParams
 from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.fx.running import call, run
-from cptv_ao.twin.builder import Builder
-from cptv_ao.twin.check import Checker, ordered
-from cptv_ao.twin.exported import ExportedBuilder, FloatWeighted
-from cptv_ao.twin.lowered import LoweredBuilder
-from cptv_ao.twin.modules import Weighted, WeightQuantizer, whole_parts
-from cptv_ao.twin.values import QTensor, Rounding
+from cptv_ao.simulation.builder import Builder
+from cptv_ao.simulation.check import Checker, ordered
+from cptv_ao.simulation.lowered_builder import LoweredBuilder
+from cptv_ao.simulation.modules import Weighted, WeightQuantizer, whole_parts
+from cptv_ao.simulation.pt2e_builder import ExportedBuilder, FloatWeighted
+from cptv_ao.simulation.qtensor import QTensor, Rounding
 
 __all__ = ["LayerInputs", "Twin", "disagreement", "moved", "unquantized"]
 

@@ -16,8 +16,8 @@ from cptv_ao.fx.aliasing import Changed, Memory
 from cptv_ao.fx.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
 from cptv_ao.fx.ops import op_name
 from cptv_ao.fx.paths import fetch
-from cptv_ao.twin.modules import Quantizer, SiteModule, WeightQuantizer
-from cptv_ao.twin.writes import OnCopies, WithPart
+from cptv_ao.simulation.modules import Quantizer, SiteModule, WeightQuantizer
+from cptv_ao.simulation.writes import OnCopies, WithPart
 
 
 class Builder(ABC):

@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.twin import Twin
-from cptv_ao.twin.check import ordered
-from cptv_ao.twin.modules import Quantizer, Weighted
-from cptv_ao.twin.values import QTensor
+from cptv_ao.simulation.check import ordered
+from cptv_ao.simulation.modules import Quantizer, Weighted
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.twin import Twin
 
 # Share of an op's codes that may be off by more than one before it counts as saturating.
 _TOLERATED = 1e-4

@@ -1,0 +1,1 @@
+"""The float twin: the kernels' arithmetic in float, differentiable, on any device."""
