@@ -24,10 +24,10 @@ from cptv_ao.core.events import STOP, Event
 from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
 from cptv_ao.diagnose import diagnose
 from cptv_ao.diagnosis import Diagnosis
+from cptv_ao.evaluation.teacher import find_sites
 from cptv_ao.refine import refine
 from cptv_ao.report import Point, Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
-from cptv_ao.sources import find_sites
 
 if TYPE_CHECKING:
     from cptv_ao.recipe import Recipe, qconfig_mapping, recipe

@@ -26,16 +26,16 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.objective import settled
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.counting import counted
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.equalize import smoothable
+from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.scoring import Calibration, Images, Scoring
+from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
 from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.report import is_refined
-from cptv_ao.scoring import Calibration, Images, Scoring
 from cptv_ao.simulation.kernel_agreement import disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
-from cptv_ao.sources import Sources, check_negatives, open_backend
 from cptv_ao.survey import Survey
 
 _IMAGES = 128

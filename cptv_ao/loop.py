@@ -17,10 +17,10 @@ from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.sites import ScaleSite, same
+from cptv_ao.evaluation.scoring import Scoring
 from cptv_ao.given import Given
 from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
-from cptv_ao.scoring import Scoring
 from cptv_ao.search import make_strategy
 from cptv_ao.search.protocol import Individual, Vector
 from cptv_ao.space import Assignment, Beside, ScaleSpace

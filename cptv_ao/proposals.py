@@ -19,10 +19,10 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.sites import REDUCED_QMAX, ScaleSite
 from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.scoring import Calibration, Images
 from cptv_ao.gradient import GradientDescent, State
 from cptv_ao.population import HALF, Proposal, individuals, rescaled
 from cptv_ao.schedule import Schedule
-from cptv_ao.scoring import Calibration, Images
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.space import Assignment

@@ -31,7 +31,9 @@ from cptv_ao.core.events import Callback
 from cptv_ao.core.objective import settled
 from cptv_ao.core.sites import QParams
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.counting import counted
+from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.scoring import Calibration, Images, Scoring, check_losses
+from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
 from cptv_ao.fingerprint import fingerprint
 from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.ground import Ground, find_ground
@@ -40,9 +42,7 @@ from cptv_ao.loop import Loop
 from cptv_ao.progress import progress_bar
 from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report, Status
-from cptv_ao.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.simulation.kernel_agreement import agreement_notes
-from cptv_ao.sources import Sources, check_negatives, open_backend
 
 
 @dataclass(frozen=True)

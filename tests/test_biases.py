@@ -21,8 +21,8 @@ from cptv_ao import RefineConfig
 from cptv_ao.biases import corrections
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import QParams, same
+from cptv_ao.evaluation.scoring import Calibration, Images
 from cptv_ao.proposals import Proposer
-from cptv_ao.scoring import Calibration, Images
 from cptv_ao.simulation.twin import Twin, unquantized
 
 

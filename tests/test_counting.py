@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.core.batches import Batch, read_batches
-from cptv_ao.counting import counted
+from cptv_ao.evaluation.image_counting import counted
 
 LENGTH, WIDTH = 6, 8
 

@@ -181,7 +181,7 @@ def spoil_float_model(case: Case, _: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def spoil_score(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from cptv_ao.evaluator import Evaluator
+    from cptv_ao.evaluation.evaluator import Evaluator
 
     calls = iter(range(10**6))
     run = Evaluator._output

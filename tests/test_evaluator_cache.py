@@ -16,7 +16,7 @@ from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
 from cptv_ao.core.sites import QParams
-from cptv_ao.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
 from cptv_ao.fx.segments import Pieces
 
 

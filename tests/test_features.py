@@ -21,7 +21,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import Loss, kl
 from cptv_ao.core.sites import QParams
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluator import teacher_outputs
+from cptv_ao.evaluation.evaluator import teacher_outputs
 from cptv_ao.features import Features, Targets, _target, distance
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.simulation.twin import LayerInputs, Twin

@@ -21,7 +21,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.codes import count_codes
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl, mse
-from cptv_ao.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
 from cptv_ao.fx.aliasing import Memory
 from cptv_ao.fx.running import call
 from cptv_ao.simulation.saturation import saturating_inputs

@@ -27,7 +27,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.sites import QParams
-from cptv_ao.evaluator import Evaluator
+from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.simulation.twin import Twin
 
 # Share of the codes that may be off by one: what falls between two codes falls to either side.

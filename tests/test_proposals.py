@@ -21,7 +21,7 @@ from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
 from cptv_ao.gradient import GradientDescent, Schedule
 from cptv_ao.population import HALF, output_error_scales, rescaled
 from cptv_ao.simulation.saturation import saturating_inputs

@@ -18,8 +18,8 @@ from test_refine import loss_of
 import cptv_ao
 from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
+from cptv_ao.evaluation.scoring import Scoring
 from cptv_ao.fx.segments import Pieces, storages
-from cptv_ao.scoring import Scoring
 from cptv_ao.simulated import SimulatedProposer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.simulated_backend import SimulatedBackend

@@ -25,7 +25,7 @@ from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.sites import QParams
-from cptv_ao.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
 from cptv_ao.simulation.autograd_ops import Clamp
 from cptv_ao.simulation.qtensor import Limits
 from cptv_ao.simulation.saturation import Recorder, lift

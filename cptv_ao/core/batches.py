@@ -89,7 +89,7 @@ def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None =
     """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.
 
     Labels (further items of a tuple) are never looked at. How many images a dict of several tensors holds is a guess,
-    which is never too high, until `cptv_ao.counting` asks a model.
+    which is never too high, until `cptv_ao.evaluation.image_counting` asks a model.
 
     Args:
         fixed: see `Batch`.

@@ -80,7 +80,7 @@ class Watch:
         self.now = {"scored": 0.0, "steps": 0.0, "calls": 0.0, "bytes": 0.0}
         self.marks: list[tuple[str, float, dict[str, float]]] = []
         from cptv_ao import scoring
-        from cptv_ao.evaluator import Evaluator
+        from cptv_ao.evaluation.evaluator import Evaluator
         from cptv_ao.gradient import GradientDescent
 
         self._timed(Evaluator, "_output", "scored")

@@ -26,7 +26,7 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError, NonFiniteError
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.entries import Entries
+from cptv_ao.evaluation.entry_cache import Entries
 from cptv_ao.fx.running import has_hooks, run
 from cptv_ao.fx.segments import Pieces
 

@@ -19,7 +19,7 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import FloatModelMismatchError, NonFiniteError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.tensors import compared, first_floating
-from cptv_ao.evaluator import Evaluator, batch_loss, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator, batch_loss, teacher_outputs
 from cptv_ao.fx.running import run
 from cptv_ao.report import Losses
 
