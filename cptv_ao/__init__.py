@@ -30,7 +30,7 @@ from cptv_ao.report import Point, Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
 
 if TYPE_CHECKING:
-    from cptv_ao.recipe import Recipe, qconfig_mapping, recipe
+    from cptv_ao.transforms.float_model.recipe import Recipe, qconfig_mapping, recipe
 
 __all__ = [
     "STOP",
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
     """What prepares models for torch.ao FX is loaded when it is asked for: PT2E needs none of it."""
     if name not in {"Recipe", "qconfig_mapping", "recipe"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import cptv_ao.recipe as room
+    import cptv_ao.transforms.float_model.recipe as room
 
     globals().update(Recipe=room.Recipe, qconfig_mapping=room.qconfig_mapping, recipe=room.recipe)
     return globals()[name]

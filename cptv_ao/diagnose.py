@@ -27,7 +27,6 @@ from cptv_ao.core.losses import get_loss
 from cptv_ao.core.objective import settled
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
-from cptv_ao.equalize import smoothable
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring
 from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
@@ -37,6 +36,7 @@ from cptv_ao.report import is_refined
 from cptv_ao.simulation.kernel_agreement import disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.survey import Survey
+from cptv_ao.transforms.equalize import smoothable
 
 _IMAGES = 128
 # Share of large codes from which an activation counts as one of the full range: observers with reduce_range let a few

@@ -11,9 +11,9 @@ from typing import Any
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.errors import NonFiniteError
-from cptv_ao.equalize import equalize
 from cptv_ao.evaluation.scoring import Calibration, Scoring, Shipped
 from cptv_ao.report import Losses, Report, Status
+from cptv_ao.transforms.equalize import equalize
 
 
 @dataclass(frozen=True)

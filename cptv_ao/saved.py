@@ -20,8 +20,8 @@ from cptv_ao.core.atomic_file import at_once, is_special, target_of
 from cptv_ao.core.contexts import restored_on_error, without_torch_floods
 from cptv_ao.core.errors import ScalesFileError
 from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.equalize import replaceable
 from cptv_ao.fx.paths import fetch
+from cptv_ao.transforms.equalize import replaceable
 
 # Versions before 4 had no checksum, and were in no release.
 _KEY, _VERSION = "cptv_ao", 4

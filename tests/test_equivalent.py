@@ -20,9 +20,9 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE
-from cptv_ao.equalize import equalize
-from cptv_ao.equivalent import Equivalence, largest
-from cptv_ao.patterns import Patterns
+from cptv_ao.transforms.equalize import equalize
+from cptv_ao.transforms.equivalence import Equivalence, largest
+from cptv_ao.transforms.lowered_patterns import Patterns
 
 TOKENS = list(nets.images(64, 16, 16).split(16))
 VECTORS = list(nets.images(64, 16).split(16))

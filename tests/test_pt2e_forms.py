@@ -20,9 +20,9 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
-from cptv_ao.equalize import equalize
-from cptv_ao.shared_inputs import SharedInputs
 from cptv_ao.simulation.twin import unquantized
+from cptv_ao.transforms.equalize import equalize
+from cptv_ao.transforms.pt2e_patterns import SharedInputs
 
 pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
 

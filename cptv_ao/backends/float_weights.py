@@ -19,7 +19,7 @@ from cptv_ao.backends.pt2e import fused_weights, is_exported
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.fx.quantized_ops import is_observer, of_node
-from cptv_ao.smoothing import LEAST_EXPONENT
+from cptv_ao.transforms.float_model.smooth_quant import LEAST_EXPONENT
 
 # A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.
 _LEAST_GAIN = 1e-4
@@ -89,7 +89,7 @@ class _Nearest:
 
 
 def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, before: _Nearest | None = None) -> _Nearest:
-    """The first that is within half a step of the codes, else the nearest; columns scaled by `cptv_ao.equalize` where
+    """The first that is within half a step of the codes, else the nearest; columns scaled by `cptv_ao.transforms.equalize` where
     none is within a whole step."""
     steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
     for candidate in candidates:
@@ -182,7 +182,7 @@ def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: fl
 
 
 def _folded(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
-    """What `cptv_ao.equalize` makes of a weight."""
+    """What `cptv_ao.transforms.equalize` makes of a weight."""
     var, gamma, beta = (cast(Any, getattr(norm, name)) for name in ("running_var", "weight", "bias"))
     return _by_channel(module, weight, fold_factors(var.float(), gamma, beta, cast(float, norm.eps)))
 
@@ -194,7 +194,7 @@ def _by_channel(module: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
 
 
 def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
-    """What `cptv_ao.equalize` made of the weight of a linear layer: columns times powers of two, found by its codes."""
+    """What `cptv_ao.transforms.equalize` made of the weight of a linear layer: columns times powers of two, found by its codes."""
     weight, made = weight.detach().float().cpu().reshape(quantized.shape), quantized.dequantize()
     ratio = (weight * made).sum(0) / weight.square().sum(0)
     exponents = torch.log2(ratio).round()

@@ -1,5 +1,5 @@
 """Places in a PT2E graph where an equivalent form gives the scales of linear layers' inputs more to work with; found
-here, used in `cptv_ao.equalize`.
+here, used in `cptv_ao.transforms.equalize`.
 
     a norm:     aten.layer_norm(x, w, b)                 -> quantize -> dequantize -> aten.linear only
     attention:  aten.linear -> ... values of attention   -> quantize -> dequantize -> aten.linear only
@@ -19,7 +19,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.ops import op_name
-from cptv_ao.patterns import ReadNorm, own_path, read_once, reads
+from cptv_ao.transforms.lowered_patterns import ReadNorm, own_path, read_once, reads
 
 # Ops that move values of channels about, or pick some.
 _PICKS = {"getitem", "aten.chunk", "aten.select", "aten.slice", "aten.split", "aten.split_with_sizes", "aten.unbind"}

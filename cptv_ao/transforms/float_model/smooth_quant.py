@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from cptv_ao.fx.paths import fetch
 from cptv_ao.measures import OUTLIER
-from cptv_ao.patterns import own_path, read_once
+from cptv_ao.transforms.lowered_patterns import own_path, read_once
 
 #: Less is not worth it, and could not be told from roundings.
 LEAST_EXPONENT = 2

@@ -15,7 +15,7 @@ from torch.ao.quantization import QConfig, QConfigMapping, get_default_qconfig, 
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from cptv_ao.rewriter import Rewriter
+from cptv_ao.transforms.float_model.rewriter import Rewriter
 
 
 def qconfig_mapping(weight_bits: int = 8, engine: str | None = None) -> QConfigMapping:

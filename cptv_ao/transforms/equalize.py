@@ -11,7 +11,7 @@ Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and s
 
 Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
 
-In PT2E graphs also the middle of each channel of what linear layers read: see `cptv_ao.centring`.
+In PT2E graphs also the middle of each channel of what linear layers read: see `cptv_ao.transforms.channel_shift`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import fold_factors
 from cptv_ao.backends.pt2e import is_exported
-from cptv_ao.centring import centre
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite, same
-from cptv_ao.ends import Ends, channel_ends, ranged
-from cptv_ao.equivalent import FEW, Equivalence, largest
 from cptv_ao.fx.paths import fetch
 from cptv_ao.measures import Watcher
-from cptv_ao.patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
-from cptv_ao.shared_inputs import SharedInput, SharedInputs
-from cptv_ao.smoothing import outlier_exponents
+from cptv_ao.transforms.channel_ranges import Ends, channel_ends, ranged
+from cptv_ao.transforms.channel_shift import centre
+from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
+from cptv_ao.transforms.float_model.smooth_quant import outlier_exponents
+from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
+from cptv_ao.transforms.pt2e_patterns import SharedInput, SharedInputs
 
 # Images on which codes are looked at.
 _FEW = 16
@@ -56,7 +56,7 @@ def equalize(
     """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms; in a
     PT2E graph smooth outliers, and centre what linear layers read.
 
-    Each is left where it makes the model compute something else in float (see `cptv_ao.equivalent`).
+    Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
     Args:
         backend: of the model, which is written. Outliers are smoothed where the readers' float weights are known.

@@ -16,8 +16,14 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.tensors import flatten
-from cptv_ao.smoothing import smooth
-from cptv_ao.tracing import WEIGHTED_FUNCTIONS, graph_of, is_float_interpolation, rewrite, undo
+from cptv_ao.transforms.float_model.example_tracer import (
+    WEIGHTED_FUNCTIONS,
+    graph_of,
+    is_float_interpolation,
+    rewrite,
+    undo,
+)
+from cptv_ao.transforms.float_model.smooth_quant import smooth
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What FX fuses with a ReLU behind it.

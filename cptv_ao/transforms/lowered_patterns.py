@@ -1,5 +1,5 @@
 """Places in a lowered graph where an equivalent form gives its scales more to work with; found here, used in
-`cptv_ao.equalize`.
+`cptv_ao.transforms.equalize`.
 
     unfused norm:  quantized layer -> dequantize -> batch_norm -> quantize_per_tensor
     read norm:     quantized layer norm -> linear layers only

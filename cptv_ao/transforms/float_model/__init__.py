@@ -1,0 +1,1 @@
+"""Rewrites of float models, before they are prepared: what `cptv_ao.recipe` does."""
