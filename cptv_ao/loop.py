@@ -21,8 +21,8 @@ from cptv_ao.evaluation.scoring import Scoring
 from cptv_ao.given import Given
 from cptv_ao.population import Proposal
 from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
-from cptv_ao.search import make_strategy
-from cptv_ao.search.protocol import Individual, Vector
+from cptv_ao.search.strategies import make_strategy
+from cptv_ao.search.strategies.protocol import Individual, Vector
 from cptv_ao.space import Assignment, Beside, ScaleSpace
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.search.protocol import Group, Layout, Vector
+from cptv_ao.search.strategies.protocol import Group, Layout, Vector
 
 #: A scale stays within this factor of the one in the model that was given: beyond it lies nothing but overflow.
 _RANGE = 64.0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.core.losses import infonce
-from cptv_ao.search import Group, Individual, Layout, PaperStrategy
+from cptv_ao.search.strategies import Group, Individual, Layout, PaperStrategy
 
 
 @dataclass

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cptv_ao.search.cma import CmaStrategy
-from cptv_ao.search.evolution import EvolutionStrategy
-from cptv_ao.search.paper import PaperStrategy
-from cptv_ao.search.protocol import Group, Individual, Layout, Strategy, Vector
+from cptv_ao.search.strategies.cma import CmaStrategy
+from cptv_ao.search.strategies.evolution import EvolutionStrategy
+from cptv_ao.search.strategies.paper import PaperStrategy
+from cptv_ao.search.strategies.protocol import Group, Individual, Layout, Strategy, Vector
 
 __all__ = [
     "CmaStrategy",

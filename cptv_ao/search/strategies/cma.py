@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cptv_ao.search.protocol import Individual, Layout, Vector
+from cptv_ao.search.strategies.protocol import Individual, Layout, Vector
 
 _WORST = 1e12  # told for a rejected or non-finite candidate: cmaes wants finite numbers
 

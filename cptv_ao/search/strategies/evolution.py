@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cptv_ao.search.protocol import Group, Individual, Layout, Vector
+from cptv_ao.search.strategies.protocol import Group, Individual, Layout, Vector
 
 # The success rule of Rechenberg in the form of Kern et al. (2004): a success widens the step by GROW, a failure
 # narrows it by GROW ** -1/4, so that the step stands still at one success in five.

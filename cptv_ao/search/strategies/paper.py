@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from cptv_ao.search.protocol import Individual, Layout, Vector
+from cptv_ao.search.strategies.protocol import Individual, Layout, Vector
 
 
 class PaperStrategy:
