@@ -19,7 +19,7 @@ from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring
 from cptv_ao.measures import Watcher
-from cptv_ao.simulated import on_device
+from cptv_ao.search.proposals.simulated import on_device
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 # Sites that are tried one by one: those of the blocks with the largest shares.

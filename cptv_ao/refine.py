@@ -19,8 +19,6 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import as_float, find_float_weights
 from cptv_ao.backends.pt2e import takes_fixed_batch
 from cptv_ao.backends.reference import write_back
-from cptv_ao.budget import Budget
-from cptv_ao.checkpoint import Checkpoint, check_path
 from cptv_ao.core.batches import Batch, read_batches, split_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
@@ -34,14 +32,16 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
-from cptv_ao.fingerprint import fingerprint
 from cptv_ao.fx.running import changed_by_hooks
-from cptv_ao.ground import Ground, find_ground
 from cptv_ao.keeping import saving_notes
-from cptv_ao.loop import Loop
-from cptv_ao.progress import progress_bar
-from cptv_ao.proposals import Proposer
 from cptv_ao.report import Report, Status
+from cptv_ao.search.budget import Budget
+from cptv_ao.search.checkpoint import Checkpoint, check_path
+from cptv_ao.search.fingerprint import fingerprint
+from cptv_ao.search.loop import Loop
+from cptv_ao.search.progress import progress_bar
+from cptv_ao.search.proposals.proposer import Proposer
+from cptv_ao.search.target import Ground, find_ground
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao import RefineConfig
-from cptv_ao.biases import corrections
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import QParams, same
 from cptv_ao.evaluation.scoring import Calibration, Images
-from cptv_ao.proposals import Proposer
+from cptv_ao.search.proposals.bias_correction import corrections
+from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.simulation.twin import Twin, unquantized
 
 
@@ -231,7 +231,7 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     twin, losses = proposer._twin, list[float]()
     proposer.on_step = losses.append
     wide = next(name for name in backend.movable() if backend.sites[name].affine)
-    monkeypatch.setattr("cptv_ao.proposals.saturating_inputs", lambda *_: {wide: 254} if losses else {})
+    monkeypatch.setattr("cptv_ao.search.proposals.proposer.saturating_inputs", lambda *_: {wide: 254} if losses else {})
     names = []
     for name, scales in proposer:  # and none of it is written
         names.append(name)

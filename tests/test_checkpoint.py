@@ -20,8 +20,8 @@ from small import small_config
 from test_saved import changed
 
 import cptv_ao
-from cptv_ao.checkpoint import Checkpoint
 from cptv_ao.saved import read_file
+from cptv_ao.search.checkpoint import Checkpoint
 
 CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges", "biases"))
 
@@ -125,8 +125,8 @@ def test_no_step_of_the_descent_is_lost(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Killed after every second event of the descent."""
-    monkeypatch.setattr("cptv_ao.checkpoint._SECONDS", 0.0)
-    monkeypatch.setattr("cptv_ao.checkpoint._SHARE", 1e9)
+    monkeypatch.setattr("cptv_ao.search.checkpoint._SECONDS", 0.0)
+    monkeypatch.setattr("cptv_ao.search.checkpoint._SHARE", 1e9)
     whole, path = small.copy(), tmp_path / "search"
     events = refine(whole, None, **changes)
     kinds = [event.kind for event in events]

@@ -49,7 +49,7 @@ def refine(case: Case, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the batches of the descent, as large images would be."""
-    monkeypatch.setattr("cptv_ao.gradient._PART_NUMBERS", 256)
+    monkeypatch.setattr("cptv_ao.search.proposals.gradient._PART_NUMBERS", 256)
 
 
 def test_every_world_size_gives_the_same_scales(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def spoil_score(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def spoil_step(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from cptv_ao.gradient import GradientDescent
+    from cptv_ao.search.proposals.gradient import GradientDescent
 
     def forward(*_: Any) -> Any:
         raise Killed("out of memory")
@@ -291,7 +291,7 @@ def test_it_goes_on_with_another_world_size(
     conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int, at: str
 ) -> None:
     parts(monkeypatch)
-    monkeypatch.setattr("cptv_ao.checkpoint._SECONDS", 0.0)
+    monkeypatch.setattr("cptv_ao.search.checkpoint._SECONDS", 0.0)
     wanted = refine(conv.copy())
     path, seen = tmp_path / "search", []
 

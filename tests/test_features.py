@@ -22,10 +22,10 @@ from cptv_ao.core.losses import Loss, kl
 from cptv_ao.core.sites import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.evaluator import teacher_outputs
-from cptv_ao.features import Features, Targets, _target, distance
-from cptv_ao.gradient import GradientDescent, Schedule
+from cptv_ao.search.proposals.feature_matching import Features, Targets, _target, distance
+from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
+from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.twin import LayerInputs, Twin
-from cptv_ao.space import Assignment
 
 
 def twin_of(model: Any, float_model: nn.Module) -> Twin:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.space import ScaleSpace
+from cptv_ao.search.scale_space import ScaleSpace
 
 
 class Encoder(nn.Module):

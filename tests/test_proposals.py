@@ -22,11 +22,11 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
-from cptv_ao.gradient import GradientDescent, Schedule
-from cptv_ao.population import HALF, output_error_scales, rescaled
+from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
+from cptv_ao.search.proposals.initial_scales import HALF, output_error_scales, rescaled
+from cptv_ao.search.scale_space import ScaleSpace
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.space import ScaleSpace
 
 
 def backend_of(case: Case) -> Backend:

@@ -20,7 +20,7 @@ from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
 from cptv_ao.evaluation.scoring import Scoring
 from cptv_ao.fx.segments import Pieces, storages
-from cptv_ao.simulated import SimulatedProposer
+from cptv_ao.search.proposals.simulated import SimulatedProposer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.simulation.twin import Twin

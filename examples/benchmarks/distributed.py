@@ -81,7 +81,7 @@ class Watch:
         self.marks: list[tuple[str, float, dict[str, float]]] = []
         from cptv_ao import scoring
         from cptv_ao.evaluation.evaluator import Evaluator
-        from cptv_ao.gradient import GradientDescent
+        from cptv_ao.search.proposals.gradient import GradientDescent
 
         self._timed(Evaluator, "_output", "scored")
         self._timed(Evaluator, "enter", "scored")

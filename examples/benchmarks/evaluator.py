@@ -36,9 +36,9 @@ from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
 from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.search.scale_space import ScaleSpace
 from cptv_ao.search.strategies import EvolutionStrategy, Individual
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.space import ScaleSpace
 
 RESULTS = Path(__file__).parent / "results" / "evaluator.json"
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from cptv_ao.core.events import Event
-from cptv_ao.loop import Loop
+from cptv_ao.search.loop import Loop
 
 
 @contextmanager

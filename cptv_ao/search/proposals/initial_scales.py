@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite
+from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.modules import Weighted
 from cptv_ao.simulation.pt2e_builder import FloatWeighted
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.space import Assignment
 
 # Multiples of a weight scale that are tried per channel, and images that they are tried on.
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))

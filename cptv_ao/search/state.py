@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cptv_ao.core.plain import as_plain, from_plain
 from cptv_ao.core.sites import QParams
-from cptv_ao.loop import Loop, Position
 from cptv_ao.report import BlockResult, Losses, Point
+from cptv_ao.search.loop import Loop, Position
 
 
 @dataclass(frozen=True)

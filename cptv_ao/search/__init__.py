@@ -1,0 +1,1 @@
+"""Finds better scales: strategies (vectors only), proposals (from the twin), the loop, its checkpoint."""
