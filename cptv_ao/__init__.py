@@ -23,7 +23,7 @@ from cptv_ao.core.errors import (
 from cptv_ao.core.events import STOP, Event
 from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
 from cptv_ao.diagnose import diagnose
-from cptv_ao.diagnosis import Diagnosis
+from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.evaluation.teacher import find_sites
 from cptv_ao.refine import refine
 from cptv_ao.report import Point, Report, Status, report

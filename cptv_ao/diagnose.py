@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from cptv_ao.advice import advise
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import as_float, find_float_weights
 from cptv_ao.backends.pt2e import is_exported, takes_fixed_batch
-from cptv_ao.causes import Advance, Causes, causes_by_substitution, causes_on_twin, steps
-from cptv_ao.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.config import RefineConfig
@@ -26,16 +23,19 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.objective import settled
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.diagnosis.advice import advise
+from cptv_ao.diagnosis.attribution import Advance, Causes, causes_by_substitution, causes_on_twin, steps
+from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
+from cptv_ao.diagnosis.graph_survey import Survey
+from cptv_ao.diagnosis.meters import Fidelity, measured_weight
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring
 from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
 from cptv_ao.fx.running import changed_by_hooks
-from cptv_ao.measures import Fidelity, measured_weight
 from cptv_ao.report import is_refined
 from cptv_ao.simulation.kernel_agreement import disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
-from cptv_ao.survey import Survey
 from cptv_ao.transforms.equalize import smoothable
 
 _IMAGES = 128

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from cptv_ao import plot
 from cptv_ao.core.atomic_file import at_once, target_of
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.diagnosis import Diagnosis
+from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.report import Report, Status, per_block
 from cptv_ao.style import CSS
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
-from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, excess
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, excess
 from cptv_ao.report import Point, Report, SiteMove
 
 if TYPE_CHECKING:
@@ -142,14 +142,14 @@ def codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | None = No
     The lowest and the highest code are marked: they hold what lies beyond the range too. The line is the zero_point.
 
     Args:
-        model, site, calib_loader: as for `cptv_ao.codes.count_codes`.
+        model, site, calib_loader: as for `cptv_ao.diagnosis.code_counts.count_codes`.
         ax: to draw on.
 
     Raises:
         ValueError: there is no such site, or an activation site was given no images.
         UnsupportedModelError: the model is not converted, or the site holds no 8-bit codes.
     """
-    from cptv_ao.codes import count_codes
+    from cptv_ao.diagnosis.code_counts import count_codes
 
     found = count_codes(model, site, calib_loader)
     ax = _axes(ax, 3.2)

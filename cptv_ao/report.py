@@ -17,7 +17,7 @@ from cptv_ao.core.text_table import plain, table
 if TYPE_CHECKING:
     import os
 
-    from cptv_ao.diagnosis import Diagnosis
+    from cptv_ao.diagnosis.results import Diagnosis
 
 META_KEY = "cptv_ao"
 

@@ -18,7 +18,7 @@ import cptv_ao
 from cptv_ao import data
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.scale_slots import ModuleWeightHome
-from cptv_ao.codes import count_codes
+from cptv_ao.diagnosis.code_counts import count_codes
 
 
 class Endless:

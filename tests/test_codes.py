@@ -10,7 +10,7 @@ from conftest import Case
 from nets import TupleNet, images, quantize, seeded
 
 import cptv_ao
-from cptv_ao.codes import count_codes
+from cptv_ao.diagnosis.code_counts import count_codes
 
 
 def test_every_site_can_be_counted(case: Case) -> None:

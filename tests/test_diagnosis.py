@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from cptv_ao.advice import advise
-from cptv_ao.diagnosis import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.diagnosis.advice import advise
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 
 TABLE = """\
 cptv_ao.diagnose: kl 0.25 on the model's own kernels, 128 images; outputs 9.5 dB, 91 % of the images agree with float

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.codes import count_codes
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl, mse
+from cptv_ao.diagnosis.code_counts import count_codes
 from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
 from cptv_ao.fx.aliasing import Memory
 from cptv_ao.fx.running import call

@@ -25,7 +25,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from cptv_ao import plot
-from cptv_ao.codes import count_codes
+from cptv_ao.diagnosis.code_counts import count_codes
 
 LONG = "stages.2.blocks.11.attention.self.projection.of_the_value_with_a_very_long_name_that_nobody_can_read"
 HOSTILE = "</script> $\\frac{ $x$ & --> \n <b>"

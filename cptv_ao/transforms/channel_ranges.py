@@ -13,7 +13,7 @@ from torch.fx import Node
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.measures import Watcher, real
+from cptv_ao.diagnosis.meters import Watcher, real
 from cptv_ao.simulation.twin import Twin
 
 # Images on which values are looked at.

@@ -30,8 +30,8 @@ from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite, same
+from cptv_ao.diagnosis.meters import Watcher
 from cptv_ao.fx.paths import fetch
-from cptv_ao.measures import Watcher
 from cptv_ao.transforms.channel_ranges import Ends, channel_ends, ranged
 from cptv_ao.transforms.channel_shift import centre
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest

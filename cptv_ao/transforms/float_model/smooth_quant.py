@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn import functional
 
+from cptv_ao.diagnosis.meters import OUTLIER
 from cptv_ao.fx.paths import fetch
-from cptv_ao.measures import OUTLIER
 from cptv_ao.transforms.lowered_patterns import own_path, read_once
 
 #: Less is not worth it, and could not be told from roundings.
