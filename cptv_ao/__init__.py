@@ -26,7 +26,7 @@ from cptv_ao.diagnose import diagnose
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.evaluation.teacher import find_sites
 from cptv_ao.refine import refine
-from cptv_ao.report import Point, Report, Status, report
+from cptv_ao.reporting.report import Point, Report, Status, report
 from cptv_ao.saved import load_scales, save_scales
 
 if TYPE_CHECKING:

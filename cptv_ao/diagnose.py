@@ -33,7 +33,7 @@ from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring
 from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
 from cptv_ao.fx.running import changed_by_hooks
-from cptv_ao.report import is_refined
+from cptv_ao.reporting.report import is_refined
 from cptv_ao.simulation.kernel_agreement import disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.transforms.equalize import smoothable

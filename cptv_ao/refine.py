@@ -33,8 +33,8 @@ from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring, check_losses
 from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
 from cptv_ao.fx.running import changed_by_hooks
-from cptv_ao.keeping import saving_notes
-from cptv_ao.report import Report, Status
+from cptv_ao.reporting.report import Report, Status
+from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint

@@ -241,7 +241,7 @@ def test_torch_export_does_not_take_packed_weights() -> None:
 
 
 def test_a_note_does_not_touch_the_model(case: Case) -> None:
-    from cptv_ao.keeping import saving_notes
+    from cptv_ao.reporting.saving_notes import saving_notes
 
     given = everything(case.converted)
     saving_notes(case.converted)

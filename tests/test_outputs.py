@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.core.tensors import compared
-from cptv_ao.report import Report
+from cptv_ao.reporting.report import Report
 
 GRADIENT: dict[str, Any] = {
     "gradient_steps": 8, "loss": "auto", "population": ("output_error", "ranges", "biases"), "evaluations": 4,

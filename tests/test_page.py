@@ -18,7 +18,7 @@ from conftest import Case
 from small import small_config
 
 import cptv_ao
-from cptv_ao.page import page
+from cptv_ao.reporting.html_page import page
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{ &amp; \"' --> ]]> 漢字"
 VOID = {"meta", "br", "img", "wbr", "input", "link"}

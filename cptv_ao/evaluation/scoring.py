@@ -21,7 +21,7 @@ from cptv_ao.core.losses import get_loss
 from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluation.evaluator import Evaluator, batch_loss, teacher_outputs
 from cptv_ao.fx.running import run
-from cptv_ao.report import Losses
+from cptv_ao.reporting.report import Losses
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.evaluation.scoring import Calibration, Scoring, Shipped
-from cptv_ao.report import Losses, Report, Status
+from cptv_ao.reporting.report import Losses, Report, Status
 from cptv_ao.transforms.equalize import equalize
 
 

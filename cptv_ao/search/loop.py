@@ -17,7 +17,7 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.sites import ScaleSite, same
 from cptv_ao.evaluation.scoring import Scoring
-from cptv_ao.report import BlockResult, Losses, Point, SiteMove, Status
+from cptv_ao.reporting.report import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.search.baseline import Given
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.initial_scales import Proposal

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cptv_ao.core.plain import as_plain, from_plain
 from cptv_ao.core.sites import QParams
-from cptv_ao.report import BlockResult, Losses, Point
+from cptv_ao.reporting.report import BlockResult, Losses, Point
 from cptv_ao.search.loop import Loop, Position
 
 

@@ -9,7 +9,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.scoring import Calibration, Scoring, Shipped, check_losses
-from cptv_ao.report import Report
+from cptv_ao.reporting.report import Report
 from cptv_ao.search.baseline import Given, equalized
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.proposals.simulated import SimulatedProposer, as_backend, confirmed, on_device

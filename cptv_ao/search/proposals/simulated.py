@@ -10,7 +10,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.scoring import Calibration, Images, Scoring, Shipped
-from cptv_ao.report import Losses, Report, Status
+from cptv_ao.reporting.report import Losses, Report, Status
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.simulated_backend import SimulatedBackend

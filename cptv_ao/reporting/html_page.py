@@ -20,8 +20,8 @@ from cptv_ao import plot
 from cptv_ao.core.atomic_file import at_once, target_of
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.diagnosis.results import Diagnosis
-from cptv_ao.report import Report, Status, per_block
-from cptv_ao.style import CSS
+from cptv_ao.reporting.html_style import CSS
+from cptv_ao.reporting.report import Report, Status, per_block
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -151,7 +151,7 @@ class Report:
         Raises:
             OSError: the file cannot be written, or is none (a folder, a FIFO, a device).
         """
-        from cptv_ao.page import write_page
+        from cptv_ao.reporting.html_page import write_page
 
         write_page(self, path, diagnosis, after)
 

@@ -1,0 +1,1 @@
+"""Shows results: table, page, plots, notes."""
