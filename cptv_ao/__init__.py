@@ -22,12 +22,12 @@ from cptv_ao.core.errors import (
 )
 from cptv_ao.core.events import STOP, Event
 from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
-from cptv_ao.diagnose import diagnose
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.evaluation.teacher import find_sites
-from cptv_ao.refine import refine
 from cptv_ao.reporting.report import Point, Report, Status, report
-from cptv_ao.saved import load_scales, save_scales
+from cptv_ao.verbs.diagnose import diagnose
+from cptv_ao.verbs.refine import refine
+from cptv_ao.verbs.scales_file import load_scales, save_scales
 
 if TYPE_CHECKING:
     from cptv_ao.transforms.float_model.recipe import Recipe, qconfig_mapping, recipe

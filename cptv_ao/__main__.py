@@ -18,7 +18,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.atomic_file import at_once, is_own_output, is_special, same_file, straight, takes_text, target_of
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.text_table import table
-from cptv_ao.factories import UserError, load_data, load_float_model, load_model
+from cptv_ao.verbs.named_objects import UserError, load_data, load_float_model, load_model
 
 _ABOUT = """\
 Better scales for a model that torch.ao or torchao has quantized, on unlabelled calibration images.

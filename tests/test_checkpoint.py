@@ -20,8 +20,8 @@ from small import small_config
 from test_saved import changed
 
 import cptv_ao
-from cptv_ao.saved import read_file
 from cptv_ao.search.checkpoint import Checkpoint
+from cptv_ao.verbs.scales_file import read_file
 
 CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges", "biases"))
 
@@ -298,7 +298,7 @@ def test_a_disk_that_is_full_leaves_the_model_as_it_was(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cptv_ao.saved.os.replace", full)
+    monkeypatch.setattr("cptv_ao.verbs.scales_file.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         refine(conv, tmp_path / "search")
     assert torch.equal(conv.converted(conv.batches[0]), given)

@@ -19,7 +19,7 @@ from state import weights
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.saved import parse_file, read_file, write_file
+from cptv_ao.verbs.scales_file import parse_file, read_file, write_file
 
 
 def refined(case: Case) -> Tensor:
@@ -231,7 +231,7 @@ def test_an_old_file_stays_when_writing_fails(conv: Case, tmp_path: Path, monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cptv_ao.saved.os.fsync", full)
+    monkeypatch.setattr("cptv_ao.verbs.scales_file.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         cptv_ao.save_scales(conv.converted, path)
     assert path.read_bytes() == before
