@@ -7,6 +7,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cptv_ao import callbacks, plot
+from cptv_ao.backends.open import find_sites
 from cptv_ao.core.blocks import Block, blocks_by_path
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import (
@@ -21,10 +22,11 @@ from cptv_ao.core.errors import (
     UnsupportedModelError,
 )
 from cptv_ao.core.events import STOP, Event
-from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.core.outcome import Point, Status
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.diagnosis.results import Diagnosis
-from cptv_ao.evaluation.teacher import find_sites
-from cptv_ao.reporting.report import Point, Report, Status, report
+from cptv_ao.reporting.report import Report, report
 from cptv_ao.verbs.diagnose import diagnose
 from cptv_ao.verbs.refine import refine
 from cptv_ao.verbs.scales_file import load_scales, save_scales

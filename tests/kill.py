@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from small import small_config
 
 import cptv_ao
-from cptv_ao.verbs.scales_file import read_file
+from cptv_ao.core.tensor_file import read_file
 
 IN_WRITING = 5  # every so many kills
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao import RefineConfig
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.sites import QParams, same
-from cptv_ao.evaluation.scoring import Calibration, Images
+from cptv_ao.core.qparams import QParams, same
+from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.search.proposals.bias_correction import corrections
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.simulation.twin import Twin, unquantized

@@ -20,8 +20,8 @@ from small import small_config
 from test_saved import changed
 
 import cptv_ao
+from cptv_ao.core.tensor_file import read_file
 from cptv_ao.search.checkpoint import Checkpoint
-from cptv_ao.verbs.scales_file import read_file
 
 CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges", "biases"))
 

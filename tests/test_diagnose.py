@@ -23,8 +23,8 @@ from cptv_ao import causes
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
-from cptv_ao.core.sites import QParams
-from cptv_ao.simulation.saturation import Recorder
+from cptv_ao.core.qparams import QParams
+from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation.twin import Twin
 
 

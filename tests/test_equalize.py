@@ -21,8 +21,8 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao import given
 from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.open import open_backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.evaluation.teacher import open_backend
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.equalize import equalize

@@ -18,7 +18,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.qparams import QParams
 from cptv_ao.evaluation.evaluator import Evaluator
 
 

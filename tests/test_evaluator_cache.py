@@ -15,8 +15,9 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
-from cptv_ao.core.sites import QParams
-from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.core.qparams import QParams
+from cptv_ao.evaluation.evaluator import Evaluator
+from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.fx.segments import Pieces
 
 

@@ -19,12 +19,11 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import Loss, kl
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluation.evaluator import teacher_outputs
+from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.search.proposals.feature_matching import Features, Targets, _target, distance
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
-from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.twin import LayerInputs, Twin
 
 

@@ -22,7 +22,8 @@ from test_saved import changed
 import cptv_ao
 from cptv_ao.callbacks import Log
 from cptv_ao.core.atomic_file import same_file, straight, try_out
-from cptv_ao.reporting.report import Losses, Report
+from cptv_ao.core.outcome import Losses
+from cptv_ao.reporting.report import Report
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full, FIFOs")
 

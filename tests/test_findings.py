@@ -20,7 +20,7 @@ from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
-from cptv_ao.simulation.saturation import Recorder
+from cptv_ao.fx.node_runner import Recorder
 
 
 def test_unfused_batch_norms_are_counted() -> None:

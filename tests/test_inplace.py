@@ -21,11 +21,13 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl, mse
 from cptv_ao.diagnosis.code_counts import count_codes
-from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator
+from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.fx.aliasing import Memory
 from cptv_ao.fx.running import call
+from cptv_ao.simulation.kernel_agreement import disagreement
 from cptv_ao.simulation.saturation import saturating_inputs
-from cptv_ao.simulation.twin import Twin, disagreement
+from cptv_ao.simulation.twin import Twin
 
 SETTINGS: dict[str, Any] = {"population": ("output_error", "ranges", "biases"), "gradient_steps": 4, "loss": "auto"}
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.contexts import restored_on_error
+from cptv_ao.backends.rollback import restored_on_error
 
 
 def scale_of(model: GraphModule) -> str:

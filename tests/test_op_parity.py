@@ -26,7 +26,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.qparams import QParams
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.simulation.twin import Twin
 

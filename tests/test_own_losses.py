@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.reporting.report import Losses, Status
+from cptv_ao.core.outcome import Losses, Status
 
 
 def mse(candidate: Tensor, teacher: Tensor) -> Tensor:

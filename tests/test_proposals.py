@@ -20,10 +20,12 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
+from cptv_ao.core.qparams import rescaled
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator
+from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
-from cptv_ao.search.proposals.initial_scales import HALF, output_error_scales, rescaled
+from cptv_ao.search.proposals.initial_scales import HALF, output_error_scales
 from cptv_ao.search.scale_space import ScaleSpace
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin

@@ -26,8 +26,9 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
-from cptv_ao.core.sites import QParams
-from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.core.qparams import QParams
+from cptv_ao.evaluation.evaluator import Evaluator
+from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.simulation.twin import Twin
 
 pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.qparams import QParams
 
 
 class Padded(nn.Module):

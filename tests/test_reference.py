@@ -26,7 +26,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.qparams import QParams
 from cptv_ao.simulation.twin import unquantized
 
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {

@@ -12,7 +12,8 @@ from conftest import Case
 from small import small_config
 
 import cptv_ao
-from cptv_ao.reporting.report import BlockResult, Losses, Report, SiteMove
+from cptv_ao.core.outcome import BlockResult, Losses, SiteMove
+from cptv_ao.reporting.report import Report
 
 TABLE = """\
 cptv_ao.refine: improved: the refined scales are in the model

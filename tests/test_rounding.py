@@ -15,9 +15,11 @@ from small import small_config
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.backends.backend import Backend, round_weight, shift_of
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
-from cptv_ao.core.sites import QParams, ScaleSite, same
+from cptv_ao.core.qparams import QParams, same
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.core.weight_rounding import round_weight, shift_of
 from cptv_ao.simulation.autograd_ops import RoundWeight
 from cptv_ao.simulation.qtensor import Limits
 

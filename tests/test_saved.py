@@ -19,7 +19,7 @@ from state import weights
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.verbs.scales_file import parse_file, read_file, write_file
+from cptv_ao.core.tensor_file import parse_file, read_file, write_file
 
 
 def refined(case: Case) -> Tensor:

@@ -24,13 +24,16 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
-from cptv_ao.core.sites import QParams
-from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.core.qparams import QParams
+from cptv_ao.evaluation.evaluator import Evaluator
+from cptv_ao.evaluation.teacher import teacher_outputs
+from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation.autograd_ops import Clamp
+from cptv_ao.simulation.kernel_agreement import disagreement
 from cptv_ao.simulation.qtensor import Limits
-from cptv_ao.simulation.saturation import Recorder, lift
+from cptv_ao.simulation.saturation import lift
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
-from cptv_ao.simulation.twin import Twin, disagreement, unquantized
+from cptv_ao.simulation.twin import Twin, unquantized
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EQUAL = 0.9999

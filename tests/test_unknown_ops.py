@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.backends.float_weights import as_float
+from cptv_ao.evaluation.teacher import as_float
 
 
 class Resized(nn.Module):

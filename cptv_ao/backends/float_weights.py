@@ -5,24 +5,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.backends.backend import HALF_STEP, Backend
+from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import fused_weights, is_exported
+from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
-from cptv_ao.fx.quantized_ops import is_observer, of_node
-from cptv_ao.transforms.float_model.smooth_quant import LEAST_EXPONENT
+from cptv_ao.core.weight_rounding import HALF_STEP
+from cptv_ao.fx.quantized_ops import of_node
 
-# A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.
-_LEAST_GAIN = 1e-4
 # Ops of PT2E graphs whose weights are those of modules.
 _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -89,8 +86,8 @@ class _Nearest:
 
 
 def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, before: _Nearest | None = None) -> _Nearest:
-    """The first that is within half a step of the codes, else the nearest; columns scaled by `cptv_ao.transforms.equalize` where
-    none is within a whole step."""
+    """The first that is within half a step of the codes, else the nearest; with columns as `cptv_ao.transforms` scales
+    them where none is within a whole step."""
     steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
     for candidate in candidates:
         shapes.add(tuple(candidate.shape))
@@ -171,16 +168,6 @@ def _fused(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     return _by_channel(module, weight, factor if gamma is None else gamma * factor)
 
 
-def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    """The factors of a batch norm, gamma / sqrt(var + eps) (C,); 0 where a channel hardly varies, beside the others or
-    beside its own offset: such a scale would leave its bias no room in 32 bits."""
-    factor = torch.rsqrt(var + eps)
-    if gamma is None:
-        return factor
-    largest = gamma.abs().max() if beta is None else torch.maximum(gamma.abs().max(), beta.abs())
-    return torch.where(gamma.abs() > _LEAST_GAIN * largest, gamma * factor, 0.0)
-
-
 def _folded(module: nn.Module, weight: Tensor, norm: nn.Module) -> Tensor:
     """What `cptv_ao.transforms.equalize` makes of a weight."""
     var, gamma, beta = (cast(Any, getattr(norm, name)) for name in ("running_var", "weight", "bias"))
@@ -194,7 +181,8 @@ def _by_channel(module: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
 
 
 def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
-    """What `cptv_ao.transforms.equalize` made of the weight of a linear layer: columns times powers of two, found by its codes."""
+    """What `cptv_ao.transforms.smooth_quant` made of a linear layer's weight: columns times powers of two, found by its
+    codes."""
     weight, made = weight.detach().float().cpu().reshape(quantized.shape), quantized.dequantize()
     ratio = (weight * made).sum(0) / weight.square().sum(0)
     exponents = torch.log2(ratio).round()
@@ -217,29 +205,3 @@ def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
     highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
     clipped = ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
     return float(off.abs().masked_fill_(clipped, 0.0).max())
-
-
-@contextmanager
-def as_float(model: nn.Module) -> Iterator[None]:
-    """Make a float or prepared model compute in float while the context lasts.
-
-    The observers of a prepared model pass their input on without looking at it, and the reference modules that
-    convert_fx leaves in it (it replaces the modules of the prepared model too) use their float weights.
-    """
-    patched: list[tuple[nn.Module, str]] = []
-    try:
-        for module in model.modules():
-            if is_observer(module):
-                patched.append((module, "forward"))
-                module.forward = _identity
-            elif hasattr(module, "get_weight") and isinstance(getattr(module, "weight", None), Tensor):
-                patched.append((module, "get_weight"))
-                object.__setattr__(module, "get_weight", partial(getattr, module, "weight"))
-        yield
-    finally:
-        for module, name in patched:
-            object.__delattr__(module, name)
-
-
-def _identity(value: Tensor) -> Tensor:
-    return value

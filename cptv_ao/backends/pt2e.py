@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.scale_slots import BufferHome, Found, WeightHome
 from cptv_ao.backends.tensor_slots import Slot
-from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.fx.paths import fetch
 
 _NAMESPACE = "quantized_decomposed."

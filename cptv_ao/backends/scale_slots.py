@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.tensor_slots import Slot
-from cptv_ao.core.sites import QParams, ScaleSite, SiteTable
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.sites import ScaleSite, SiteTable
 
 
 class ActivationHome(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cptv_ao.core.errors import UnsupportedModelError
@@ -59,3 +61,26 @@ def compared(output: Any, select: Select = first_floating) -> Tensor:
         )
     rows = tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.flatten(1)
     return rows.float()
+
+
+def copied(value: Any) -> Any:
+    """The same with a copy of each tensor in it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
+        other = copy.copy(value)  # of its own type
+        other.update({key: copied(item) for key, item in value.items()})
+        return other
+    if not isinstance(value, (list, tuple)):
+        return value
+    make = getattr(value, "_make", type(value))  # of a named tuple
+    return make(copied(item) for item in value)
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """The tensors of a batch's inputs on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    return type(value)(moved(item, device) for item in value) if isinstance(value, (list, tuple)) else value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -16,12 +14,3 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
     return lines
-
-
-def plain(value: Any) -> Any:
-    """Dicts, lists, strings and numbers as they are; what is not finite becomes None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,10 +16,10 @@ from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.tensors import compared, first_floating
-from cptv_ao.diagnosis.meters import Watcher
+from cptv_ao.evaluation.calibration import Calibration, Images, on_device
 from cptv_ao.evaluation.evaluator import Evaluator
-from cptv_ao.evaluation.scoring import Calibration, Images, Scoring
-from cptv_ao.search.proposals.simulated import on_device
+from cptv_ao.evaluation.scoring import Scoring
+from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 # Sites that are tried one by one: those of the blocks with the largest shares.

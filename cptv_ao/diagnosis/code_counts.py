@@ -17,7 +17,7 @@ from cptv_ao.core.batches import read_batches
 from cptv_ao.core.contexts import eval_mode, plain_torch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.diagnosis.meters import Watcher
+from cptv_ao.fx.node_runner import Watcher
 
 # Codes of quint8 and of qint8 fit into it.
 _LOWEST, _HIGHEST = -128, 255

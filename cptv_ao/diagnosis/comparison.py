@@ -13,8 +13,10 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.diagnosis.meters import ActivationMeter, Fidelity, Watcher, real
+from cptv_ao.diagnosis.meters import ActivationMeter, Fidelity
+from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.running import run
+from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 

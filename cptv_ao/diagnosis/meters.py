@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from cptv_ao.backends.backend import HALF_STEP, Backend
-from cptv_ao.core.batches import Batch
-from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.simulation.check import ordered
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.channel_scaling import OUTLIER
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.core.weight_rounding import HALF_STEP
 
 # Codes above this one overflow where kernels add pairs of products in 16 bits: 2 * 130 * 127 > 2^15.
 _NARROW = 129
-#: A channel is an outlier where its largest value is this many times that of the median channel.
-OUTLIER = 4.0
 
 
 @dataclass
@@ -136,37 +133,6 @@ def measured_weight(backend: Backend, site: ScaleSite) -> dict[str, Any]:
     noise = float(((codes - zero_point) * scale - wanted).square().sum())
     found["sqnr"] = decibels(float(wanted.square().sum()), noise)
     return {**found, "clipped": float(clipped.double().mean())}
-
-
-class Watcher(Interpreter):
-    """Runs a graph node by node, shows each node's value to `see`, and takes what that returns in its place.
-
-    Args:
-        model: a quantized model, or the twin of one.
-    """
-
-    def __init__(self, model: GraphModule) -> None:
-        super().__init__(model)
-        self._see: Any = None
-
-    def watch(self, batch: Batch, see: Any) -> Any:
-        """Run on a batch, which is left as it is; `see(node, value)` returns the value to go on with."""
-        self._see = see
-        assert isinstance(self.module, GraphModule)
-        with torch.no_grad():
-            return self.run(*ordered(self.module, batch))
-
-    def run_node(self, n: Node) -> Any:
-        return self._see(n, super().run_node(n))
-
-
-def real(value: Any) -> Tensor | None:
-    """The real numbers of a quantized tensor, of one of the twin, or of a floating one, as a copy; None of others."""
-    if isinstance(value, QTensor):
-        return value.dequantize()
-    if isinstance(value, Tensor) and value.is_quantized:
-        return value.dequantize()
-    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def _channel_dim(site: ScaleSite, value: Tensor) -> int | None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cptv_ao.core.text_table import plain, table
+from cptv_ao.core.plain import plain
+from cptv_ao.core.text_table import table
 
 _ROWS = 10
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.fx.running import copied, own_inputs
+from cptv_ao.core.tensors import copied
+from cptv_ao.fx.running import own_inputs
 from cptv_ao.fx.segments import Pieces, Values, packed, same_stamp, storages
 
 

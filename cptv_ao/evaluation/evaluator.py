@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
-from cptv_ao.core.errors import CalibrationDataError, NonFiniteError
+from cptv_ao.core.errors import CalibrationDataError
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.evaluation.entry_cache import Entries
@@ -203,23 +202,3 @@ def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> flo
 
 def _margin(seen: int, waves: int) -> float:
     return RACE_MARGIN * math.sqrt((waves - seen) / (seen * max(waves - 1, 1)))
-
-
-def teacher_outputs(
-    teacher: Callable[..., Any], batches: Sequence[Batch], select: Select = first_floating, world: World = ALONE
-) -> list[Tensor]:
-    """Run the teacher once: its outputs (N, C) per batch, each computed by one rank.
-
-    Raises:
-        NonFiniteError: an output is NaN or infinite.
-    """
-    outputs: list[Tensor | None] = [None] * len(batches)
-    with torch.no_grad():
-        for index, batch in enumerate(batches):
-            if not world.mine(index):
-                continue
-            output = compared(run(teacher, batch, index), select)
-            if not bool(torch.isfinite(output).all()):
-                raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
-            outputs[index] = output.clone()  # a model may return a buffer of its own, and write into it again
-    return world.share(outputs)

@@ -4,54 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import FloatModelMismatchError, NonFiniteError
 from cptv_ao.core.losses import get_loss
+from cptv_ao.core.outcome import Losses
 from cptv_ao.core.tensors import compared, first_floating
-from cptv_ao.evaluation.evaluator import Evaluator, batch_loss, teacher_outputs
+from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.evaluation.evaluator import Evaluator, batch_loss
 from cptv_ao.fx.running import run
-from cptv_ao.reporting.report import Losses
-
-
-@dataclass(frozen=True)
-class Images:
-    """Batches, and the teacher's output (N, C) on each."""
-
-    batches: tuple[Batch, ...]
-    targets: tuple[Tensor, ...]
-
-    @staticmethod
-    def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig, world: World = ALONE) -> Images:
-        """Run the teacher once."""
-        targets = teacher_outputs(teacher, batches, config.output or first_floating, world)
-        return Images(tuple(batches), tuple(targets))
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the models of one search are scored on, and how.
-
-    Attributes:
-        config: for the loss.
-        search, holdout: images of all ranks.
-        world: the ranks that share the batches.
-    """
-
-    config: RefineConfig
-    search: Images
-    holdout: Images = Images((), ())
-    world: World = ALONE
 
 
 class Scoring:

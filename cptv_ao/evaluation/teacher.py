@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import weight_ranges
-from cptv_ao.backends.reference import fix_shared, is_reference, lower
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.contexts import without_torch_floods
-from cptv_ao.core.errors import CalibrationDataError, UnsupportedModelError
-from cptv_ao.core.sites import SiteTable
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
+from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.fx.quantized_ops import is_observer
+from cptv_ao.fx.running import run
 from cptv_ao.simulation.twin import unquantized
 
 
@@ -52,48 +55,47 @@ class Sources:
             ) from error
 
 
-def find_sites(model: GraphModule) -> SiteTable:
-    """List every scale of a converted model; `print()` it for a readable table.
+@contextmanager
+def as_float(model: nn.Module) -> Iterator[None]:
+    """Make a float or prepared model compute in float while the context lasts.
 
-    Args:
-        model: what `convert_fx` or `convert_pt2e` returned, or `convert_to_reference_fx`: the sites of what that
-            lowers to.
+    The observers of a prepared model pass their input on without looking at it, and the reference modules that
+    convert_fx leaves in it (it replaces the modules of the prepared model too) use their float weights.
+    """
+    patched: list[tuple[nn.Module, str]] = []
+    try:
+        for module in model.modules():
+            if is_observer(module):
+                patched.append((module, "forward"))
+                module.forward = _identity
+            elif hasattr(module, "get_weight") and isinstance(getattr(module, "weight", None), Tensor):
+                patched.append((module, "get_weight"))
+                object.__setattr__(module, "get_weight", partial(getattr, module, "weight"))
+        yield
+    finally:
+        for module, name in patched:
+            object.__delattr__(module, name)
 
-    Returns:
-        The sites by name, in graph order; `.unknown` names quantized ops that were not understood.
+
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
+def teacher_outputs(
+    teacher: Callable[..., Any], batches: Sequence[Batch], select: Select = first_floating, world: World = ALONE
+) -> list[Tensor]:
+    """Run the teacher once: its outputs (N, C) per batch, each computed by one rank.
 
     Raises:
-        UnsupportedModelError: the model is not converted, or holds no quantized op.
+        NonFiniteError: an output is NaN or infinite.
     """
-    with without_torch_floods():
-        return Backend(lower(model) if is_reference(model) else model).sites
-
-
-def open_backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> Backend:
-    """Of the model, or of a lowered copy of a reference model, with the code ranges that can be known."""
-    if float_model is not None and not isinstance(float_model, nn.Module):
-        raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
-    ranges, given, reference = weight_ranges(float_model), model, is_reference(model)
-    if reference:
-        ranges = weight_ranges(model) | ranges
-        model = lower(model)
-    if config.weight_range is not None:
-        names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
-        ranges = dict.fromkeys(names, config.weight_range)
-    backend = Backend(model, ranges)
-    if reference:
-        fix_shared(backend, given)
-    return backend
-
-
-def check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
-    """InfoNCE takes its negatives from the batch: one image has none."""
-    if not (isinstance(config.loss, str) and "infonce" in config.loss):
-        return
-    for index, batch in enumerate(batches):
-        if batch.images < 2:
-            raise CalibrationDataError(
-                f"calib_loader, batch {index}: {config.loss} needs at least 2 images per batch for its negatives, "
-                "got 1; use larger batches (the paper: 100), drop_last=True, or another loss",
-                index,
-            )
+    outputs: list[Tensor | None] = [None] * len(batches)
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            if not world.mine(index):
+                continue
+            output = compared(run(teacher, batch, index), select)
+            if not bool(torch.isfinite(output).all()):
+                raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
+            outputs[index] = output.clone()  # a model may return a buffer of its own, and write into it again
+    return world.share(outputs)

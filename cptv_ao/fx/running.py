@@ -3,9 +3,8 @@ whatever runs here, float, prepared, quantized, compiled or a twin, the batch is
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,21 +13,7 @@ from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import CalibrationDataError, CptvError
-from cptv_ao.core.tensors import flatten
-
-
-def copied(value: Any) -> Any:
-    """The same with a copy of each tensor in it."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, MutableMapping):
-        other = copy.copy(value)  # of its own type
-        other.update({key: copied(item) for key, item in value.items()})
-        return other
-    if not isinstance(value, (list, tuple)):
-        return value
-    make = getattr(value, "_make", type(value))  # of a named tuple
-    return make(copied(item) for item in value)
+from cptv_ao.core.tensors import copied, flatten
 
 
 def own_inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from cptv_ao import plot
 from cptv_ao.core.atomic_file import at_once, target_of
 from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.outcome import Status, per_block
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.reporting.html_style import CSS
-from cptv_ao.reporting.report import Report, Status, per_block
+from cptv_ao.reporting.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

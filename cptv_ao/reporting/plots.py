@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
+from cptv_ao.core.outcome import Point, SiteMove
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, excess
-from cptv_ao.reporting.report import Point, Report, SiteMove
+from cptv_ao.reporting.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,110 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.core.plain import as_plain, from_plain
-from cptv_ao.core.text_table import plain, table
+from cptv_ao.core.outcome import META_KEY, BlockResult, Losses, Point, SiteMove, Status, per_block
+from cptv_ao.core.plain import as_plain, from_plain, plain
+from cptv_ao.core.text_table import table
 
 if TYPE_CHECKING:
     import os
 
     from cptv_ao.diagnosis.results import Diagnosis
-
-META_KEY = "cptv_ao"
-
-
-class Status(Enum):
-    """How a refine ended; the value is the sentence that the report shows."""
-
-    IMPROVED = "improved: the refined scales are in the model"
-    UNCHANGED = "unchanged: no better scales were found, the model is as it was given"
-    REJECTED = (
-        "rejected: better in the search, worse on the held-out images or on the kernels; the model is as it was given"
-    )
-    STOPPED = "stopped by Ctrl-C: the best scales found until then are in the model"
-    CALLBACK = "stopped by the callback: the best scales found until then are in the model"
-    BUDGET = "budget ended: the best scales found until then are in the model"
-
-
-@dataclass(frozen=True)
-class SiteMove:
-    """How far one site moved: largest |log2(new / old)| of its scales, largest zero_point step.
-
-    `low` and `high` are the least and the greatest log2(new / old) of its scales, with their signs. Of a weight's
-    `codes`, `turned` are not the nearest ones to the float weight, but those on its other side; `corrected`: its layer
-    has another bias.
-    """
-
-    name: str
-    kind: str
-    block: str
-    scales: int
-    moved: int
-    log2: float
-    zero_point: int
-    low: float
-    high: float
-    codes: int = 0
-    turned: int = 0
-    corrected: bool = False
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """One visit of a block: loss on the search images before and after."""
-
-    name: str
-    visit: int
-    evaluations: int
-    accepted: int
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Losses on the search images and on the held-out ones (None without held-out images)."""
-
-    search: float
-    holdout: float | None
-
-    @property
-    def mean(self) -> float:
-        """Mean of both: few held-out images are noisy, and the search images are overfitted."""
-        return self.search if self.holdout is None else (self.search + self.holdout) / 2
-
-    def worse_than(self, others: Losses) -> bool:
-        """Whether one of both is higher, or no number."""
-        pairs = [(self.search, others.search)]
-        if self.holdout is not None and others.holdout is not None:
-            pairs.append((self.holdout, others.holdout))
-        return any(not (math.isfinite(own) and own <= other) for own, other in pairs)
-
-
-@dataclass(frozen=True)
-class Point:
-    """The search at one moment: at its start, after a proposal, or at the end of a block visit.
-
-    Attributes:
-        evaluations, seconds: spent until then.
-        search: the lowest loss on the search images so far.
-        holdout: the loss of the same scales on the held-out images; None without any, or where it is no number.
-        kept: whether these scales were accepted as the best state so far, held-out images included.
-    """
-
-    evaluations: int
-    seconds: float
-    search: float
-    holdout: float | None
-    kept: bool
 
 
 @dataclass(frozen=True)
@@ -230,16 +140,6 @@ def _found(model: nn.Module) -> Report | None:
         return from_plain(Report, meta[META_KEY]) if isinstance(meta, dict) else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def per_block(blocks: Sequence[BlockResult]) -> list[tuple[str, int, int, int, float, float]]:
-    """The visits of each block together: name, visits, evaluations, accepted, loss before the first, after the last."""
-    rows = []
-    for name in dict.fromkeys(block.name for block in blocks):
-        visits = [block for block in blocks if block.name == name]
-        evaluations, accepted = (sum(getattr(v, part) for v in visits) for part in ("evaluations", "accepted"))
-        rows.append((name, len(visits), evaluations, accepted, visits[0].before, visits[-1].after))
-    return rows
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

@@ -11,8 +11,10 @@ from typing import Any
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.errors import NonFiniteError
-from cptv_ao.evaluation.scoring import Calibration, Scoring, Shipped
-from cptv_ao.reporting.report import Losses, Report, Status
+from cptv_ao.core.outcome import Losses, Status
+from cptv_ao.evaluation.calibration import Calibration
+from cptv_ao.evaluation.scoring import Scoring, Shipped
+from cptv_ao.reporting.report import Report
 from cptv_ao.transforms.equalize import equalize
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from cptv_ao.core.distributed import ALONE, World
-from cptv_ao.reporting.report import Status
+from cptv_ao.core.outcome import Status
 
 
 @dataclass

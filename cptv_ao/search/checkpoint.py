@@ -18,10 +18,10 @@ from typing import Any
 from cptv_ao.core.atomic_file import try_out
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import ScalesFileError
+from cptv_ao.core.tensor_file import parse_file, write_file
 from cptv_ao.search.loop import Loop
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.state import put_into, score_again, taken_from
-from cptv_ao.verbs.scales_file import parse_file, write_file
 
 # In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
 # the moments of Adam for each weight make large files.

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from cptv_ao.backends.backend import Backend, count_shifted
+from cptv_ao.backends.backend import Backend
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.events import STOP, Callback, Event
-from cptv_ao.core.sites import ScaleSite, same
+from cptv_ao.core.outcome import BlockResult, Losses, Point, SiteMove, Status
+from cptv_ao.core.qparams import Assignment, same
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.core.weight_rounding import count_shifted
 from cptv_ao.evaluation.scoring import Scoring
-from cptv_ao.reporting.report import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.search.baseline import Given
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.initial_scales import Proposal
-from cptv_ao.search.scale_space import Assignment, Beside, ScaleSpace
+from cptv_ao.search.scale_space import Beside, ScaleSpace
 from cptv_ao.search.strategies import make_strategy
 from cptv_ao.search.strategies.protocol import Individual, Vector
 

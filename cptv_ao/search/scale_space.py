@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.sites import QParams, ScaleSite
+from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.strategies.protocol import Group, Layout, Vector
 
 #: A scale stays within this factor of the one in the model that was given: beyond it lies nothing but overflow.
@@ -20,8 +21,6 @@ _RANGE = 64.0
 # QNNPACK's add takes inputs whose scale is at least 2^-14 and less than 2^8 of that of its output.
 _LEAST_RATIO, _MOST_RATIO = 2.0**-14, 2.0**8 * (1 - 1e-6)
 
-Assignment = dict[str, QParams]
-"""Scales and zero_points by site name."""
 
 Beside = tuple[Tensor | None, Tensor | None]
 """Shift and correction of a weight."""

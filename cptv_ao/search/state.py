@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptv_ao.core.outcome import BlockResult, Losses, Point
 from cptv_ao.core.plain import as_plain, from_plain
-from cptv_ao.core.sites import QParams
-from cptv_ao.reporting.report import BlockResult, Losses, Point
+from cptv_ao.core.qparams import QParams
 from cptv_ao.search.loop import Loop, Position
 
 

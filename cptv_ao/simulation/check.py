@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Interpreter, Node
 
-from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.ops import op_name
-from cptv_ao.fx.running import copied
 from cptv_ao.simulation.qtensor_ops import Lift
 
 
@@ -28,13 +25,6 @@ class Checker(Interpreter):
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             told = _told(n, self.submodules)
             raise UnsupportedModelError(f"{n.name}: the float twin does not know {told}: {why}", n.name) from error
-
-
-def ordered(model: GraphModule, batch: Batch) -> list[Any]:
-    """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
-    names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
-    given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
-    return [copied(given[name]) for name in takewhile(given.__contains__, names)]
 
 
 def _told(node: Node, modules: dict[str, nn.Module]) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptv_ao.core.sites import SHIFT_PARTS, QParams, ScaleSite
+from cptv_ao.core.qparams import SHIFT_PARTS, QParams
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.autograd_ops import Add, Product, Quantize, RoundWeight, Weigh
 from cptv_ao.simulation.layer_norm import LayerNorm

@@ -174,3 +174,12 @@ class Apart(torch.autograd.Function):
         twice = 2 * gradients[0] * scale
         d_scale = dot(weighted, a) * twice if ctx.needs_input_grad[1] else None
         return weighted * (twice * scale) if ctx.needs_input_grad[0] else None, d_scale, None, None, None
+
+
+def real(value: Any) -> Tensor | None:
+    """The real numbers of a quantized tensor, of one of the twin, or of a floating one, as a copy; None of others."""
+    if isinstance(value, QTensor):
+        return value.dequantize()
+    if isinstance(value, Tensor) and value.is_quantized:
+        return value.dequantize()
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else None

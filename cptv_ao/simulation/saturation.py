@@ -10,30 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.simulation.check import ordered
+from cptv_ao.fx.node_runner import Recorder, ordered
 from cptv_ao.simulation.modules import Quantizer, Weighted
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 
 # Share of an op's codes that may be off by more than one before it counts as saturating.
 _TOLERATED = 1e-4
-
-
-class Recorder(Interpreter):
-    """Runs a model node by node and keeps what each node returned, by name."""
-
-    def __init__(self, model: GraphModule) -> None:
-        super().__init__(model, garbage_collect_values=False)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value.clone() if isinstance(value, Tensor) else value
-        return value
 
 
 def lift(value: Any, device: torch.device | str = "cpu") -> Any:

@@ -12,8 +12,10 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.sites import QParams, ScaleSite, SiteTable, same
-from cptv_ao.simulation.twin import Twin, moved
+from cptv_ao.core.qparams import QParams, same
+from cptv_ao.core.sites import ScaleSite, SiteTable
+from cptv_ao.core.tensors import moved
+from cptv_ao.simulation.twin import Twin
 
 
 class SimulatedBackend:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,17 +14,16 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.sites import QParams
-from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.tensors import moved
+from cptv_ao.fx.node_runner import ordered
 from cptv_ao.fx.running import call, run
 from cptv_ao.simulation.builder import Builder
-from cptv_ao.simulation.check import Checker, ordered
+from cptv_ao.simulation.check import Checker
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
 from cptv_ao.simulation.modules import Weighted, WeightQuantizer, whole_parts
 from cptv_ao.simulation.pt2e_builder import ExportedBuilder, FloatWeighted
 from cptv_ao.simulation.qtensor import QTensor, Rounding
-
-__all__ = ["LayerInputs", "Twin", "disagreement", "moved", "unquantized"]
 
 # Images on which a twin is checked.
 _FEW = 2
@@ -237,31 +235,3 @@ def unquantized(backend: Backend) -> Twin:
     twin.set_rounding("none")
     twin.reround_weights()
     return twin
-
-
-def disagreement(
-    model: Callable[..., Any], twin: Twin, batches: Iterable[Batch], select: Select = first_floating
-) -> float:
-    """How far the kernels are from the simulation: |kernels - simulation| / |simulation| over the outputs.
-
-    Under 0.01 where only roundings differ; a few tenths where 8-bit products saturate in 16 bits (activations of the
-    full range on a CPU without VNNI).
-    """
-    apart = whole = 0.0
-    with torch.inference_mode():
-        for batch in batches:
-            there = replace(batch, args=moved(batch.args, twin.device), kwargs=moved(batch.kwargs, twin.device))
-            kernels = compared(call(model, batch), select).double().cpu()
-            simulated = compared(call(twin, there), select).double().cpu()
-            apart += float((kernels - simulated).square().sum())
-            whole += float(simulated.square().sum())
-    return math.sqrt(apart / whole) if whole > 0 else (math.inf if apart > 0 else 0.0)
-
-
-def moved(value: Any, device: torch.device | str) -> Any:
-    """The tensors of a batch's inputs on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    return type(value)(moved(item, device) for item in value) if isinstance(value, (list, tuple)) else value

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.tensors import copied
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.fx.running import copied
 
 
 class WithPart(OutOfPlace):

@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.core.sites import QParams, ScaleSite
-from cptv_ao.diagnosis.meters import Watcher, real
+from cptv_ao.fx.node_runner import Watcher
+from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
 
 # Images on which values are looked at.
@@ -52,10 +52,3 @@ def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], wor
             watcher.watch(batch.few(left), see)
             left -= batch.images
     return {name: Ends(world.from_first(ends.low), world.from_first(ends.high)) for name, ends in seen.items()}
-
-
-def ranged(low: float, high: float, site: ScaleSite, codes: int | None = None) -> QParams:
-    """Qparams that hold low..high, 0 among them, in so many steps; without a number in all that the site has."""
-    codes = site.qmax - site.qmin if codes is None else codes
-    scale = torch.tensor((high - low) / codes, dtype=torch.float64)
-    return QParams(scale, torch.tensor(round(site.qmin - low / float(scale))))

@@ -20,10 +20,12 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.diagnosis.meters import Watcher, real
+from cptv_ao.core.qparams import ranged
+from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
+from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.transforms.channel_ranges import Ends, channel_ends, ranged
+from cptv_ao.transforms.channel_ranges import Ends, channel_ends
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.pt2e_patterns import SharedInput
 

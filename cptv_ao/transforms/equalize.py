@@ -20,34 +20,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import fold_factors
 from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
-from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite, same
-from cptv_ao.diagnosis.meters import Watcher
+from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.channel_ranges import Ends, channel_ends, ranged
+from cptv_ao.transforms.bn_folding import _fold
 from cptv_ao.transforms.channel_shift import centre
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
-from cptv_ao.transforms.float_model.smooth_quant import outlier_exponents
-from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, ReadNorm, UnfusedNorm
-from cptv_ao.transforms.pt2e_patterns import SharedInput, SharedInputs
+from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
+from cptv_ao.transforms.pt2e_patterns import SharedInputs
+from cptv_ao.transforms.range_clipping import _codes, _cut
+from cptv_ao.transforms.smooth_quant import _norms, _shiftable, _smoothable, _smoothed
 
-# Images on which codes are looked at.
-_FEW = 16
-# A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
-_WASTE = 0.1
 # How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
 # that hardly varies is given as if it did not.
 _FOLDED = 1e-2
-# Share of the codes of one activation beyond 7 bits that says that all 8 are used.
-_BEYOND = 0.1
 
 
 def equalize(
@@ -139,108 +130,3 @@ def _with_channels_first(backend: Backend, norms: Sequence[UnfusedNorm], batch: 
 def _ranges(backend: Backend, clipped: Sequence[ClippedSite]) -> dict[str, tuple[float, float]]:
     """What is let through of each, by node."""
     return {backend.sites[part.site].nodes[0]: (0.0, part.high) for part in clipped}
-
-
-def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
-    """Move a norm into its layer, and let the scales on both sides of it move as one; False where it was there."""
-    found = {name: fetch(backend.model, path).detach().float() for name, path in norm.tensors.items()}
-    mean, zero = found["running_mean"], torch.zeros_like(found["running_mean"])
-    identity = {"running_mean": zero, "running_var": zero + (1 - norm.eps), "weight": zero + 1, "bias": zero}
-    done = all(torch.equal(value, identity[name]) for name, value in found.items())
-    if not done:
-        factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
-        bias = backend.bias(norm.weight)
-        offset = (zero if bias is None else bias) - mean
-        backend.scale_channels(norm.weight, factor, factor * offset + found.get("bias", zero))
-        for name, path in norm.tensors.items():
-            backend.put(norm.weight, path, identity[name])
-        backend.write(norm.output, backend.read(norm.after))
-    if same(backend.read(norm.output), backend.read(norm.after)):
-        backend.tie(norm.output, norm.after)
-    return not done
-
-
-def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
-    """Take the range that nothing passes through away, where some is below 0; False where it is not worth it."""
-    qparams, site = backend.read(clipped.site), backend.sites[clipped.site]
-    below = int(qparams.zero_point) - site.qmin
-    high = min(clipped.high, float(qparams.scale) * (codes - below))
-    if float(qparams.scale) * below <= _WASTE * high or high <= 0:
-        return False
-    for name in {clipped.site, backend.passed.get(clipped.site, clipped.site)}:
-        backend.write(name, ranged(0.0, high, site, codes))
-    return True
-
-
-def _smoothable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
-    """Those whose readers' float weights are known, and not rounded by the graph itself."""
-    known = backend.float_weights.keys()
-    return [norm for norm in _shiftable(backend, norms) if known >= set(norm.readers)]
-
-
-def _shiftable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
-    return [norm for norm in norms if all(map(backend.shiftable, norm.readers))]
-
-
-def _norms(shared: Sequence[SharedInput]) -> list[ReadNorm]:
-    return [norm for part in shared if (norm := part.as_norm) is not None]
-
-
-def _smoothed(
-    backend: Backend,
-    batches: Sequence[Batch],
-    norms: Sequence[ReadNorm],
-    codes: int | None,
-    check: Equivalence,
-    world: World,
-) -> list[str]:
-    """Move the outlier channels of norms into the weights that read them, and tell of it; nothing where the float twin
-    does not know an op."""
-    if not norms or check.twin is None:
-        return []
-    ends = channel_ends(check.twin, [norm.node for norm in norms], batches, world)
-    seen = [norm for norm in norms if norm.node in ends]
-    counts = check.used(seen, lambda norm: _smooth(backend, norm, ends[norm.node], codes))
-    moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
-    return [moved] if any(counts) else []
-
-
-def _smooth(backend: Backend, norm: ReadNorm, ends: Ends, codes: int | None) -> int:
-    """Move the outlier channels of one norm; returns their number. Without a number of codes all are used."""
-    weights = {name: backend.float_weights[name] for name in norm.readers}
-    columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
-    exponents = outlier_exponents(torch.maximum(-ends.low, ends.high), columns)
-    if not bool(exponents.any()):
-        return 0
-    factors = torch.exp2(exponents)
-    for path in norm.tensors:
-        backend.put(norm.outputs[0], path, fetch(backend.model, path).detach() / factors)
-    low, high = min(0.0, float((ends.low / factors).min())), max(0.0, float((ends.high / factors).max()))
-    for name in norm.outputs:
-        backend.write(name, ranged(low, high, backend.sites[name], codes))
-    for name, weight in weights.items():
-        qparams, site = backend.read(name), backend.sites[name]
-        wider = _peak(weight * factors, site) / _peak(weight, site)
-        backend.set_float_weight(name, weight * factors)
-        backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
-    return int((exponents > 0).sum())
-
-
-def _codes(backend: Backend, batch: Batch, world: World) -> int:
-    """Steps between the least and the greatest code that observers calibrated for: half of the container where hardly
-    any code of any value is beyond it (reduce_range)."""
-    shares = [0.0]
-
-    def see(_: Node, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_quantized and value.dtype == torch.quint8:
-            shares.append(float((value.int_repr() > REDUCED_QMAX).float().mean()))
-        return value
-
-    Watcher(backend.model).watch(batch.few(_FEW), see)
-    return REDUCED_QMAX if world.first(max(shares)) < _BEYOND else 2 * REDUCED_QMAX + 1
-
-
-def _peak(weight: Tensor, site: ScaleSite) -> Tensor:
-    """Largest magnitude that each scale of a weight is for; 1 where all are zero."""
-    peak = weight.abs().amax() if site.axis is None else weight.abs().flatten(1).amax(1)
-    return torch.where(peak > 0, peak, 1.0)

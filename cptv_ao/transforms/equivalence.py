@@ -15,8 +15,8 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import InvalidScaleError, UnsupportedModelError
-from cptv_ao.diagnosis.meters import Watcher, real
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.fx.node_runner import Watcher
+from cptv_ao.simulation.qtensor import QTensor, real
 from cptv_ao.simulation.twin import Twin, unquantized
 
 #: Images on which outputs are compared.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,15 +21,13 @@ from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.fx.ops import op_of, packet_of
+from cptv_ao.fx.ops import op_of, own_path, packet_of, read_once, reads
 from cptv_ao.fx.quantized_ops import of_node
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")
 # What functions let through above 0; nothing below.
 _CLIPS = {"relu": math.inf, "relu6": 6.0}
-# What a value can be asked for without its numbers.
-_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 _Found = TypeVar("_Found")
 
@@ -202,29 +200,3 @@ class Patterns:
         nodes = {name: given[name] for name in names if given.get(name) is not None}
         paths = {name: path for name, node in nodes.items() if (path := own_path(node, self._once)) is not None}
         return paths if len(paths) == len(nodes) else None
-
-
-def read_once(nodes: Iterable[Node]) -> set[str]:
-    """Targets of the tensors and modules that one node alone has."""
-    targets = Counter(str(node.target) for node in nodes if node.op in {"get_attr", "call_module"})
-    return {target for target, count in targets.items() if count == 1}
-
-
-def own_path(value: Any, once: Container[str]) -> str | None:
-    """Path of the tensor that a value is, where one node alone reads it; None of any other value.
-
-    Args:
-        value: argument of a node.
-        once: as `read_once` gives it.
-    """
-    if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
-        return None
-    return str(value.target) if str(value.target) in once else None
-
-
-def reads(user: Node) -> bool:
-    """Whether a node reads the numbers of its first input, not just its shape."""
-    if user.target is getattr:
-        return user.args[1] not in _ATTRIBUTES
-    op = op_of(user, {})
-    return op is None or op.effect != "asks"

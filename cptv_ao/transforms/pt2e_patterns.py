@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
-from cptv_ao.fx.ops import op_name
-from cptv_ao.transforms.lowered_patterns import ReadNorm, own_path, read_once, reads
+from cptv_ao.fx.ops import op_name, own_path, read_once, reads
+from cptv_ao.transforms.lowered_patterns import ReadNorm
 
 # Ops that move values of channels about, or pick some.
 _PICKS = {"getitem", "aten.chunk", "aten.select", "aten.slice", "aten.split", "aten.split_with_sizes", "aten.unbind"}

@@ -16,24 +16,28 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import as_float, find_float_weights
+from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.open import open_backend
 from cptv_ao.backends.pt2e import takes_fixed_batch
 from cptv_ao.backends.reference import write_back
+from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch, read_batches, split_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, restored_on_error, stop_on_interrupt
+from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_interrupt
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.objective import settled
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.outcome import Status
+from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.scoring import Calibration, Images, Scoring, check_losses
-from cptv_ao.evaluation.teacher import Sources, check_negatives, open_backend
+from cptv_ao.evaluation.scoring import Scoring, check_losses
+from cptv_ao.evaluation.teacher import Sources, as_float
 from cptv_ao.fx.running import changed_by_hooks
-from cptv_ao.reporting.report import Report, Status
+from cptv_ao.reporting.report import Report
 from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path

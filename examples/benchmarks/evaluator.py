@@ -35,7 +35,8 @@ from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
-from cptv_ao.evaluation.evaluator import Evaluator, teacher_outputs
+from cptv_ao.evaluation.evaluator import Evaluator
+from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.search.scale_space import ScaleSpace
 from cptv_ao.search.strategies import EvolutionStrategy, Individual
 from cptv_ao.simulation.twin import Twin

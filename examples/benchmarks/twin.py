@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import workloads
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.sites import QParams
+from cptv_ao.core.qparams import QParams
 from cptv_ao.simulation.twin import Twin
 
 

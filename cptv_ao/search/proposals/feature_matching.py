@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.diagnosis.meters import OUTLIER
+from cptv_ao.core.channel_scaling import OUTLIER
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.simulation.modules import Weighted
 from cptv_ao.simulation.pt2e_builder import FloatWeighted

@@ -21,14 +21,13 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.objective import differentiable
 from cptv_ao.core.plain import from_plain
-from cptv_ao.core.sites import QParams, ScaleSite
+from cptv_ao.core.qparams import Assignment, QParams, rescaled
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import Select, compared
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.search.proposals.feature_matching import Features, distance
-from cptv_ao.search.proposals.initial_scales import rescaled
 from cptv_ao.search.proposals.learnable_qparams import Leaves
 from cptv_ao.search.proposals.schedule import Course, Schedule
-from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.twin import LayerInputs, Twin
 
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are

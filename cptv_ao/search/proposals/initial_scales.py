@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.sites import REDUCED_QMAX, QParams, ScaleSite
-from cptv_ao.search.scale_space import Assignment
+from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.simulation.modules import Weighted
 from cptv_ao.simulation.pt2e_builder import FloatWeighted
 from cptv_ao.simulation.twin import Twin
@@ -58,12 +58,6 @@ def individuals(
 
 def _all_rescaled(sites: Sequence[ScaleSite], factor: float, now: Callable[[str], QParams]) -> Assignment:
     return {site.name: rescaled(now(site.name), factor, site) for site in sites}
-
-
-def rescaled(qparams: QParams, factor: float, site: ScaleSite) -> QParams:
-    """A scale times a factor, with the zero_point that keeps the lower end of the range, (qmin - z) * s."""
-    zero_point = site.qmin - (site.qmin - qparams.zero_point) / factor
-    return QParams(qparams.scale * factor, zero_point.round().clamp(site.qmin, site.qmax).long())
 
 
 def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assignment:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptv_ao.core.sites import QParams, ScaleSite
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.simulation.modules import whole_parts
 from cptv_ao.simulation.twin import Twin
 

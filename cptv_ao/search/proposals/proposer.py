@@ -15,15 +15,15 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
-from cptv_ao.core.sites import REDUCED_QMAX, ScaleSite
+from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluation.scoring import Calibration, Images
+from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.bias_correction import FORWARDS, corrections
 from cptv_ao.search.proposals.gradient import GradientDescent, State
-from cptv_ao.search.proposals.initial_scales import HALF, Proposal, individuals, rescaled
+from cptv_ao.search.proposals.initial_scales import HALF, Proposal, individuals
 from cptv_ao.search.proposals.schedule import Schedule
-from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
 

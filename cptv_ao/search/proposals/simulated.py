@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import cast
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
+from cptv_ao.core.qparams import Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.evaluation.scoring import Calibration, Images, Scoring, Shipped
-from cptv_ao.reporting.report import Losses, Report, Status
+from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.proposals.proposer import Proposer
-from cptv_ao.search.scale_space import Assignment
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
@@ -52,39 +50,3 @@ class SimulatedProposer(Proposer):
 def as_backend(simulated: SimulatedBackend) -> Backend:
     """A simulated backend has the methods of a lowered one that a search calls."""
     return cast(Backend, simulated)
-
-
-def on_device(simulated: SimulatedBackend, images: Images) -> Images:
-    """Images and targets where the twin computes."""
-    device = simulated.twin.device
-    return Images(
-        tuple(simulated.batch(batch) for batch in images.batches), tuple(t.to(device) for t in images.targets)
-    )
-
-
-def confirmed(
-    found: Report, simulated: SimulatedBackend, backend: Backend, judge: Scoring | Shipped, before: Losses
-) -> Report:
-    """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
-
-    Args:
-        found: what the search on the twin reports.
-        judge, before: gives the losses of the lowered model that count, and those before the search.
-
-    Returns:
-        The report of what ships: before and after are losses of the kernels. Where they are worse, the model has the
-        scales from before again.
-    """
-    told = f"searched on the simulation, whose loss went from {found.before.search:.5g} to {found.after.search:.5g}"
-    if not found.moves:
-        return replace(found, before=before, after=before, notes=(*found.notes, told))
-    given = backend.snapshot()
-    simulated.commit()
-    after = judge.losses()
-    if not after.worse_than(before):
-        return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
-    backend.restore_all(given)
-    held_out = f", held-out {before.holdout:.5g} to {after.holdout:.5g}" if before.holdout and after.holdout else ""
-    told += f"; rejected: on the kernels it went from {before.search:.5g} to {after.search:.5g}{held_out}"
-    notes = (*found.notes, told + "; the default score_on='kernels' searches there")
-    return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)

@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn import functional
 
-from cptv_ao.diagnosis.meters import OUTLIER
+from cptv_ao.core.channel_scaling import outlier_exponents
+from cptv_ao.fx.ops import own_path, read_once
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.lowered_patterns import own_path, read_once
-
-#: Less is not worth it, and could not be told from roundings.
-LEAST_EXPONENT = 2
 
 
 def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
@@ -56,22 +53,6 @@ def _divide(norm: tuple[Tensor, Tensor | None], layers: list[nn.Linear], value: 
     for layer in layers:
         layer.weight *= factors
     return int((factors > 1).sum())
-
-
-def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
-    """By which powers of two channels of outliers should be divided; 0 for the others.
-
-    Powers of two, which no float is rounded by and which are found again in the weights.
-
-    Args:
-        peaks: largest magnitude of each channel behind a norm (C,).
-        columns: largest magnitude of each column of the weights that read it (C,).
-    """
-    usual = peaks.median()
-    wanted, most = torch.log2(peaks / usual).round(), torch.log2(columns.max() / columns).floor()
-    outliers = (peaks > OUTLIER * usual) & torch.isfinite(peaks) & (usual > 0)
-    exponents = torch.where(outliers, torch.minimum(wanted, most), 0.0)
-    return torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0)
 
 
 def _parameters(

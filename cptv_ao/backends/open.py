@@ -1,0 +1,47 @@
+"""Opening a model: its sites, whichever form its graph has."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import GraphModule
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import weight_ranges
+from cptv_ao.backends.reference import fix_shared, is_reference, lower
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.contexts import without_torch_floods
+from cptv_ao.core.sites import SiteTable
+
+
+def find_sites(model: GraphModule) -> SiteTable:
+    """List every scale of a converted model; `print()` it for a readable table.
+
+    Args:
+        model: what `convert_fx` or `convert_pt2e` returned, or `convert_to_reference_fx`: the sites of what that
+            lowers to.
+
+    Returns:
+        The sites by name, in graph order; `.unknown` names quantized ops that were not understood.
+
+    Raises:
+        UnsupportedModelError: the model is not converted, or holds no quantized op.
+    """
+    with without_torch_floods():
+        return Backend(lower(model) if is_reference(model) else model).sites
+
+
+def open_backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> Backend:
+    """Of the model, or of a lowered copy of a reference model, with the code ranges that can be known."""
+    if float_model is not None and not isinstance(float_model, nn.Module):
+        raise TypeError(f"float_model: expected an nn.Module, got {type(float_model).__name__}")
+    ranges, given, reference = weight_ranges(float_model), model, is_reference(model)
+    if reference:
+        ranges = weight_ranges(model) | ranges
+        model = lower(model)
+    if config.weight_range is not None:
+        names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
+        ranges = dict.fromkeys(names, config.weight_range)
+    backend = Backend(model, ranges)
+    if reference:
+        fix_shared(backend, given)
+    return backend

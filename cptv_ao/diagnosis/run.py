@@ -1,0 +1,206 @@
+"""The steps of `cptv_ao.diagnose`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.pt2e import is_exported
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.blocks import Block, find_blocks
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.losses import get_loss
+from cptv_ao.core.objective import settled
+from cptv_ao.core.tensors import first_floating
+from cptv_ao.diagnosis.attribution import Advance, Causes, causes_by_substitution, causes_on_twin, steps
+from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
+from cptv_ao.diagnosis.graph_survey import Survey
+from cptv_ao.diagnosis.meters import Fidelity, measured_weight
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
+from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.scoring import Scoring
+from cptv_ao.evaluation.teacher import Sources, as_float
+from cptv_ao.simulation.kernel_agreement import disagreeing
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
+from cptv_ao.transforms.equalize import smoothable
+
+_IMAGES = 128
+
+
+# Share of large codes from which an activation counts as one of the full range: observers with reduce_range let a few
+# codes of rare images stand there.
+_HIGH = 2e-3
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured, and on what."""
+
+    causes: Causes
+    compared: Comparison
+    on_twin: bool
+    note: str = ""
+
+
+def _diagnosis(
+    backend: Backend, sources: Sources, batches: Sequence[Batch], config: RefineConfig, progress: bool
+) -> Diagnosis:
+    teacher = sources.teacher_for(backend, batches[0])
+    with as_float(teacher):
+        batches = _few(counted(batches, teacher, config.output or first_floating))
+        check_negatives(config, batches)
+        images = Images.of(batches, teacher, config)
+        config, told = settled(replace(config, gradient_steps=0), images.targets[0])
+        kernels = Scoring(backend.model, Calibration(config, images)).search
+        loss = kernels.score()
+        blocks = find_blocks(backend.sites.values(), config.blocks)
+        survey = Survey(backend, blocks)
+        with _progress_bar(steps(blocks), progress) as advance:
+            measured = _measured(backend, teacher, images, blocks, survey, config, loss, advance)
+    causes, outputs = measured.causes, kernels.outputs()
+    notes = told + ([measured.note] if measured.note else [])
+    if sources.weights is None:
+        notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
+    return Diagnosis(
+        loss_name=config.loss_name,
+        loss=loss,
+        simulated=causes.whole if measured.on_twin else None,
+        least=causes.least,
+        floor=causes.floor,
+        sqnr=_fidelity(outputs, images).sqnr,
+        agreement=_agreement(outputs, images),
+        images=kernels.images,
+        blocks=_blocks(blocks, measured, survey),
+        sites=_sites(backend, blocks, measured),
+        findings=_findings(backend, survey, measured.compared, batches[0], config),
+        notes=tuple(notes),
+    )
+
+
+def _measured(
+    backend: Backend,
+    teacher: nn.Module,
+    images: Images,
+    blocks: Sequence[Block],
+    survey: Survey,
+    config: RefineConfig,
+    loss: float,
+    advance: Advance,
+) -> _Measured:
+    """On the twin; where it does not know an op, with the float model's own tensors."""
+    outputs = survey.block_outputs()
+    least = _least(images, config)
+    try:
+        simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
+        compared = compared_on_twin(backend, simulated, images.batches, outputs)
+        return _Measured(causes_on_twin(simulated, images, blocks, config, least, advance), compared, True)
+    except UnsupportedModelError as error:
+        note = (
+            f"{error}; so shares are those of putting the float model's output of a block in place of the kernels', "
+            "which counts what the block adds to all before it, and sites have no SQNR and no share"
+        )
+    compared, float_outputs = compared_by_modules(backend, teacher, images.batches, outputs)
+    ordered = {block.name: outputs[block.name] for block in blocks if block.name in outputs}
+    causes = causes_by_substitution(backend, ordered, float_outputs, images, config, loss, least, advance)
+    return _Measured(causes, compared, False, note)
+
+
+def _blocks(blocks: Sequence[Block], measured: _Measured, survey: Survey) -> tuple[BlockDiagnosis, ...]:
+    outputs = survey.block_outputs()
+    found = []
+    for block in blocks:
+        without, share = measured.causes.blocks.get(block.name, (math.nan, math.nan))
+        fidelity = measured.compared.blocks.get(block.name, Fidelity())
+        node = outputs.get(block.name)
+        found.append(BlockDiagnosis(block.name, share, without, fidelity.sqnr, fidelity.cosine, node, len(block.sites)))
+    return tuple(sorted(found, key=lambda b: math.inf if math.isnan(b.share) else -b.share))
+
+
+def _sites(backend: Backend, blocks: Sequence[Block], measured: _Measured) -> tuple[SiteDiagnosis, ...]:
+    causes, found = measured.causes, []
+    rank = {name: -share for name, (_, share) in causes.blocks.items()}
+    for block in blocks:
+        for site in block.sites:
+            meter = measured.compared.sites.get(site.name)
+            seen = measured_weight(backend, site) if meter is None else meter.measured()
+            share = causes.sites.get(site.name)
+            found.append(SiteDiagnosis(site.name, site.kind, site.op, block.name, share=share, **seen))
+
+    def order(site: SiteDiagnosis) -> tuple[float, float, float]:
+        tried = math.inf if site.share is None else -site.share
+        return tried, rank.get(site.block, math.inf), math.inf if site.sqnr is None else site.sqnr
+
+    return tuple(sorted(found, key=order))
+
+
+def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Batch, config: RefineConfig) -> Findings:
+    layers, ops = survey.in_float(compared.floating)
+    try:
+        saturating = () if is_exported(backend.model) else tuple(disagreeing(backend, batch, config)[1])
+    except UnsupportedModelError:
+        saturating = ()
+    wide = survey.before_wide_weights()
+    return Findings(
+        unfused_norms=survey.unfused_norms(),
+        float_layers=layers,
+        float_ops=ops,
+        unknown=backend.sites.unknown,
+        smoothable=tuple(sorted(smoothable(backend))),
+        wide_weights=survey.wide_weights(),
+        saturating=saturating,
+        saturation_risk=tuple(n for n, meter in compared.sites.items() if n in wide and meter.high_share > _HIGH),
+    )
+
+
+def _few(batches: Sequence[Batch]) -> list[Batch]:
+    """The first images of what was read; whole batches where these cannot be cut."""
+    kept: list[Batch] = []
+    left = _IMAGES
+    for batch in batches:
+        if not kept or min(batch.images, left) > 1:  # a loss may need more than one image
+            kept.append(batch.few(left))
+            left -= kept[-1].images
+    return kept
+
+
+def _least(images: Images, config: RefineConfig) -> float:
+    """The loss of the teacher against itself."""
+    loss = get_loss(config.loss, config.temperature)
+    total = sum(float(loss(t, t)) * b.images for b, t in zip(images.batches, images.targets, strict=True))
+    return total / sum(batch.images for batch in images.batches)
+
+
+def _fidelity(outputs: Sequence[Tensor], images: Images) -> Fidelity:
+    fidelity = Fidelity()
+    for output, target in zip(outputs, images.targets, strict=True):
+        fidelity.add(output, target)
+    return fidelity
+
+
+def _agreement(outputs: Sequence[Tensor], images: Images) -> float | None:
+    """Share of the images with the same largest output."""
+    if outputs[0].shape[1] < 2:
+        return None
+    same = [o.argmax(1) == t.argmax(1) for o, t in zip(outputs, images.targets, strict=True)]
+    return float(torch.cat(same).double().mean())
+
+
+@contextmanager
+def _progress_bar(total: int, enabled: bool) -> Iterator[Advance]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="diagnose", unit="step", disable=not enabled) as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(1)
+
+        yield advance

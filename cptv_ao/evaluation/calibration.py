@@ -1,0 +1,67 @@
+"""What the models of one search are scored on: images, and what the teacher makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.teacher import teacher_outputs
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
+
+
+def check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
+    """InfoNCE takes its negatives from the batch: one image has none."""
+    if not (isinstance(config.loss, str) and "infonce" in config.loss):
+        return
+    for index, batch in enumerate(batches):
+        if batch.images < 2:
+            raise CalibrationDataError(
+                f"calib_loader, batch {index}: {config.loss} needs at least 2 images per batch for its negatives, "
+                "got 1; use larger batches (the paper: 100), drop_last=True, or another loss",
+                index,
+            )
+
+
+@dataclass(frozen=True)
+class Images:
+    """Batches, and the teacher's output (N, C) on each."""
+
+    batches: tuple[Batch, ...]
+    targets: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig, world: World = ALONE) -> Images:
+        """Run the teacher once."""
+        targets = teacher_outputs(teacher, batches, config.output or first_floating, world)
+        return Images(tuple(batches), tuple(targets))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the models of one search are scored on, and how.
+
+    Attributes:
+        config: for the loss.
+        search, holdout: images of all ranks.
+        world: the ranks that share the batches.
+    """
+
+    config: RefineConfig
+    search: Images
+    holdout: Images = Images((), ())
+    world: World = ALONE
+
+
+def on_device(simulated: SimulatedBackend, images: Images) -> Images:
+    """Images and targets where the twin computes."""
+    device = simulated.twin.device
+    return Images(
+        tuple(simulated.batch(batch) for batch in images.batches), tuple(t.to(device) for t in images.targets)
+    )

@@ -1,0 +1,53 @@
+"""Ranges that the functions behind them clip, cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import World
+from cptv_ao.core.qparams import REDUCED_QMAX, ranged
+from cptv_ao.fx.node_runner import Watcher
+from cptv_ao.transforms.lowered_patterns import ClippedSite
+
+# Images on which codes are looked at.
+_FEW = 16
+
+
+# A range below 0 is left where it is a smaller share of the rest, as a search leaves it.
+_WASTE = 0.1
+
+
+# Share of the codes of one activation beyond 7 bits that says that all 8 are used.
+_BEYOND = 0.1
+
+
+def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
+    """Take the range that nothing passes through away, where some is below 0; False where it is not worth it."""
+    qparams, site = backend.read(clipped.site), backend.sites[clipped.site]
+    below = int(qparams.zero_point) - site.qmin
+    high = min(clipped.high, float(qparams.scale) * (codes - below))
+    if float(qparams.scale) * below <= _WASTE * high or high <= 0:
+        return False
+    for name in {clipped.site, backend.passed.get(clipped.site, clipped.site)}:
+        backend.write(name, ranged(0.0, high, site, codes))
+    return True
+
+
+def _codes(backend: Backend, batch: Batch, world: World) -> int:
+    """Steps between the least and the greatest code that observers calibrated for: half of the container where hardly
+    any code of any value is beyond it (reduce_range)."""
+    shares = [0.0]
+
+    def see(_: Node, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_quantized and value.dtype == torch.quint8:
+            shares.append(float((value.int_repr() > REDUCED_QMAX).float().mean()))
+        return value
+
+    Watcher(backend.model).watch(batch.few(_FEW), see)
+    return REDUCED_QMAX if world.first(max(shares)) < _BEYOND else 2 * REDUCED_QMAX + 1

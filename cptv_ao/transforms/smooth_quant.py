@@ -1,0 +1,80 @@
+"""Outlier channels of norms in a converted model, moved into the weights that read them (arXiv 2211.10438)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.channel_scaling import outlier_exponents
+from cptv_ao.core.distributed import World
+from cptv_ao.core.qparams import QParams, ranged
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.fx.paths import fetch
+from cptv_ao.transforms.channel_ranges import Ends, channel_ends
+from cptv_ao.transforms.equivalence import Equivalence
+from cptv_ao.transforms.lowered_patterns import ReadNorm
+from cptv_ao.transforms.pt2e_patterns import SharedInput
+
+
+def _smoothable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
+    """Those whose readers' float weights are known, and not rounded by the graph itself."""
+    known = backend.float_weights.keys()
+    return [norm for norm in _shiftable(backend, norms) if known >= set(norm.readers)]
+
+
+def _shiftable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
+    return [norm for norm in norms if all(map(backend.shiftable, norm.readers))]
+
+
+def _norms(shared: Sequence[SharedInput]) -> list[ReadNorm]:
+    return [norm for part in shared if (norm := part.as_norm) is not None]
+
+
+def _smoothed(
+    backend: Backend,
+    batches: Sequence[Batch],
+    norms: Sequence[ReadNorm],
+    codes: int | None,
+    check: Equivalence,
+    world: World,
+) -> list[str]:
+    """Move the outlier channels of norms into the weights that read them, and tell of it; nothing where the float twin
+    does not know an op."""
+    if not norms or check.twin is None:
+        return []
+    ends = channel_ends(check.twin, [norm.node for norm in norms], batches, world)
+    seen = [norm for norm in norms if norm.node in ends]
+    counts = check.used(seen, lambda norm: _smooth(backend, norm, ends[norm.node], codes))
+    moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
+    return [moved] if any(counts) else []
+
+
+def _smooth(backend: Backend, norm: ReadNorm, ends: Ends, codes: int | None) -> int:
+    """Move the outlier channels of one norm; returns their number. Without a number of codes all are used."""
+    weights = {name: backend.float_weights[name] for name in norm.readers}
+    columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
+    exponents = outlier_exponents(torch.maximum(-ends.low, ends.high), columns)
+    if not bool(exponents.any()):
+        return 0
+    factors = torch.exp2(exponents)
+    for path in norm.tensors:
+        backend.put(norm.outputs[0], path, fetch(backend.model, path).detach() / factors)
+    low, high = min(0.0, float((ends.low / factors).min())), max(0.0, float((ends.high / factors).max()))
+    for name in norm.outputs:
+        backend.write(name, ranged(low, high, backend.sites[name], codes))
+    for name, weight in weights.items():
+        qparams, site = backend.read(name), backend.sites[name]
+        wider = _peak(weight * factors, site) / _peak(weight, site)
+        backend.set_float_weight(name, weight * factors)
+        backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
+    return int((exponents > 0).sum())
+
+
+def _peak(weight: Tensor, site: ScaleSite) -> Tensor:
+    """Largest magnitude that each scale of a weight is for; 1 where all are zero."""
+    peak = weight.abs().amax() if site.axis is None else weight.abs().flatten(1).amax(1)
+    return torch.where(peak > 0, peak, 1.0)
