@@ -13,7 +13,7 @@ from small import small_config
 
 import cptv_ao
 from cptv_ao.core.outcome import BlockResult, Losses, SiteMove
-from cptv_ao.reporting.report import Report
+from cptv_ao.reporting.report import Report, put_on
 
 TABLE = """\
 cptv_ao.refine: improved: the refined scales are in the model
@@ -187,7 +187,7 @@ def test_it_is_kept_as_plain_values(conv: Case, made: Report) -> None:
     assert report == cptv_ao.report(conv.converted) and report.moves and report.history
     assert str(cptv_ao.report(conv.converted)) == str(report)
     for kept in (made, replace(made, before=Losses(float("inf"), None), settings={"a": "b"})):
-        kept.put_on(conv.converted)
+        put_on(conv.converted, kept)
         assert plain(conv.converted.meta) and cptv_ao.report(conv.converted) == kept
         conv.converted.meta = json.loads(json.dumps(conv.converted.meta))
         assert cptv_ao.report(conv.converted) == kept
@@ -204,7 +204,7 @@ DAMAGES: list[object] = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_not_ours_is_no_report(conv: Case, made: Report, damage: object) -> None:
-    made.put_on(conv.converted)
+    put_on(conv.converted, made)
     good = conv.converted.meta["cptv_ao"]
     whole = isinstance(damage, dict) and damage and damage != {"status": "IMPROVED"}
     conv.converted.meta["cptv_ao"] = {**good, **damage} if whole else damage  # type: ignore[dict-item]

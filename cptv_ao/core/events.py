@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from torch.fx import GraphModule
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 META_KEY = "cptv_ao"
@@ -94,6 +94,33 @@ class Point:
     search: float
     holdout: float | None
     kept: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one `refine` did.
+
+    `history` is the search on what it ran on: with `score_on="simulation"` the losses of the simulation, where
+    `before` and `after` are those of the kernels. `settings` are those of the `RefineConfig`, in words.
+    """
+
+    status: Status
+    loss: str
+    before: Losses
+    after: Losses
+    blocks: tuple[BlockResult, ...]
+    moves: tuple[SiteMove, ...]
+    stages: tuple[str, ...]
+    sites: int
+    evaluations: int
+    image_forwards: int
+    images: tuple[int, int]
+    seconds: float
+    seed: int
+    threads: int
+    notes: tuple[str, ...] = ()
+    history: tuple[Point, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def per_block(blocks: Sequence[BlockResult]) -> list[tuple[str, int, int, int, float, float]]:

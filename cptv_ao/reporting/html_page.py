@@ -16,27 +16,26 @@ from io import StringIO
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from cptv_ao import plot
 from cptv_ao.core.atomic_file import at_once, target_of
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.outcome import Status, per_block
+from cptv_ao.core.outcome import Outcome, Status, per_block
 from cptv_ao.diagnosis.results import Diagnosis
+from cptv_ao.reporting import plots
 from cptv_ao.reporting.html_style import CSS
-from cptv_ao.reporting.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Drawn in place of black, to be replaced by the colour of the page's text; no other part of a plot has it.
 _INK = "#010203"
-_COLORS = {_INK: "currentColor", plot.BLUE: "var(--blue)", plot.ORANGE: "var(--orange)", plot.GREY: "var(--grey)"}
+_COLORS = {_INK: "currentColor", plots.BLUE: "var(--blue)", plots.ORANGE: "var(--orange)", plots.GREY: "var(--grey)"}
 _LONG = 16  # rows of a table from which it is folded
 # Inches: narrow, so that letters are large enough where a phone shrinks it.
 _WIDTH = 4.9
 
 
 def write_page(
-    report: Report, path: str | os.PathLike[str], diagnosis: Diagnosis | None = None, after: Diagnosis | None = None
+    report: Outcome, path: str | os.PathLike[str], diagnosis: Diagnosis | None = None, after: Diagnosis | None = None
 ) -> None:
     """Write the page of a report; see `Report.save_html`."""
     target_of(path)
@@ -45,7 +44,7 @@ def write_page(
         temporary.write_text(text, encoding="utf-8")
 
 
-def page(report: Report, diagnosis: Diagnosis | None = None, after: Diagnosis | None = None) -> str:
+def page(report: Outcome, diagnosis: Diagnosis | None = None, after: Diagnosis | None = None) -> str:
     """The page of a report as text."""
     told, _, rest = report.status.value.partition(": ")
     parts = [
@@ -69,13 +68,13 @@ def page(report: Report, diagnosis: Diagnosis | None = None, after: Diagnosis | 
     )
 
 
-def _tone(report: Report) -> str:
+def _tone(report: Outcome) -> str:
     if report.status is Status.REJECTED:
         return "warn"
     return "good" if report.moves else "plain"
 
 
-def _losses(report: Report) -> str:
+def _losses(report: Outcome) -> str:
     tiles = [_tile(report, f"{report.images[0]} search images", report.before.search, report.after.search)]
     if report.before.holdout is not None and report.after.holdout is not None:
         tiles.append(_tile(report, f"{report.images[1]} held-out images", report.before.holdout, report.after.holdout))
@@ -91,7 +90,7 @@ def _losses(report: Report) -> str:
     return f'<section aria-label="Losses">\n<div class="tiles">{"".join(tiles)}</div>\n{facts}</section>'
 
 
-def _tile(report: Report, images: str, before: float, after: float) -> str:
+def _tile(report: Outcome, images: str, before: float, after: float) -> str:
     change = "no change" if after == before else ""
     if before > 0 and not change:
         change = f"{100 * (after / before - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
@@ -103,16 +102,19 @@ def _tile(report: Report, images: str, before: float, after: float) -> str:
     )
 
 
-def _plots(report: Report, diagnosis: Diagnosis | None, after: Diagnosis | None) -> str:
+def _plots(report: Outcome, diagnosis: Diagnosis | None, after: Diagnosis | None) -> str:
     drawings: list[tuple[str, Callable[[], Axes]]] = []
     if report.history:
         drawings.append(
-            ("Loss over the search, on the search and the held-out images", lambda: plot.losses(report, over="seconds"))
+            (
+                "Loss over the search, on the search and the held-out images",
+                lambda: plots.losses(report, over="seconds"),
+            )
         )
     if report.moves:
-        drawings.append(("Factors of the scales of each site, block by block", lambda: plot.movement(report)))
+        drawings.append(("Factors of the scales of each site, block by block", lambda: plots.movement(report)))
     if diagnosis is not None and diagnosis.blocks:
-        drawings.append(("Loss that each block costs", lambda: plot.sensitivity(diagnosis, after)))
+        drawings.append(("Loss that each block costs", lambda: plots.sensitivity(diagnosis, after)))
     try:
         figures = [_figure(label, draw, index) for index, (label, draw) in enumerate(drawings)]
     except ImportError:
@@ -164,7 +166,7 @@ def _recolor(figure: Any) -> None:
         text.set_color(_INK)
 
 
-def _notes(report: Report) -> str:
+def _notes(report: Outcome) -> str:
     parts = []
     if report.notes:
         parts.append(f"<h2>Notes</h2>{_list(report.notes)}")
@@ -173,7 +175,7 @@ def _notes(report: Report) -> str:
     return f"<section>{''.join(parts)}</section>" if parts else ""
 
 
-def _blocks(report: Report) -> str:
+def _blocks(report: Outcome) -> str:
     if not report.blocks:
         return ""
     rows = [
@@ -200,7 +202,7 @@ def _diagnosis(title: str, found: Diagnosis | None) -> str:
     return "\n".join(parts)
 
 
-def _sites(report: Report) -> str:
+def _sites(report: Outcome) -> str:
     if not report.moves:
         return ""
     rows = [
@@ -211,7 +213,7 @@ def _sites(report: Report) -> str:
     return _section(f"Sites that moved: {len(rows)} of {report.sites}, the farthest first", columns, rows)
 
 
-def _settings(report: Report) -> str:
+def _settings(report: Outcome) -> str:
     if not report.settings:
         return ""
     default = RefineConfig().told()

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
-from cptv_ao.core.outcome import Point, SiteMove
+from cptv_ao.core.outcome import Outcome, Point, SiteMove
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, excess
-from cptv_ao.reporting.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +28,7 @@ _MOST_BARS = 40
 _MOST_LABELS = 16
 
 
-def losses(report: Report, ax: Axes | None = None, over: Literal["evaluations", "seconds"] = "evaluations") -> Axes:
+def losses(report: Outcome, ax: Axes | None = None, over: Literal["evaluations", "seconds"] = "evaluations") -> Axes:
     """The loss over the search, on the search and on the held-out images; on a log scale where it falls by ten.
 
     Dots are the states that were accepted: the last one is what the model has.
@@ -108,7 +107,7 @@ def sensitivity(before: Diagnosis, after: Diagnosis | None = None, ax: Axes | No
     return ax
 
 
-def movement(report: Report, ax: Axes | None = None) -> Axes:
+def movement(report: Outcome, ax: Axes | None = None) -> Axes:
     """How far the scales of each site moved, in the order of the graph, block by block.
 
     A line spans the least and the greatest factor among the scales of a site (of a weight: its channels), the mark is

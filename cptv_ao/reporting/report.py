@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.core.outcome import META_KEY, BlockResult, Losses, Point, SiteMove, Status, per_block
+from cptv_ao.core.outcome import META_KEY, Outcome, per_block
 from cptv_ao.core.plain import as_plain, from_plain, plain
 from cptv_ao.core.text_table import table
 
@@ -19,30 +19,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Outcome):
     """Result of one `refine`; `str()` is a table, `to_dict()` is JSON-safe, `save_html()` writes a page with plots.
 
-    `history` is the search on what it ran on: with `score_on="simulation"` the losses of the simulation, where
-    `before` and `after` are those of the kernels. `settings` are those of the `RefineConfig`, in words.
+    Its fields are those of `Outcome`.
     """
-
-    status: Status
-    loss: str
-    before: Losses
-    after: Losses
-    blocks: tuple[BlockResult, ...]
-    moves: tuple[SiteMove, ...]
-    stages: tuple[str, ...]
-    sites: int
-    evaluations: int
-    image_forwards: int
-    images: tuple[int, int]
-    seconds: float
-    seed: int
-    threads: int
-    notes: tuple[str, ...] = ()
-    history: tuple[Point, ...] = ()
-    settings: dict[str, str] = field(default_factory=dict)
 
     def save_html(
         self, path: str | os.PathLike[str], diagnosis: Diagnosis | None = None, after: Diagnosis | None = None
@@ -71,10 +52,6 @@ class Report:
         data["status"] = self.status.name
         data["message"] = self.status.value
         return data
-
-    def put_on(self, model: GraphModule) -> None:
-        """Leave it with a model, for `report`: as plain values, which load where cptv_ao is not installed."""
-        model.meta[META_KEY] = as_plain(self)
 
     def __str__(self) -> str:
         lines = [f"cptv_ao.refine: {self.status.value}", ""]
@@ -114,6 +91,12 @@ class Report:
             f"{self.threads} thread{'s' if self.threads != 1 else ''}, seed {self.seed}"
         )
         return "\n".join(lines)
+
+
+def put_on(model: GraphModule, found: Outcome) -> None:
+    """Leave what a refine did with the model, for `report`: as plain values, which load where cptv_ao is not
+    installed."""
+    model.meta[META_KEY] = as_plain(found)
 
 
 def report(model: nn.Module) -> Report:

@@ -11,10 +11,9 @@ from typing import Any
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.errors import NonFiniteError
-from cptv_ao.core.outcome import Losses, Status
+from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.evaluation.scoring import Scoring, Shipped
-from cptv_ao.reporting.report import Report
 from cptv_ao.transforms.equalize import equalize
 
 
@@ -26,7 +25,7 @@ class Given:
     state: Mapping[str, Any]
     done: tuple[str, ...]
 
-    def judge(self, report: Report, backend: Backend) -> Report:
+    def judge(self, report: Outcome, backend: Backend) -> Outcome:
         """What a search on the simulation made of the equivalent form; it goes if it is worse than what was given."""
         if not report.after.worse_than(self.losses):
             return replace(report, before=self.losses, status=Status.IMPROVED)

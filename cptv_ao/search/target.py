@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
-from cptv_ao.core.outcome import Losses, Status
+from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration, on_device
 from cptv_ao.evaluation.scoring import Scoring, Shipped, check_losses
-from cptv_ao.reporting.report import Report
 from cptv_ao.search.baseline import Given, equalized
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.proposals.simulated import SimulatedProposer, as_backend
@@ -66,7 +65,7 @@ class Ground:
         """
         return Proposer(self.backend, groups, self._calibration)
 
-    def judged(self, found: Report) -> Report:
+    def judged(self, found: Outcome) -> Outcome:
         """What the search has made of the model that ships."""
         form = self._form
         return found if form is None or found.after == form.losses else replace(found, notes=found.notes + form.done)
@@ -93,7 +92,7 @@ class SimulatedGround(Ground):
     def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]]) -> Proposer:
         return SimulatedProposer(self._simulated, self._shipping, groups, self._calibration)
 
-    def judged(self, found: Report) -> Report:
+    def judged(self, found: Outcome) -> Outcome:
         report = confirmed(found, self._simulated, self._shipping, self._judge, self._before)
         return super().judged(report if self._form is None else self._form.judge(report, self._shipping))
 
@@ -113,8 +112,8 @@ def find_ground(backend: Backend, kernels: Scoring, calibration: Calibration, eq
 
 
 def confirmed(
-    found: Report, simulated: SimulatedBackend, backend: Backend, judge: Scoring | Shipped, before: Losses
-) -> Report:
+    found: Outcome, simulated: SimulatedBackend, backend: Backend, judge: Scoring | Shipped, before: Losses
+) -> Outcome:
     """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
 
     Args:

@@ -29,7 +29,7 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.objective import settled
-from cptv_ao.core.outcome import Status
+from cptv_ao.core.outcome import Outcome, Status
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
@@ -37,7 +37,7 @@ from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import Scoring, check_losses
 from cptv_ao.evaluation.teacher import Sources, as_float
 from cptv_ao.fx.running import changed_by_hooks
-from cptv_ao.reporting.report import Report
+from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
@@ -147,7 +147,7 @@ def refine(
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
-            replace(report, notes=(*report.notes, *saving_notes(model))).put_on(model)
+            put_on(model, replace(report, notes=(*report.notes, *saving_notes(model))))
             world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
     return model
 
@@ -157,7 +157,7 @@ def _refine(
     batches: list[Batch],
     sources: Sources,
     search: _Search,
-) -> Report:
+) -> Outcome:
     config, world = search.config, search.world
     if sources.weights is not None:
         find_float_weights(backend, sources.weights)
@@ -250,9 +250,9 @@ def _report(
     config: RefineConfig,
     settings: dict[str, str],
     notes: Sequence[str],
-) -> Report:
+) -> Outcome:
     moves = loop.moves(given)
-    return Report(
+    return Outcome(
         status=_status(loop, bool(moves)),
         loss=config.loss_name,
         before=loop.start,
