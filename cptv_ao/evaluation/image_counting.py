@@ -1,7 +1,7 @@
 """Which inputs of a batch have a row for each image, and whether a batch may be cut: what a model's outputs tell.
 
 {"position_ids": (1, L), "input_ids": (N, L)}: the output has N rows, so there are N images
-{"mask": (L, L), "x": (N, L, D)}, L == N: the output for half of the rows of both is not half of the output
+{"mask": (L, L), "x": (N, L, D)}, L == N: the outputs for the halves of the rows of both are not those of the whole
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def counted(
 
     Args:
         batches: as they were read.
-        teacher: the float model; it is run on a few images and half of them, and on whole batches where inputs have
+        teacher: the float model; it is run on a few images and their halves, and on whole batches where inputs have
             several numbers of rows.
         select: as for the evaluator.
         world: the ranks that all do so.
@@ -74,25 +74,27 @@ def _images(candidates: set[tuple[int, ...]], batches: Sequence[Batch], output: 
 
 
 def _per_image(batches: Sequence[Batch], output: _Output) -> int:
-    """How many rows of the output each image has; 0 where those of half a batch are not half of those of the batch."""
+    """How many rows of the output each image has; 0 where those of its halves are not those of the batch."""
     index = next((i for i, batch in enumerate(batches) if batch.images > 1), None)
     if index is None:
         return 1
     whole = batches[index]
     batch = whole.few(_FEW) if len(whole.sizes) == 1 else whole
-    half = batch.rows(batch.images - batch.images // 2, batch.images)
+    middle = batch.images // 2
     try:
-        got, part = output(batch, index), output(half, index)
+        got = output(batch, index)
+        halves = [output(batch.rows(*ends), index) for ends in ((0, middle), (middle, batch.images))]
     except CalibrationDataError:  # the model says that this is no input
         output(whole, index)  # its error, if it does not take the whole batch
         return 0
     if not isinstance(got, Tensor) or not got.dim() or not bool(torch.isfinite(got).all()):
         return 1  # which is told where the outputs are used
     per_image = len(got) // batch.images
-    same = per_image > 0 and part.shape == (per_image * half.images, *got.shape[1:])
-    return per_image if same and _near(part, got[-len(part) :], got) else 0
+    fits = per_image > 0 and [len(half) for half in halves] == [per_image * middle, len(got) - per_image * middle]
+    alike = fits and all(half.shape[1:] == got.shape[1:] for half in halves)
+    return per_image if alike and _near(torch.cat(halves), got) else 0
 
 
-def _near(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    share = max(_SAME, 8 * torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 0.0
-    return float((part.double() - wanted.double()).abs().max()) <= share * float(whole.double().abs().max())
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    share = max(_SAME, 8 * torch.finfo(wanted.dtype).eps) if wanted.is_floating_point() else 0.0
+    return float((found.double() - wanted.double()).abs().max()) <= share * float(wanted.double().abs().max())
