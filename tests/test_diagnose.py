@@ -19,11 +19,11 @@ from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_f
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao import causes
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams
+from cptv_ao.diagnosis import attribution
 from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation.twin import Twin
 
@@ -307,7 +307,7 @@ def test_after_refine_it_says_so(conv: Case) -> None:
 
 
 def test_many_sites_are_tried_for_the_worst_blocks_first(vit_w3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causes, "_SITES", 20)
+    monkeypatch.setattr(attribution, "_SITES", 20)
     found = diagnosed(vit_w3)
     tried = [s for s in found.sites if s.share is not None]
     assert len(tried) == 20

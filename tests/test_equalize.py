@@ -19,10 +19,11 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao import given
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.backends.open import open_backend
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import kl
+from cptv_ao.search import baseline
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.equalize import equalize
@@ -323,7 +324,7 @@ def test_a_form_that_computes_no_numbers_is_left(monkeypatch: pytest.MonkeyPatch
         backend.put("2.weight", "3.bias", torch.full((5,), torch.nan))
         return ["spoilt"]
 
-    monkeypatch.setattr(given, "equalize", spoil)
+    monkeypatch.setattr(baseline, "equalize", spoil)
     start = error(case.converted, case)
     refine(case)
     assert error(case.converted, case) < start
@@ -345,7 +346,7 @@ def test_an_outlier_vit_loses_next_to_nothing(vit: nn.Module, digits: Any) -> No
     _, converted = quantize(copy.deepcopy(model), images[:200].split(50))
 
     def loss(network: nn.Module) -> float:
-        return float(cptv_ao.losses.kl(logits(network, images[200:]), logits(vit, images[200:])))
+        return float(kl(logits(network, images[200:]), logits(vit, images[200:])))
 
     start = loss(converted)
     batches = images[:200].split(50)

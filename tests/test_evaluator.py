@@ -13,9 +13,9 @@ from state import same_bits
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao import losses
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.core import losses
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.qparams import QParams

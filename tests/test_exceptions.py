@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
 import cptv_ao
-from cptv_ao import losses
+from cptv_ao.core import losses
 
 
 class Injected(Exception):

@@ -16,11 +16,11 @@ from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.fx.node_runner import Recorder
+from cptv_ao.simulation import kernel_agreement
 
 
 def test_unfused_batch_norms_are_counted() -> None:
@@ -91,8 +91,8 @@ def test_narrow_weights_cannot_saturate(vit_w3: Case) -> None:
 
 
 def test_saturation_here_is_told(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "disagreement", lambda *_: 0.27)
-    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: dict.fromkeys("ba", 200))
+    monkeypatch.setattr(kernel_agreement, "disagreement", lambda *_: 0.27)
+    monkeypatch.setattr(kernel_agreement, "saturating_inputs", lambda *_: dict.fromkeys("ba", 200))
     found = diagnosed(conv)
     assert found.findings.saturating == ("a", "b")
     assert found.advice[0].startswith("kernels of this CPU saturate at a, b: ")

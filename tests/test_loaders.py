@@ -15,7 +15,7 @@ from state import weights
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao import data
+from cptv_ao.core import batches
 from cptv_ao.core.batches import read_batches, split_batches
 
 
@@ -133,7 +133,7 @@ def test_expanded_tensors() -> None:
 
 
 def test_more_than_memory_should_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_IMAGES", 40)
+    monkeypatch.setattr(batches, "_IMAGES", 40)
     with pytest.warns(
         cptv_ao.CptvWarning, match="calib_loader: 11 batches of 4 images are being read, and held in mem"
     ):
@@ -148,12 +148,12 @@ def test_reading_many_batches_looks_at_each_once(monkeypatch: pytest.MonkeyPatch
     """How often a batch is asked for its images does not grow with the number of batches."""
     asked = []
 
-    class Counting(data.Batch):
+    class Counting(batches.Batch):
         def __getattribute__(self, name: str) -> Any:
             asked.append(name)
             return super().__getattribute__(name)
 
-    monkeypatch.setattr(data, "Batch", Counting)
+    monkeypatch.setattr(batches, "Batch", Counting)
     costs = []
     for count in (10, 100):
         asked.clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao import losses
+from cptv_ao.core import losses
 from cptv_ao.core.losses import get_loss
 
 ROWS, CLASSES = 7, 5

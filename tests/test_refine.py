@@ -16,7 +16,7 @@ from state import everything, generators, same_bits, weights
 from torch import Tensor
 
 import cptv_ao
-from cptv_ao import losses
+from cptv_ao.core import losses
 from cptv_ao.core.tensors import first_floating
 
 

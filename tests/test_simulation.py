@@ -16,11 +16,11 @@ from state import everything, weights
 from test_refine import loss_of
 
 import cptv_ao
-from cptv_ao import agreement
 from cptv_ao.backends.backend import Backend
 from cptv_ao.evaluation.scoring import Scoring
 from cptv_ao.fx.segments import Pieces, storages
 from cptv_ao.search.proposals.simulated import SimulatedProposer
+from cptv_ao.simulation import kernel_agreement
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.simulation.twin import Twin
@@ -202,15 +202,15 @@ def test_saturation_is_told_where_it_is_and_only_there(
     """The same CPU-independent text: which kernels saturate differs from machine to machine, what is said does not."""
     for healthy in (conv, vit_w3):
         assert not any("differ by" in note for note in _refined(healthy, small_config()).notes)
-    monkeypatch.setattr(agreement, "disagreement", lambda *_: 0.27)
-    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: dict.fromkeys("adcb", 200))
+    monkeypatch.setattr(kernel_agreement, "disagreement", lambda *_: 0.27)
+    monkeypatch.setattr(kernel_agreement, "saturating_inputs", lambda *_: dict.fromkeys("adcb", 200))
     (note,) = [n for n in _refined(conv, small_config()).notes if "differ by" in n]
     assert note.startswith("kernels and exact arithmetic differ by 27 % on the outputs of the model that was given")
     for part in ("a, b, c and 1 more", "reduce_range=True", "VNNI", "on these kernels"):
         assert part in note
     (note,) = [n for n in _refined(conv, _simulated("cpu")).notes if "differ by" in n]
     assert "does not see it" in note
-    monkeypatch.setattr(agreement, "saturating_inputs", lambda *_: {})
+    monkeypatch.setattr(kernel_agreement, "saturating_inputs", lambda *_: {})
     (note,) = [n for n in _refined(conv, small_config()).notes if "differ by" in n]
     assert "no kernel saturates" in note
     assert "VNNI" not in note

@@ -11,6 +11,7 @@ from small import small_config
 from torch import Tensor, nn
 
 import cptv_ao
+from cptv_ao.core.losses import kl
 
 
 class Norms(nn.Module):
@@ -98,7 +99,7 @@ def test_an_outlier_vit_is_quantized_as_well_as_one_without(vit: nn.Module, digi
 
     def loss(network: nn.Module) -> float:
         _, converted = quantize(copy.deepcopy(network), images[:200].split(50))
-        return float(cptv_ao.losses.kl(logits(converted, images[200:]), logits(vit, images[200:])))
+        return float(kl(logits(converted, images[200:]), logits(vit, images[200:])))
 
     stock = loss(model)
     assert loss(ready.model) < min(0.05 * stock, 2 * loss(vit))

@@ -79,7 +79,7 @@ class Watch:
     def __init__(self) -> None:
         self.now = {"scored": 0.0, "steps": 0.0, "calls": 0.0, "bytes": 0.0}
         self.marks: list[tuple[str, float, dict[str, float]]] = []
-        from cptv_ao import scoring
+        from cptv_ao.evaluation import scoring
         from cptv_ao.evaluation.evaluator import Evaluator
         from cptv_ao.search.proposals.gradient import GradientDescent
 
