@@ -17,7 +17,7 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.atomic_file import at_once, is_own_output, is_special, same_file, straight, takes_text, target_of
 from cptv_ao.core.blocks import find_blocks
-from cptv_ao.core.text_table import table
+from cptv_ao.core.formatting import table
 from cptv_ao.verbs.named_objects import UserError, load_data, load_float_model, load_model
 
 _ABOUT = """\

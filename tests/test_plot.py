@@ -115,7 +115,7 @@ def test_sensitivity_is_the_share_of_each_block() -> None:
     ax = plot.sensitivity(diagnosis(0.4, shares))
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([100 * share for share in shares.values()])
     assert [label.get_text() for label in ax.get_yticklabels()] == list(shares)
-    assert [text.get_text() for text in ax.texts] == ["2.0 %", "43.0 %", "31.0 %", "-1.0 %"]
+    assert [text.get_text() for text in ax.texts] == ["2.0 %", "43 %", "31 %", "-1.0 %"]
     assert "below 0" not in ax.get_xlabel()
     assert "below 0" in plot.sensitivity(diagnosis(0.4, {"stem": 0.3, "head": -0.2})).get_xlabel()
     bottom, top = ax.get_ylim()
@@ -144,7 +144,7 @@ def test_sensitivity_of_many_blocks_shows_the_largest() -> None:
     assert names == [name for name in shares if name in wanted]
     assert "the largest 40 of 100" in ax.get_title()
     unknown = plot.sensitivity(diagnosis(1.0, {"stem": 0.5, "head": math.nan}), diagnosis(0.5, {"stem": 0.5}))
-    assert [text.get_text() for text in unknown.texts] == ["50.0 %", "-", "25.0 %", "-"]
+    assert [text.get_text() for text in unknown.texts] == ["50 %", "-", "25 %", "-"]
     with pytest.raises(ValueError, match="a diagnosis with blocks"):
         plot.sensitivity(diagnosis(1.0, {}))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Container
 
-from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess, percent, some
+from cptv_ao.core.formatting import percent
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess, some
 
 # Outputs this near to the float model's (in dB) leave nothing to gain.
 _NEAR = 25.0

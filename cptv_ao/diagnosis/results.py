@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cptv_ao.core.formatting import decibels, number, percent, table
 from cptv_ao.core.plain import plain
-from cptv_ao.core.text_table import table
 
 _ROWS = 10
 
@@ -148,11 +147,11 @@ class Diagnosis:
 
     def __str__(self) -> str:
         told = (
-            f"cptv_ao.diagnose: {self.loss_name} {_number(self.loss)} on the model's own kernels, {self.images} images"
+            f"cptv_ao.diagnose: {self.loss_name} {number(self.loss)} on the model's own kernels, {self.images} images"
         )
         lines = [told + _outputs(self), ""]
         if self.simulated is not None:
-            lines += [f"shares below are of the simulation, whose loss is {_number(self.simulated)}:"]
+            lines += [f"shares below are of the simulation, whose loss is {number(self.simulated)}:"]
         lines += [*_blocks(self), "", *_sites(self)]
         facts = _facts(self.findings)
         lines += ["", *facts] if facts else []
@@ -161,24 +160,25 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def percent(value: float | None) -> str:
-    """A share for people; `-` where it is not known."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{100 * value:.1f} %" if abs(value) < 0.0995 else f"{100 * value:.0f} %"
-
-
 def _outputs(found: Diagnosis) -> str:
-    told = "" if found.sqnr is None else f"; outputs {_decibels(found.sqnr)}"
+    told = "" if found.sqnr is None else f"; outputs {decibels(found.sqnr)}"
     return told if found.agreement is None else f"{told}, {percent(found.agreement)} of the images agree with float"
 
 
 def _blocks(found: Diagnosis) -> list[str]:
     rows = [("block", "causes", "loss without", "output SQNR", "cosine", "sites")]
     for block in found.blocks[:_ROWS]:
-        without = "-" if math.isnan(block.loss_without) else _number(block.loss_without)
         cosine = "-" if block.cosine is None else f"{block.cosine:.4f}"
-        rows.append((block.name, percent(block.share), without, _decibels(block.sqnr), cosine, str(block.sites)))
+        rows.append(
+            (
+                block.name,
+                percent(block.share),
+                number(block.loss_without),
+                decibels(block.sqnr),
+                cosine,
+                str(block.sites),
+            )
+        )
     return table(rows) + _more(len(found.blocks), "blocks")
 
 
@@ -186,7 +186,7 @@ def _sites(found: Diagnosis) -> list[str]:
     rows = [("site", "causes", "SQNR", "clipped", "range used", "outlier")]
     for site in found.sites[:_ROWS]:
         outlier = "-" if site.outlier is None else f"{site.outlier:.1f}x"
-        shares = (percent(site.share), _decibels(site.sqnr), percent(site.clipped), percent(site.used))
+        shares = (percent(site.share), decibels(site.sqnr), percent(site.clipped), percent(site.used))
         rows.append((site.name, *shares, outlier))
     return table(rows) + _more(len(found.sites), "sites")
 
@@ -212,14 +212,6 @@ def some(names: tuple[str, ...], most: int = 3) -> str:
 
 def _more(count: int, what: str) -> list[str]:
     return [f"({count - _ROWS} more {what} in to_dict() and to_pandas())"] if count > _ROWS else []
-
-
-def _decibels(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} dB" if math.isfinite(value) else "exact"
-
-
-def _number(value: float) -> str:
-    return f"{value:.5g}"
 
 
 def excess(found: Diagnosis) -> float:

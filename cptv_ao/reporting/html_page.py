@@ -6,7 +6,6 @@ theme. All that comes from a model or a user is escaped.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import warnings
@@ -14,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from io import StringIO
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from cptv_ao.core.atomic_file import at_once, target_of
 from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.formatting import change, decibels, number, percent
 from cptv_ao.core.outcome import Outcome, Status, per_block
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.reporting import plots
@@ -81,7 +81,9 @@ def _losses(report: Outcome) -> str:
     moved = f"<b>{len(report.moves)}</b> of {report.sites} sites moved"
     turned = sum(m.turned for m in report.moves)
     if turned:
-        moved += f", <b>{turned / sum(m.codes for m in report.moves):.1%}</b> of the weight codes rounded the other way"
+        moved += (
+            f", <b>{percent(turned / sum(m.codes for m in report.moves))}</b> of the weight codes rounded the other way"
+        )
     if corrected := sum(m.corrected for m in report.moves):
         moved += f", the biases of <b>{corrected}</b> layers corrected"
     cost = f"<b>{report.evaluations:,}</b> candidates scored, <b>{report.image_forwards:,}</b> image-forwards"
@@ -91,14 +93,14 @@ def _losses(report: Outcome) -> str:
 
 
 def _tile(report: Outcome, images: str, before: float, after: float) -> str:
-    change = "no change" if after == before else ""
-    if before > 0 and not change:
-        change = f"{100 * (after / before - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
+    told = "no change"
+    if after != before:
+        told = change(before, after).replace("-", "\N{MINUS SIGN}") if before > 0 else ""
     width = 100 * min(1.0, after / before) if before > 0 else 100
     return (
         f'<div class="tile"><h2>{escape(report.loss)} loss, {escape(images)}</h2>'
-        f'<p class="figures"><span>{before:.4g}</span> <span aria-label="to">→</span> <b>{after:.4g}</b> '
-        f'<span class="change">{change}</span></p><div class="meter"><i style="width:{width:.1f}%"></i></div></div>'
+        f'<p class="figures"><span>{number(before)}</span> <span aria-label="to">→</span> <b>{number(after)}</b> '
+        f'<span class="change">{told}</span></p><div class="meter"><i style="width:{width:.1f}%"></i></div></div>'
     )
 
 
@@ -179,7 +181,7 @@ def _blocks(report: Outcome) -> str:
     if not report.blocks:
         return ""
     rows = [
-        (name, visits, f"{accepted} of {evaluations}", f"{before:.4g}", f"{end:.4g}")
+        (name, visits, f"{accepted} of {evaluations}", number(before), number(end))
         for name, visits, evaluations, accepted, before, end in per_block(report.blocks)
     ]
     return _section("Block visits", ("block", "visits", "accepted", "loss before", "after"), rows)
@@ -189,12 +191,12 @@ def _diagnosis(title: str, found: Diagnosis | None) -> str:
     if found is None:
         return ""
     rows = [
-        (b.name, _share(b.share), _number(b.loss_without), _decibels(b.sqnr), _number(b.cosine)) for b in found.blocks
+        (b.name, percent(b.share), number(b.loss_without), decibels(b.sqnr), number(b.cosine)) for b in found.blocks
     ]
     columns = ("block", "share of the loss", "loss when it is float", "SQNR", "cosine")
-    parts = [_section(f"{title}: loss {found.loss:.4g}", columns, rows)]
+    parts = [_section(f"{title}: loss {number(found.loss)}", columns, rows)]
     if found.sites:
-        sites = [(s.name, _share(s.share), _decibels(s.sqnr), _share(s.clipped), _share(s.used)) for s in found.sites]
+        sites = [(s.name, percent(s.share), decibels(s.sqnr), percent(s.clipped), percent(s.used)) for s in found.sites]
         columns = ("site", "share of the loss", "SQNR", "clipped", "range used")
         parts.append(_section(f"{title}: its {len(sites)} sites", columns, sites))
     if found.advice:
@@ -251,22 +253,6 @@ def _list(lines: Iterable[str]) -> str:
 def _factors(low: float, high: float) -> str:
     ends = [f"{2**low:.3g}", f"{2**high:.3g}"]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
-
-
-def _number(value: float | None) -> str:
-    return f"{value:.4g}" if _known(value) else "-"
-
-
-def _share(value: float | None) -> str:
-    return f"{100 * value:.1f} %" if _known(value) else "-"
-
-
-def _decibels(value: float | None) -> str:
-    return "-" if not _known(value) else f"{value:.1f} dB" if math.isfinite(value) else "exact"
-
-
-def _known(value: float | None) -> TypeGuard[float]:
-    return value is not None and not math.isnan(value)
 
 
 def _seconds(seconds: float) -> str:

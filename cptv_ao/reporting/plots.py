@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule
 
+from cptv_ao.core.formatting import percent
 from cptv_ao.core.outcome import Outcome, Point, SiteMove
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, excess
 
@@ -244,7 +245,7 @@ def _bars(ax: Axes, values: Sequence[float], shift: float, height: float, color:
     ax.barh([row + shift for row in range(len(values))], values, height, color=color, label=label)
     for row, value in enumerate(values):
         at = (max(0.0, value), row + shift)  # 0 where it is NaN: not known
-        told = "-" if math.isnan(value) else f"{value:.1f} %"
+        told = percent(value / 100)
         ax.annotate(told, at, (3, 0), textcoords="offset points", va="center", fontsize="small")
 
 

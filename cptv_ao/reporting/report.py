@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx import GraphModule
 
+from cptv_ao.core.formatting import change, number, percent, table
 from cptv_ao.core.outcome import META_KEY, Outcome, per_block
 from cptv_ao.core.plain import as_plain, from_plain, plain
-from cptv_ao.core.text_table import table
 
 if TYPE_CHECKING:
     import os
@@ -70,7 +70,7 @@ class Report(Outcome):
         if self.blocks:
             rows = [("block", "visits", "evaluations", "accepted", "loss before", "after")]
             for name, visits, evaluations, accepted, before, after in per_block(self.blocks):
-                rows.append((name, str(visits), str(evaluations), str(accepted), f"{before:.5g}", f"{after:.5g}"))
+                rows.append((name, str(visits), str(evaluations), str(accepted), number(before), number(after)))
             lines += ["", *table(rows)]
         lines += ["", f"{len(self.moves)} of {self.sites} sites moved"]
         if self.moves:
@@ -81,7 +81,7 @@ class Report(Outcome):
             lines += table(moved)
         codes, turned = (sum(getattr(m, part) for m in self.moves) for part in ("codes", "turned"))
         if turned:
-            lines += ["", f"{turned} of {codes} weight codes ({turned / codes:.1%}) are rounded the other way"]
+            lines += ["", f"{turned} of {codes} weight codes ({percent(turned / codes)}) are rounded the other way"]
         if corrected := sum(m.corrected for m in self.moves):
             lines += ["", f"the biases of {corrected} layers are corrected"]
         lines += ["", *self.notes] if self.notes else []
@@ -126,5 +126,4 @@ def _found(model: nn.Module) -> Report | None:
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:
-    change = f"{100 * (after / before - 1):+.1f} %" if before > 0 else "-"
-    return f"{before:.5g}", f"{after:.5g}", change
+    return number(before), number(after), change(before, after)

@@ -15,6 +15,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.events import STOP, Callback, Event
+from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.core.qparams import Assignment, same
 from cptv_ao.core.sites import ScaleSite
@@ -278,4 +279,4 @@ def _nothing() -> None:
 
 
 def _told(loss: float) -> str:
-    return f"loss {loss:.5g}" if math.isfinite(loss) else "loss above the best"
+    return f"loss {number(loss)}" if math.isfinite(loss) else "loss above the best"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from cptv_ao.core.events import Event
+from cptv_ao.core.formatting import number
 from cptv_ao.search.loop import Loop
 
 
@@ -29,4 +30,4 @@ def _advance(bar: Any, limit: float | None, event: Event) -> None:
     if event.kind in ("candidate", "step"):
         bar.update(1)
     left = "" if limit is None else f", {max(0.0, limit - event.seconds):.0f} s left"
-    bar.set_postfix_str(f"{event.name} loss {event.best:.5g}{left}", refresh=False)
+    bar.set_postfix_str(f"{event.name} loss {number(event.best)}{left}", refresh=False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import is_exported
+from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration, on_device
@@ -124,7 +125,8 @@ def confirmed(
         The report of what ships: before and after are losses of the kernels. Where they are worse, the model has the
         scales from before again.
     """
-    told = f"searched on the simulation, whose loss went from {found.before.search:.5g} to {found.after.search:.5g}"
+    losses = number(found.before.search), number(found.after.search)
+    told = f"searched on the simulation, whose loss went from {losses[0]} to {losses[1]}"
     if not found.moves:
         return replace(found, before=before, after=before, notes=(*found.notes, told))
     given = backend.snapshot()
@@ -133,7 +135,9 @@ def confirmed(
     if not after.worse_than(before):
         return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
     backend.restore_all(given)
-    held_out = f", held-out {before.holdout:.5g} to {after.holdout:.5g}" if before.holdout and after.holdout else ""
-    told += f"; rejected: on the kernels it went from {before.search:.5g} to {after.search:.5g}{held_out}"
+    held_out = (
+        f", held-out {number(before.holdout)} to {number(after.holdout)}" if before.holdout and after.holdout else ""
+    )
+    told += f"; rejected: on the kernels it went from {number(before.search)} to {number(after.search)}{held_out}"
     notes = (*found.notes, told + "; the default score_on='kernels' searches there")
     return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)

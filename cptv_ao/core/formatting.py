@@ -1,0 +1,47 @@
+"""How tables, numbers, shares and decibels are written: for the terminal, the page and the plots alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeGuard
+
+UNKNOWN = "-"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table: the first column to the left, the others to the right, a rule under the heads, which the
+    first row holds."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return lines
+
+
+def number(value: float | None) -> str:
+    """A loss and the like, in five digits."""
+    return f"{value:.5g}" if _known(value) else UNKNOWN
+
+
+def percent(value: float | None) -> str:
+    """A share (1 is all) in per cent, below ten with a decimal."""
+    if not _known(value):
+        return UNKNOWN
+    return f"{100 * value:.1f} %" if abs(value) < 0.0995 else f"{100 * value:.0f} %"
+
+
+def change(before: float, after: float) -> str:
+    """From one value > 0 to another in per cent, with its sign."""
+    return f"{100 * (after / before - 1):+.1f} %" if before > 0 else UNKNOWN
+
+
+def decibels(value: float | None) -> str:
+    """A signal to noise ratio in dB; `exact` without noise."""
+    return UNKNOWN if not _known(value) else f"{value:.1f} dB" if math.isfinite(value) else "exact"
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and not math.isnan(value)
