@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.compiling import compiled_once
-from cptv_ao.backends.lowered import scan
+from cptv_ao.backends.forms import form_of
 from cptv_ao.backends.scale_slots import Home, PackedHome, WeightHome
 from cptv_ao.backends.tensor_slots import Owned, Slot
 from cptv_ao.core.errors import NonFiniteError
@@ -46,7 +46,9 @@ class Backend:
 
     def __init__(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]] | None = None) -> None:
         self.model = model
-        found = scan(model, weight_ranges or {})
+        #: what form of graph it is, and what that can do
+        self.form = form_of(model)
+        found = self.form.scan(model, weight_ranges or {})
         self.sites: SiteTable = found.sites
         #: pairs of sites, of the output and of an input of an add, whose scales the engine wants near each other
         self.sums = found.sums if torch.backends.quantized.engine == "qnnpack" else ()

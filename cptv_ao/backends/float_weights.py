@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import fused_weights, is_exported
+from cptv_ao.backends.pt2e import Pt2eForm, fused_weights
 from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
@@ -54,7 +54,7 @@ def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
     held = deque(p for p in (*float_model.parameters(), *float_model.buffers()) if p.is_floating_point())
-    exported, nodes = is_exported(backend.model), {node.name: node for node in backend.model.graph.nodes}
+    exported, nodes = isinstance(backend.form, Pt2eForm), {node.name: node for node in backend.model.graph.nodes}
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
             continue

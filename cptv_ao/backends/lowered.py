@@ -11,7 +11,7 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.pt2e import is_exported, scan_exported
+from cptv_ao.backends.graph_form import GraphForm
 from cptv_ao.backends.scale_slots import (
     ActivationHome,
     AttributeHome,
@@ -36,22 +36,22 @@ _DYNAMIC = "dynamic quantization computes its scales at run time"
 _DTYPE_RANGE = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
 
 
-def scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
-    """List the sites of a lowered graph, in graph order.
+class LoweredForm(GraphForm):
+    """What `convert_fx` returns: quantized modules and ops, which run on the kernels of an engine."""
 
-    Args:
-        weight_ranges: nominal `(qmin, qmax)` by weight site; inferred from the codes where absent.
+    def fits(self, model: nn.Module) -> bool:
+        return isinstance(model, GraphModule)  # `scan` says what is wrong with one that is not converted
 
-    Raises:
-        UnsupportedModelError: not a GraphModule, only prepared, or without any quantized op.
-    """
+    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+        return _scan(model, weight_ranges)
+
+
+def _scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
     if not isinstance(model, GraphModule):
         raise UnsupportedModelError(
             f"expected the GraphModule that convert_fx returns, got {type(model).__name__}; "
             "run prepare_fx, calibrate, convert_fx first"
         )
-    if is_exported(model):
-        return scan_exported(model)
     scanner = _Scanner(model, weight_ranges)
     for node in model.graph.nodes:
         scanner.visit(node)

@@ -27,7 +27,12 @@ def find_sites(model: GraphModule) -> SiteTable:
         UnsupportedModelError: the model is not converted, or holds no quantized op.
     """
     with without_torch_floods():
-        return Backend(lower(model) if is_reference(model) else model).sites
+        return open_model(model).sites
+
+
+def open_model(model: GraphModule) -> Backend:
+    """Of a converted model, or of a lowered copy of a reference model."""
+    return Backend(lower(model) if is_reference(model) else model)
 
 
 def open_backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> Backend:

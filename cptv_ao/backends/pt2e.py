@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.compiling import compiled_once, mark_written
+from cptv_ao.backends.graph_form import GraphForm
 from cptv_ao.backends.scale_slots import BufferHome, Found, WeightHome
 from cptv_ao.backends.tensor_slots import Slot
 from cptv_ao.core.qparams import QParams
@@ -26,20 +27,26 @@ _NAMESPACE = "quantized_decomposed."
 _PER_TENSOR, _PER_CHANNEL = "dequantize_per_tensor.default", "dequantize_per_channel.default"
 
 
-def is_exported(model: nn.Module) -> bool:
-    """Whether a model is what `convert_pt2e` returns."""
-    return isinstance(model, GraphModule) and any(_is_op(node, "") for node in model.graph.nodes)
+class Pt2eForm(GraphForm):
+    """What `convert_pt2e` returns: aten ops in float between quantize and dequantize nodes."""
+
+    simulates_itself = enforces_ranges = scales_in_code = True
+
+    def fits(self, model: nn.Module) -> bool:
+        return isinstance(model, GraphModule) and any(_is_op(node, "") for node in model.graph.nodes)
+
+    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+        return _scan(model)
+
+    def takes_fixed_batch(self, model: GraphModule) -> bool:
+        """Where it was exported without a dynamic batch."""
+        examples = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
+        sizes = [example.shape[0] for example in examples if isinstance(example, Tensor) and example.dim()]
+        return bool(sizes) and all(isinstance(size, int) for size in sizes)
 
 
-def takes_fixed_batch(model: GraphModule) -> bool:
-    """Whether a graph was exported for one number of images, the first dimension of its inputs."""
-    examples = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
-    sizes = [example.shape[0] for example in examples if isinstance(example, Tensor) and example.dim()]
-    return is_exported(model) and bool(sizes) and all(isinstance(size, int) for size in sizes)
-
-
-def scan_exported(model: GraphModule) -> Found:
-    """List the sites of a PT2E graph, in graph order. Code ranges are those of the nodes, which enforce them.
+def _scan(model: GraphModule) -> Found:
+    """Code ranges are those of the nodes, which enforce them.
 
     Dynamic quantization has no scales to search: what computes them at run time is told as not understood.
     """

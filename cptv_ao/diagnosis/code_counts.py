@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.reference import is_reference, lower
+from cptv_ao.backends.open import open_model
 from cptv_ao.core.batches import read_batches
 from cptv_ao.core.contexts import eval_mode, plain_torch
 from cptv_ao.core.errors import UnsupportedModelError
@@ -58,7 +57,7 @@ def count_codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | Non
         ValueError: there is no such site, or an activation site was given no images.
         UnsupportedModelError: the model is not converted, or the site holds no integer codes.
     """
-    backend = Backend(lower(model) if is_reference(model) else model)
+    backend = open_model(model)
     if site not in backend.sites:
         near = get_close_matches(site, backend.sites, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -9,7 +9,6 @@ import torch
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.ops import op_name, op_of
@@ -79,7 +78,7 @@ class Survey:
             kind, op = self._kind(node), op_of(node, self._modules)
             if not kind or (op is not None and op.brings) or node.name in self._weight or node.name not in floating:
                 continue
-            if not node.all_input_nodes or (self._exported and any(map(self._dequantizes, node.all_input_nodes))):
+            if not node.all_input_nodes or (self._floats_between and any(map(self._dequantizes, node.all_input_nodes))):
                 continue
             if self._effect(node) == "layer":
                 layers.append(_path(node))
@@ -113,8 +112,8 @@ class Survey:
         return found
 
     @property
-    def _exported(self) -> bool:
-        return is_exported(self._backend.model)
+    def _floats_between(self) -> bool:
+        return self._backend.form.simulates_itself
 
     def _code_ends(self, site: ScaleSite) -> tuple[int, int] | None:
         weight = self._backend.weight(site.name)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.config import RefineConfig
@@ -144,7 +143,7 @@ def _sites(backend: Backend, blocks: Sequence[Block], measured: _Measured) -> tu
 def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Batch, config: RefineConfig) -> Findings:
     layers, ops = survey.in_float(compared.floating)
     try:
-        saturating = () if is_exported(backend.model) else tuple(disagreeing(backend, batch, config)[1])
+        saturating = () if backend.form.simulates_itself else tuple(disagreeing(backend, batch, config)[1])
     except UnsupportedModelError:
         saturating = ()
     wide = survey.before_wide_weights()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.backends.pt2e import is_exported
+from cptv_ao.backends.forms import form_of
 from cptv_ao.fx.quantized_ops import is_quantized
 
 
@@ -18,7 +18,7 @@ def saving_notes(model: GraphModule) -> list[str]:
     Args:
         model: what `convert_fx`, `convert_pt2e` or `convert_to_reference_fx` returned.
     """
-    if is_exported(model):
+    if form_of(model).scales_in_code:
         return [
             "saving: the scales of activations are numbers in this graph, which a state_dict does not hold: save with "
             "torch.export, or the scales with save_scales / load_scales"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.core.sites import ScaleSite
@@ -105,7 +104,7 @@ def find_ground(backend: Backend, kernels: Scoring, calibration: Calibration, eq
         ValueError: `accept_on` where the kernels that are searched accept.
     """
     config = calibration.config
-    if config.score_on == "simulation" or is_exported(backend.model):  # a PT2E graph simulates itself
+    if config.score_on == "simulation" or backend.form.simulates_itself:
         return SimulatedGround(backend, kernels, calibration, equalize)
     if config.accept_on is not None:
         raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")

@@ -35,7 +35,7 @@ class SimulatedBackend:
     def __init__(self, backend: Backend, device: torch.device | str = "cpu") -> None:
         self._backend = backend
         self.sites: SiteTable = backend.sites
-        self.sums = backend.sums
+        self.sums, self.form = backend.sums, backend.form
         self.twin = Twin(backend).to(device)
         self._given = {name: backend.read(name) for name in self.twin.names}
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.qparams import QParams
@@ -50,7 +49,7 @@ class Twin:
         if backend.opaque:
             raise UnsupportedModelError(backend.opaque)
         builder: Builder
-        if is_exported(backend.model):
+        if backend.form.simulates_itself:
             builder = ExportedBuilder(backend)
         else:
             builder = LoweredBuilder(backend, engine or str(torch.backends.quantized.engine))

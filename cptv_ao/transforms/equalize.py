@@ -23,7 +23,6 @@ from typing import Any
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.fx.node_runner import Watcher
@@ -59,7 +58,7 @@ def equalize(
     Returns:
         What was done, one line each; nothing where the model is as it was.
     """
-    if is_exported(backend.model):
+    if backend.form.simulates_itself:
         return _equalize_exported(backend, batches, world)
     patterns = Patterns(backend)
     norms, read = patterns.unfused_norms(), _smoothable(backend, patterns.read_norms())
@@ -95,14 +94,14 @@ def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World)
 def smoothable(backend: Backend) -> set[str]:
     """Names of the activation sites whose outlier channels `equalize` moves, where their readers' float weights are
     known."""
-    exported = is_exported(backend.model)
-    norms = _norms(SharedInputs(backend).find()) if exported else Patterns(backend).read_norms()
+    in_float = backend.form.simulates_itself
+    norms = _norms(SharedInputs(backend).find()) if in_float else Patterns(backend).read_norms()
     return {name for norm in _shiftable(backend, norms) for name in norm.outputs}
 
 
 def replaceable(backend: Backend) -> dict[str, str]:
     """Tensors that `equalize` may replace in a model, by path, with the site that each belongs to."""
-    if is_exported(backend.model):
+    if backend.form.simulates_itself:
         return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}
     patterns = Patterns(backend)
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}

@@ -11,7 +11,6 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.backends.open import open_backend
-from cptv_ao.backends.pt2e import takes_fixed_batch
 from cptv_ao.core.batches import read_batches
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
@@ -67,7 +66,7 @@ def diagnose(
         backend = open_backend(model, float_model, config)
         backend.check_finite()
         sources = Sources.of(model, backend.model, float_model)
-        batches = read_batches(calib_loader, takes_fixed_batch(backend.model), _IMAGES)
+        batches = read_batches(calib_loader, backend.form.takes_fixed_batch(backend.model), _IMAGES)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
                 find_float_weights(backend, sources.weights)

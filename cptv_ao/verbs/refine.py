@@ -18,7 +18,6 @@ from torch.fx import GraphModule
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import find_float_weights
 from cptv_ao.backends.open import open_backend
-from cptv_ao.backends.pt2e import takes_fixed_batch
 from cptv_ao.backends.reference import write_back
 from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch, read_batches, split_batches
@@ -143,7 +142,7 @@ def refine(
                 config = replace(config, equalize=False, population=kept)
             equalizes = config.equalize and config.searches_all
             search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
-            batches = read_batches(calib_loader, takes_fixed_batch(lowered))
+            batches = read_batches(calib_loader, backend.form.takes_fixed_batch(lowered))
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
                 write_back(lowered, model)
@@ -203,7 +202,7 @@ def _calibration(
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
     config, notes = settled(config, images.targets[0])
-    if images.batches[0].fixed and not takes_fixed_batch(backend.model):
+    if images.batches[0].fixed and not backend.form.takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
     return Calibration(config, images, held_out, world), notes
 

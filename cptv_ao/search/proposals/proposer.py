@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
@@ -98,7 +97,7 @@ class Proposer:
 
     def _population(self) -> Iterator[Proposal]:
         backend, population = self._backend, self._config.population
-        if is_exported(backend.model):  # its observers calibrate for the very range that the graph enforces
+        if backend.form.enforces_ranges:  # for which its observers calibrate
             population = tuple(individual for individual in population if individual != "ranges")
         limited = self._limited()
         self._limit(limited)

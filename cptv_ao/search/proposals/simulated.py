@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import cast
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_exported
 from cptv_ao.core.qparams import Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration
@@ -43,7 +42,7 @@ class SimulatedProposer(Proposer):
 
     def _saturating(self, scales: Assignment) -> dict[str, int]:
         """On the kernels: none once the search is on the twin, which never saturates."""
-        on_twin = self._backend is as_backend(self._simulated) or is_exported(self._backend.model)
+        on_twin = self._backend is as_backend(self._simulated) or self._backend.form.simulates_itself
         return {} if on_twin else super()._saturating(scales)
 
 
