@@ -28,9 +28,9 @@ ROWS: tuple[tuple[str, str, str | None, str], ...] = (
     (
         "damaged, garbled or foreign files",
         r"test_saved\.py::.*(wrong|truncated|garbled|refused)|test_checkpoint\.py::.*(refused|damaged|garbled|no_check)"
-        r"|test_keeping\.py::.*refused",
+        r"|test_keeping\.py::.*refused|test_checkpoint_claims\.py::|test_files\.py::.*refused",
         None,
-        "python -m pytest tests/test_saved.py tests/test_checkpoint.py",
+        "python -m pytest tests/test_saved.py tests/test_checkpoint.py tests/test_checkpoint_claims.py",
     ),
     (
         "faults injected",
