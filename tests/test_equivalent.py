@@ -51,11 +51,11 @@ class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 8, 3, bias=False), TracedNorm(8)
-        self.other, self.head = nn.PReLU(), nn.Linear(8, 5)
+        self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu6(self.bn(self.conv(x)))
-        return self.head((x + self.other(x)).mean((2, 3)))
+        return self.head((x + 0.5).mean((2, 3)))
 
 
 def opened(model: nn.Module, batches: list[Tensor], bits: int = 8) -> tuple[Backend, Any]:

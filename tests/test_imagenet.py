@@ -60,7 +60,7 @@ def test_saves_and_resumes(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    words = ["--data", str(data), "--seconds", "3", "--out", str(out)]
+    words = ["--data", str(data), "--seconds", "10", "--out", str(out)]
     first = run(capsys, monkeypatch, *words)
     assert sorted(path.name for path in out.iterdir()) == ["quantized.pt", "refined.pt", "results.json"]
     saved = json.loads((out / "results.json").read_text())

@@ -147,7 +147,8 @@ SATURATING = """
 import torch, workloads
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.simulation.twin import Twin, disagreement
+from cptv_ao.simulation.kernel_agreement import disagreement
+from cptv_ao.simulation.twin import Twin
 torch.set_num_threads(1)
 digits = workloads.digits()
 _, model = workloads.quantize(
