@@ -22,7 +22,8 @@ import workloads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ranks are forked, which torch does not survive once a process has exported a model: their tests come first."""
+    """Ranks are forked, which torch does not survive once a process has exported a model: their tests come first, with
+    pytest-xdist too if it leaves the order as it is (`--no-loadscope-reorder`)."""
     items.sort(key=lambda item: item.path.stem != "test_distributed")
 
 
