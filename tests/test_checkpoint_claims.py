@@ -73,13 +73,13 @@ def test_scales_are_scored_again_before_they_count(
 def test_a_file_that_is_right_about_worse_scales_is_refused(conv: Case, tmp_path: Path) -> None:
     """Not one word of it is wrong: but never worse holds."""
     from cptv_ao.backends.backend import Backend
-    from cptv_ao.backends.float_weights import find_float_weights
+    from cptv_ao.backends.float_weights import attach_float_weights
 
     path, spoilt = tmp_path / "search", conv.copy()
     settings: dict[str, Any] = {"gradient_steps": 0, "population": (), "equalize": False, "passes": 1}
     refine(conv.copy(), path, **settings)
     backend = Backend(spoilt.converted)
-    find_float_weights(backend, spoilt.float_model)
+    attach_float_weights(backend, spoilt.float_model)
     qparams = backend.read("fc1.weight")
     backend.write("fc1.weight", replace(qparams, scale=qparams.scale * 50))
     refine(spoilt, None, **settings, max_evaluations=0)

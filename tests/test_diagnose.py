@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams
 from cptv_ao.diagnosis import attribution
@@ -178,7 +178,7 @@ def test_an_activation_by_hand(vit_w8: Case) -> None:
 def test_a_weight_by_hand(vit_w3: Case) -> None:
     name = "blocks.1.mlp.fc2"
     backend = Backend(vit_w3.converted)
-    find_float_weights(backend, vit_w3.float_model)
+    attach_float_weights(backend, vit_w3.float_model)
     now = backend.read(f"{name}.weight")
     backend.write(f"{name}.weight", QParams(now.scale * 0.5, now.zero_point))
     weight = vit_w3.float_model.get_submodule(name).weight.detach().double()  # type: ignore[union-attr]
@@ -215,7 +215,7 @@ def test_a_block_by_hand(vit_w3: Case) -> None:
     assert given.cosine == pytest.approx(float(functional.cosine_similarity(a, b).mean()), abs=1e-6)
 
     backend = Backend(vit_w3.converted)
-    find_float_weights(backend, vit_w3.float_model)
+    attach_float_weights(backend, vit_w3.float_model)
     twin = Twin(backend)
     names = [s.name for s in found.sites if s.block == "blocks.1"]
     assert len(names) == given.sites == 16

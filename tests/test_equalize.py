@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import open_backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
@@ -94,7 +94,7 @@ def unfused(_unfused: Case) -> Case:
 
 def opened(case: Case) -> Any:
     backend = open_backend(case.converted, case.float_model, cptv_ao.RefineConfig())
-    find_float_weights(backend, case.float_model)
+    attach_float_weights(backend, case.float_model)
     return backend
 
 

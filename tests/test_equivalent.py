@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE
 from cptv_ao.transforms.equalize import equalize
@@ -61,7 +61,7 @@ class Unknown(nn.Module):
 def opened(model: nn.Module, batches: list[Tensor], bits: int = 8) -> tuple[Backend, Any]:
     converted = nets.quantize(model, batches, weight_bits=bits)[1]
     backend = Backend(converted)
-    find_float_weights(backend, model)
+    attach_float_weights(backend, model)
     return backend, converted
 
 

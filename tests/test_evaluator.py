@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core import losses
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
@@ -28,7 +28,7 @@ class Reference:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.backend = Backend(case.converted)
-        find_float_weights(self.backend, case.float_model)
+        attach_float_weights(self.backend, case.float_model)
         with torch.no_grad():
             self.teacher = [case.float_model(batch) for batch in case.batches]
 

@@ -18,7 +18,7 @@ from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.teacher import teacher_outputs
-from cptv_ao.fx.segments import Pieces
+from cptv_ao.fx.segments import Segments
 
 
 class _Block(nn.Module):
@@ -160,7 +160,7 @@ def test_values_written_in_place_are_handed_over_as_copies(start) -> None:
     evaluator.enter(["acts_1"])  # ReLU6(inplace=True), on the very value that crosses the cut
     for _ in range(2):
         assert _equal(evaluator.outputs(), expected)
-    pieces = Pieces(model)
+    pieces = Segments(model)
     assert pieces.copies(pieces.cut(["acts_1"])) == (True,)
     assert pieces.copies(pieces.cut(_blocks(model)["blocks.1"])) == (False,)
 

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
+from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import Loss, kl
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.teacher import teacher_outputs
-from cptv_ao.search.proposals.feature_matching import Features, Targets, _target, distance
+from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Targets, _target, distance
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
 from cptv_ao.simulation.twin import LayerInputs, Twin
 
 
 def twin_of(model: Any, float_model: nn.Module) -> Twin:
     backend = Backend(model, weight_ranges(float_model))
-    find_float_weights(backend, float_model)
+    attach_float_weights(backend, float_model)
     twin = Twin(backend)
     twin.reround_weights()
     return twin
@@ -84,7 +84,9 @@ def noise_to_signal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tens
 
 def test_the_inputs_are_those_of_the_float_network(vit_w3: Case) -> None:
     images = vit_w3.batches[0]
-    inputs = values(Features(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(images)))
+    inputs = values(
+        LayerInputTargets(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(images))
+    )
     wanted = given_in_float(vit_w3.float_model, list(inputs), images)
     assert len(wanted) > 10
     for name, value in wanted.items():
@@ -94,8 +96,8 @@ def test_the_inputs_are_those_of_the_float_network(vit_w3: Case) -> None:
 def test_inputs_are_kept_while_they_fit_and_are_the_same_if_not(vit_w3: Case) -> None:
     """Whatever became of the twin's scales: ranks keep different parts, and must agree bit for bit."""
     twin, parts = twin_of(vit_w3.converted, vit_w3.float_model), [batch_of(x) for x in vit_w3.batches[:2]]
-    size = sum(v.numel() * 4 for v in values(Features(twin, 0).wanted((0, 0), parts[0])).values())
-    features, sites = Features(twin, size), cptv_ao.find_sites(vit_w3.converted)
+    size = sum(v.numel() * 4 for v in values(LayerInputTargets(twin, 0).wanted((0, 0), parts[0])).values())
+    features, sites = LayerInputTargets(twin, size), cptv_ao.find_sites(vit_w3.converted)
     first = [features.wanted((0, i), part) for i, part in enumerate(parts)]
     for name in twin.names:
         now = twin.get(name)
@@ -111,7 +113,7 @@ def test_inputs_are_kept_while_they_fit_and_are_the_same_if_not(vit_w3: Case) ->
 def test_the_distance_and_its_gradient(vit_w3: Case) -> None:
     """Against the definition, in float64 and with autograd."""
     batch, twin = batch_of(vit_w3.batches[0]), twin_of(vit_w3.converted, vit_w3.float_model)
-    wanted = Features(twin, 0).wanted((0, 0), batch)
+    wanted = LayerInputTargets(twin, 0).wanted((0, 0), batch)
     itself: LayerInputs = {layer: target.codes * target.scale for layer, target in wanted.items()}
     assert float(distance(itself, wanted)) == pytest.approx(0.0, abs=1e-12)
     leaves = {name: twin.get(name).scale.float().log().requires_grad_() for name in twin.names}
@@ -141,7 +143,7 @@ def test_layers_without_a_signal_do_not_count() -> None:
 
     float_model, images = nets.seeded(Silenced), nets.images(4, 3, 9, 9)
     _, model = nets.quantize(float_model, [images], mapping=cptv_ao.qconfig_mapping(3))
-    wanted = Features(twin_of(model, float_model), 0).wanted((0, 0), batch_of(images))
+    wanted = LayerInputTargets(twin_of(model, float_model), 0).wanted((0, 0), batch_of(images))
     assert set(values(wanted)) == {"first.weight"}
     assert float(distance({}, {})) == 0.0
 
@@ -149,7 +151,7 @@ def test_layers_without_a_signal_do_not_count() -> None:
 def test_a_channel_of_outliers_does_not_hide_the_others(vit_w3: Case) -> None:
     """What is wrong in the other channels counts nearly as much where one is a hundred times as large."""
     images = vit_w3.batches[0]
-    wanted = Features(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(images))
+    wanted = LayerInputTargets(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), batch_of(images))
     layer, target = next((k, t) for k, t in wanted.items() if k.weight.site.name == "blocks.0.attn.qkv.weight")
     value, large = target.codes * target.scale, torch.tensor(3)
     noise = (0.1 * value * nets.images(*value.shape)).index_fill(-1, large, 0.0)
@@ -226,7 +228,7 @@ def test_a_pt2e_graph_has_features(vit: nn.Module, digits: workloads.Images) -> 
     images, model = digits.train[:40], copy.deepcopy(vit)
     graph = workloads.quantize_exported(copy.deepcopy(vit), [images], weight_bits=4, activation_bits=4)
     twin = twin_of(graph, model)
-    wanted = Features(twin, 0).wanted((0, 0), batch_of(images))
+    wanted = LayerInputTargets(twin, 0).wanted((0, 0), batch_of(images))
     with torch.no_grad():
         found = twin.layer_inputs(batch_of(images))
     assert len(wanted) > 10

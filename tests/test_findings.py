@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation import kernel_agreement
@@ -60,7 +60,7 @@ def test_weights_with_too_many_levels(vit_w3: Case) -> None:
     wide = diagnosed(vit_w3).findings.wide_weights
     assert "blocks.0.attn.qkv.weight (-4..4 for -4..3)" in wide
     backend = Backend(vit_w3.converted)
-    find_float_weights(backend, vit_w3.float_model)
+    attach_float_weights(backend, vit_w3.float_model)
     for name, found in backend.sites.items():
         if found.kind == "weight":
             backend.write(name, backend.read(name))  # which clamps

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
+from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import rescaled
@@ -25,7 +25,7 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
-from cptv_ao.search.proposals.initial_scales import HALF, output_error_scales
+from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, output_error_scales
 from cptv_ao.search.scale_space import ScaleSpace
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
@@ -33,7 +33,7 @@ from cptv_ao.simulation.twin import Twin
 
 def backend_of(case: Case) -> Backend:
     backend = Backend(case.converted, weight_ranges(case.float_model))
-    find_float_weights(backend, case.float_model)
+    attach_float_weights(backend, case.float_model)
     return backend
 
 
@@ -50,7 +50,7 @@ def test_fbgemm_saturates_in_depthwise_convolutions_only() -> None:
     assert set(found) == {"0.output"} and found["0.output"] > 200
     for site in backend.sites.values():  # below code 128 no kernel saturates
         if site.affine:
-            backend.write(site.name, rescaled(backend.read(site.name), 1 / HALF, site))
+            backend.write(site.name, rescaled(backend.read(site.name), 1 / HALF_CONTAINER, site))
     assert saturating_inputs(converted, Twin(backend), Batch((images,), {}, 16)) == {}
 
 

@@ -136,10 +136,10 @@ def test_the_twin_is_the_graph(model: GraphModule) -> None:
 
 
 def test_what_was_written_is_read_and_undone(model: GraphModule, float_model: nn.Module) -> None:
-    from cptv_ao.backends.float_weights import find_float_weights
+    from cptv_ao.backends.float_weights import attach_float_weights
 
     backend = Backend(model)
-    find_float_weights(backend, float_model)
+    attach_float_weights(backend, float_model)
     before, given = backend.snapshot(), output(model)
     for name, site in backend.sites.items():
         now = backend.read(name)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.equalize import equalize
@@ -95,7 +95,7 @@ def quantized(model: nn.Module, bits: int = 4, fold: bool = True) -> GraphModule
 
 def opened(graph: GraphModule, model: nn.Module) -> Backend:
     backend = Backend(graph)
-    find_float_weights(backend, model)
+    attach_float_weights(backend, model)
     return backend
 
 

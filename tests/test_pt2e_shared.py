@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.simulation.twin import Twin
 
 torchao = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
@@ -179,7 +179,7 @@ def test_a_shared_weight_is_one_site_that_every_call_follows(net: Any, per_chann
     model = nets.seeded(net)
     graph = quantized(model, BATCHES, xnnpack(per_channel=per_channel), fold)
     backend = Backend(graph)
-    find_float_weights(backend, model)
+    attach_float_weights(backend, model)
     sites = [site for site in backend.sites.values() if site.kind == "weight"]
     assert sorted(len(site.nodes) for site in sites) == [1, 2]
     shared = max(sites, key=lambda site: len(site.nodes))
@@ -212,7 +212,7 @@ def test_constants_find_their_values_without_a_module() -> None:
     model = nets.seeded(Constants)
     graph = quantized(model, BATCHES, xnnpack())
     backend = Backend(graph)
-    find_float_weights(backend, model)
+    attach_float_weights(backend, model)
     held = [backend.float_weights[name].flatten() for name, site in backend.sites.items() if site.op in ("add", "cat")]
     assert held and all(
         any(torch.equal(value, given.flatten()) for given in (model.position, model.token)) for value in held
@@ -230,11 +230,11 @@ def test_constants_that_a_float_model_does_not_hold_stay() -> None:
     graph = quantized(model, BATCHES, xnnpack())
     other.position = nn.Parameter(other.get_parameter("position").detach() + 5)
     backend = Backend(graph)
-    find_float_weights(backend, other)
+    attach_float_weights(backend, other)
     assert [name for name, site in backend.sites.items() if name not in backend.float_weights and site.kind == "weight"]
     other.weight = nn.Parameter(other.get_parameter("weight").detach() + 5)
     with pytest.raises(cptv_ao.FloatModelMismatchError, match="its weights are not those that were quantized"):
-        find_float_weights(Backend(graph), other)
+        attach_float_weights(Backend(graph), other)
 
 
 @pytest.mark.parametrize("score", ["mse", "kl"])

@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 import cptv_ao
 from cptv_ao.backends import reference as reference_backend
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
+from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
 from cptv_ao.backends.reference import is_reference, lower, write_back
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.qparams import QParams
@@ -87,7 +87,7 @@ def test_written_back_scales_lower_to_the_same_model(name: str, per_tensor: bool
     reference, _, batches = _reference(name, per_tensor, engine)
     lowered = lower(reference)
     backend = Backend(lowered, weight_ranges(reference))
-    find_float_weights(backend, reference)
+    attach_float_weights(backend, reference)
     assert all(site.qmin == -4 for site in backend.sites.values() if site.kind == "weight" and "functional" not in name)
     with torch.no_grad():
         before = [lowered(b) for b in batches]
@@ -121,7 +121,7 @@ def test_reference_model_still_runs_and_follows_its_lowered_copy() -> None:
     reference, _, batches = _reference("vit", False)
     lowered = lower(reference)
     backend = Backend(lowered, weight_ranges(reference))
-    find_float_weights(backend, reference)
+    attach_float_weights(backend, reference)
     with torch.no_grad():
         before = reference(batches[0])
         _shaken(backend)
@@ -177,7 +177,7 @@ def test_a_refined_reference_model_lowers_to_what_was_scored(name: str, teacher:
     target = float_model
     if target is None:
         backend = Backend(converted)
-        find_float_weights(backend, NETS[name]()[0])
+        attach_float_weights(backend, NETS[name]()[0])
         target = unquantized(backend).module
     half = len(batches) // 2
     for part, before, after in (

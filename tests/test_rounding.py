@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams, same
 from cptv_ao.core.sites import ScaleSite
@@ -29,7 +29,7 @@ SITE = ScaleSite("w", "weight", "Linear", "", (3,), 0, -4, 3, False, ("n",), "w"
 
 def backend_of(case: Case) -> Backend:
     backend = Backend(case.converted, {})
-    find_float_weights(backend, case.float_model)
+    attach_float_weights(backend, case.float_model)
     return backend
 
 

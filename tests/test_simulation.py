@@ -17,8 +17,8 @@ from test_refine import loss_of
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.evaluation.scoring import Scoring
-from cptv_ao.fx.segments import Pieces, storages
+from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.fx.segments import Segments, storages
 from cptv_ao.search.proposals.simulated import SimulatedProposer
 from cptv_ao.simulation import kernel_agreement
 from cptv_ao.simulation.qtensor import QTensor
@@ -169,8 +169,8 @@ def test_restored_on_any_exception(conv: Case, device: str, at: str, monkeypatch
     if at == "commit":
         monkeypatch.setattr(SimulatedBackend, "commit", lambda self: [*commit(self), fail()])
     if at == "kernels":
-        losses, confirming = Scoring.losses, iter((False, True))
-        monkeypatch.setattr(Scoring, "losses", lambda self: fail() if next(confirming) else losses(self))
+        losses, confirming = SplitEvaluators.losses, iter((False, True))
+        monkeypatch.setattr(SplitEvaluators, "losses", lambda self: fail() if next(confirming) else losses(self))
     with pytest.raises(KeyboardInterrupt):
         _refined(conv, _simulated(device, evaluations=8), callback=fail if at == "callback" else None)
     assert everything(conv.converted) == given
@@ -186,7 +186,7 @@ def test_a_device_is_for_the_simulation() -> None:
 
 def test_entries_of_the_twin_are_counted_and_not_copied(conv: Case) -> None:
     backend = Backend(conv.converted)
-    pieces = Pieces(Twin(backend).module)
+    pieces = Segments(Twin(backend).module)
     at = pieces.cut(["conv1"])
     values = pieces.start((conv.batches[0],), {}, at)
     quantized = [value for value in values if isinstance(value, QTensor)]

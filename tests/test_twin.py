@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.qparams import QParams
@@ -173,7 +173,7 @@ def test_disagreement_shows_saturation() -> None:
 
 def _backend(case: Case) -> Backend:
     backend = Backend(case.converted)
-    find_float_weights(backend, case.float_model)
+    attach_float_weights(backend, case.float_model)
     return backend
 
 
@@ -366,7 +366,7 @@ def test_unquantized_twin_is_near_the_float_model(vit: nn.Module, digits: worklo
     _, converted = workloads.quantize(copy.deepcopy(vit), [digits.calibration(128, 0)])
     backend = Backend(converted)
     if weights == "known":
-        find_float_weights(backend, vit)
+        attach_float_weights(backend, vit)
     before = {n: backend.weight(n).int_repr() for n, s in backend.sites.items() if s.kind == "weight"}
     teacher = unquantized(backend)
     with torch.no_grad():

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cptv_ao import InvalidScaleError, QParams, ScaleSite
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
+from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
 
 
 def backend_of(case: Case) -> Backend:
     backend = Backend(case.converted, weight_ranges(case.float_model))
-    find_float_weights(backend, case.float_model)
+    attach_float_weights(backend, case.float_model)
     return backend
 
 

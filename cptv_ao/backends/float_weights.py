@@ -41,7 +41,7 @@ def weight_ranges(float_model: nn.Module | None) -> dict[str, tuple[int, int]]:
     return ranges
 
 
-def find_float_weights(backend: Backend, float_model: nn.Module) -> None:
+def attach_float_weights(backend: Backend, float_model: nn.Module) -> None:
     """Give the backend the float weight of each of its weight sites.
 
     A weight is found by module path, fused with a batch norm where that is what was quantized; the weight of a

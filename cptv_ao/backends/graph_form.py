@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.backends.scale_slots import Found
+from cptv_ao.backends.scale_slots import ScannedGraph
 
 
 class GraphForm(ABC):
@@ -32,7 +32,7 @@ class GraphForm(ABC):
         """Whether a model is of this form."""
 
     @abstractmethod
-    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> ScannedGraph:
         """List the sites of a graph of this form, in graph order.
 
         Args:

@@ -16,11 +16,11 @@ from cptv_ao.backends.scale_slots import (
     ActivationHome,
     AttributeHome,
     BufferHome,
-    Found,
     Home,
     ModuleWeightHome,
     PackedHome,
     PackedWeightHome,
+    ScannedGraph,
     WeightHome,
     infer_range,
 )
@@ -28,7 +28,7 @@ from cptv_ao.backends.tensor_slots import Slot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable, output_name, weight_name
 from cptv_ao.fx.ops import op_name, op_of, packet_of
-from cptv_ao.fx.paths import Scopes, fetch
+from cptv_ao.fx.paths import ModulePaths, fetch
 from cptv_ao.fx.producers import producer
 from cptv_ao.fx.quantized_ops import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside
 
@@ -42,11 +42,11 @@ class LoweredForm(GraphForm):
     def fits(self, model: nn.Module) -> bool:
         return isinstance(model, GraphModule)  # `scan` says what is wrong with one that is not converted
 
-    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> ScannedGraph:
         return _scan(model, weight_ranges)
 
 
-def _scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+def _scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> ScannedGraph:
     if not isinstance(model, GraphModule):
         raise UnsupportedModelError(
             f"expected the GraphModule that convert_fx returns, got {type(model).__name__}; "
@@ -79,7 +79,7 @@ class _Scanner:
         self._model = model
         self._ranges = weight_ranges
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._scopes = Scopes(model)
+        self._scopes = ModulePaths(model)
         self._sites: dict[str, ScaleSite] = {}
         self._homes: dict[str, Home] = {}
         self._by_node: dict[Node, str] = {}  # activation site of a node's output
@@ -96,11 +96,11 @@ class _Scanner:
         elif node.op == "call_function":
             self._visit_function(node)
 
-    def found(self) -> Found:
+    def found(self) -> ScannedGraph:
         for node in self._cats:
             self._tie(node)
         table = SiteTable(tuple(self._sites.values()), tuple(self._unknown), tuple(self._weight_only))
-        return Found(table, self._homes, tuple(self._pairs()), tuple(self._remembered()))
+        return ScannedGraph(table, self._homes, tuple(self._pairs()), tuple(self._remembered()))
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for node in self._sums:

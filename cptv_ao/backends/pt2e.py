@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.graph_form import GraphForm
-from cptv_ao.backends.scale_slots import BufferHome, Found, WeightHome
+from cptv_ao.backends.scale_slots import BufferHome, ScannedGraph, WeightHome
 from cptv_ao.backends.tensor_slots import Slot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
@@ -35,7 +35,7 @@ class Pt2eForm(GraphForm):
     def fits(self, model: nn.Module) -> bool:
         return isinstance(model, GraphModule) and any(_is_op(node, "") for node in model.graph.nodes)
 
-    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> Found:
+    def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> ScannedGraph:
         return _scan(model)
 
     def takes_fixed_batch(self, model: GraphModule) -> bool:
@@ -45,7 +45,7 @@ class Pt2eForm(GraphForm):
         return bool(sizes) and all(isinstance(size, int) for size in sizes)
 
 
-def _scan(model: GraphModule) -> Found:
+def _scan(model: GraphModule) -> ScannedGraph:
     """Code ranges are those of the nodes, which enforce them.
 
     Dynamic quantization has no scales to search: what computes them at run time is told as not understood.
@@ -74,7 +74,7 @@ def _scan(model: GraphModule) -> Found:
         elif _is_op(node, "") and node not in known and not (_is_weight(node) or _computed(node)):
             unknown.append(f"{node.name} ({node.target})")
     _fix_shared_codes(sites, homes)
-    return Found(SiteTable(tuple(sites.values()), tuple(unknown)), homes, (), ())
+    return ScannedGraph(SiteTable(tuple(sites.values()), tuple(unknown)), homes, (), ())
 
 
 def _weights(model: GraphModule) -> list[list[Node]]:

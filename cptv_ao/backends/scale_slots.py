@@ -222,7 +222,7 @@ Home = ActivationHome | WeightHome
 
 
 @dataclass(frozen=True)
-class Found:
+class ScannedGraph:
     """The sites of a graph and the home of each."""
 
     sites: SiteTable

@@ -92,7 +92,7 @@ def rescaled(qparams: QParams, factor: float, site: ScaleSite) -> QParams:
     return QParams(qparams.scale * factor, zero_point.round().clamp(site.qmin, site.qmax).long())
 
 
-def ranged(low: float, high: float, site: ScaleSite, codes: int | None = None) -> QParams:
+def qparams_for_range(low: float, high: float, site: ScaleSite, codes: int | None = None) -> QParams:
     """Qparams that hold low..high, 0 among them, in so many steps; without a number in all that the site has."""
     codes = site.qmax - site.qmin if codes is None else codes
     scale = torch.tensor((high - low) / codes, dtype=torch.float64)

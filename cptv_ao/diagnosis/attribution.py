@@ -18,7 +18,7 @@ from cptv_ao.core.losses import get_loss
 from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, on_device
 from cptv_ao.evaluation.evaluator import Evaluator
-from cptv_ao.evaluation.scoring import Scoring
+from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
@@ -29,7 +29,7 @@ Advance = Callable[[str], Any]
 
 
 @dataclass
-class Causes:
+class Attribution:
     """Losses without each block and site, and what they are compared with.
 
     Attributes:
@@ -58,18 +58,18 @@ def causes_on_twin(
     config: RefineConfig,
     least: float,
     advance: Advance,
-) -> Causes:
+) -> Attribution:
     """Each block in float on the twin, all others as they are; then one by one the sites of the worst blocks.
 
     Raises:
         UnsupportedModelError: the twin does not know an op.
     """
     twin = simulated.twin
-    evaluator = Scoring(simulated.model, Calibration(config, on_device(simulated, images))).search
+    evaluator = SplitEvaluators(simulated.model, Calibration(config, on_device(simulated, images))).search
     known, there = set(twin.names), {node.name for node in twin.module.graph.nodes}
     own = {block.name: [site for site in block.sites if site.name in known] for block in blocks}
     nodes = {name: [n for site in sites for n in site.nodes if n in there] for name, sites in own.items()}
-    causes = Causes(evaluator.score(), least)
+    causes = Attribution(evaluator.score(), least)
     with twin.in_float(twin.names):
         causes.floor = evaluator.score()
     evaluator.plan(part for part in nodes.values() if part)
@@ -113,7 +113,7 @@ def causes_by_substitution(
     whole: float,
     least: float,
     advance: Advance,
-) -> Causes:
+) -> Attribution:
     """The float model's output of a block in place of the kernels', so that this block and all before it are in float.
 
     What a block adds to that is its share; these shares add up to 1 over all blocks but the last ones.
@@ -124,7 +124,7 @@ def causes_by_substitution(
         whole: the loss of the model on its kernels.
     """
     select, loss = config.output or first_floating, get_loss(config.loss, config.temperature)
-    causes = Causes(whole, least)
+    causes = Attribution(whole, least)
     before = whole
     for name, node in outputs.items():
         advance(name)

@@ -18,15 +18,15 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.objective import settled
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.diagnosis.attribution import Advance, Causes, causes_by_substitution, causes_on_twin, steps
+from cptv_ao.diagnosis.attribution import Advance, Attribution, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.diagnosis.graph_survey import Survey
 from cptv_ao.diagnosis.meters import Fidelity, measured_weight
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.scoring import Scoring
-from cptv_ao.evaluation.teacher import Sources, as_float
+from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.kernel_agreement import disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.transforms.equalize import smoothable
@@ -43,14 +43,14 @@ _HIGH = 2e-3
 class _Measured:
     """What was measured, and on what."""
 
-    causes: Causes
+    causes: Attribution
     compared: Comparison
     on_twin: bool
     note: str = ""
 
 
 def _diagnosis(
-    backend: Backend, sources: Sources, batches: Sequence[Batch], config: RefineConfig, progress: bool
+    backend: Backend, sources: FloatSources, batches: Sequence[Batch], config: RefineConfig, progress: bool
 ) -> Diagnosis:
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
@@ -58,7 +58,7 @@ def _diagnosis(
         check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
         config, told = settled(replace(config, gradient_steps=0), images.targets[0])
-        kernels = Scoring(backend.model, Calibration(config, images)).search
+        kernels = SplitEvaluators(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
         survey = Survey(backend, blocks)

@@ -10,10 +10,10 @@ import torch
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.tensors import copied
 from cptv_ao.fx.running import own_inputs
-from cptv_ao.fx.segments import Pieces, Values, packed, same_stamp, storages
+from cptv_ao.fx.segments import Segments, Values, packed, same_stamp, storages
 
 
-class Entries:
+class EntryCache:
     """Live values per batch at one cut, with the scales that were in the model when they were computed.
 
     A batch that does not fit the budget has no entry: it runs from the model's input.
@@ -25,7 +25,7 @@ class Entries:
         mine: whether the batch of an index is ever asked for here.
     """
 
-    def __init__(self, pieces: Pieces, batches: Sequence[Batch], budget: int, mine: Callable[[int], bool]) -> None:
+    def __init__(self, pieces: Segments, batches: Sequence[Batch], budget: int, mine: Callable[[int], bool]) -> None:
         self._pieces = pieces
         self._batches = batches
         self._budget = budget

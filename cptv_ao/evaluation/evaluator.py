@@ -25,9 +25,9 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.evaluation.entry_cache import Entries
+from cptv_ao.evaluation.entry_cache import EntryCache
 from cptv_ao.fx.running import has_hooks, run
-from cptv_ao.fx.segments import Pieces
+from cptv_ao.fx.segments import Segments
 
 DEFAULT_CACHE_BYTES = 2 << 30
 #: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n
@@ -66,8 +66,8 @@ class Evaluator:
         self._teacher = tuple(teacher)
         self._loss = loss
         self._select = select
-        self._pieces = Pieces(model)
-        self._entries = Entries(self._pieces, self._batches, cache_bytes, world.mine)
+        self._pieces = Segments(model)
+        self._entries = EntryCache(self._pieces, self._batches, cache_bytes, world.mine)
         self._world = world
         self._entered = False
         self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full

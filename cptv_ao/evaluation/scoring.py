@@ -24,7 +24,7 @@ from cptv_ao.evaluation.evaluator import Evaluator, batch_loss
 from cptv_ao.fx.running import run
 
 
-class Scoring:
+class SplitEvaluators:
     """Evaluators of one model on the search images and, where there are any, on the held-out ones.
 
     Raises:

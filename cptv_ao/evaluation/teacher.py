@@ -23,16 +23,16 @@ from cptv_ao.simulation.twin import unquantized
 
 
 @dataclass(frozen=True)
-class Sources:
+class FloatSources:
     """Where the teacher's outputs and the float weights come from; None: nothing but the quantized model is there."""
 
     teacher: nn.Module | None
     weights: nn.Module | None
 
     @staticmethod
-    def of(model: GraphModule, lowered: GraphModule, float_model: nn.Module | None) -> Sources:
+    def of(model: GraphModule, lowered: GraphModule, float_model: nn.Module | None) -> FloatSources:
         """Of a model that was given and what is run of it: a reference model holds float weights itself."""
-        return Sources(float_model, float_model if float_model is not None or lowered is model else model)
+        return FloatSources(float_model, float_model if float_model is not None or lowered is model else model)
 
     def teacher_for(self, backend: Backend, batch: Batch) -> nn.Module:
         """The float model, or else the quantized one in float (with the float weights that its backend knows).

@@ -14,7 +14,7 @@ def fetch(model: Module, target: str) -> Any:
     return attrgetter(target)(model)
 
 
-class Scopes:
+class ModulePaths:
     """Module paths of a converted model.
 
     The buffers that convert_fx adds are named after the module they were traced in, with underscores for dots

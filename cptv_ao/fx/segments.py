@@ -34,7 +34,7 @@ _REORDERING = {
 }  # fmt: skip
 
 
-class Pieces:
+class Segments:
     """The forward of a model in eval mode, cut before any of its nodes.
 
     Args:

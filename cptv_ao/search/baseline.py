@@ -13,12 +13,12 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
-from cptv_ao.evaluation.scoring import Scoring, Shipped
+from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators
 from cptv_ao.transforms.equalize import equalize
 
 
 @dataclass(frozen=True)
-class Given:
+class Baseline:
     """Losses and state of the model that was given, and what was done to it since, one line each."""
 
     losses: Losses
@@ -33,13 +33,15 @@ class Given:
         return replace(report, status=Status.REJECTED, before=self.losses, after=self.losses, moves=())
 
 
-def equalized(backend: Backend, judge: Scoring | Shipped, calibration: Calibration) -> tuple[Given, Scoring] | None:
+def equalized_baseline(
+    backend: Backend, judge: SplitEvaluators | Shipped, calibration: Calibration
+) -> tuple[Baseline, SplitEvaluators] | None:
     """Make an equivalent form of a model.
 
     Args:
         backend: of the model, which is written.
         judge: gives the losses that count.
-        calibration: as for `Scoring`.
+        calibration: as for `SplitEvaluators`.
 
     Returns:
         The model that was given, and what scores the one that is there now, whose tensors are others; None where there
@@ -49,7 +51,7 @@ def equalized(backend: Backend, judge: Scoring | Shipped, calibration: Calibrati
 
     @cache
     def losses() -> Losses:
-        return _at(backend, state, lambda: Scoring(backend.model, calibration).losses())
+        return _at(backend, state, lambda: SplitEvaluators(backend.model, calibration).losses())
 
     def confirmed() -> bool:
         scoring = _scoring(backend, calibration)
@@ -58,7 +60,7 @@ def equalized(backend: Backend, judge: Scoring | Shipped, calibration: Calibrati
     done = equalize(backend, calibration.search.batches, calibration.world, confirmed)
     if not done:
         return None
-    given = Given(_at(backend, state, judge.losses), state, tuple(done))
+    given = Baseline(_at(backend, state, judge.losses), state, tuple(done))
     scoring = _scoring(backend, calibration)
     if scoring is None:
         backend.restore_all(state)
@@ -75,9 +77,9 @@ def _at(backend: Backend, state: Mapping[str, Any], measured: Callable[[], Losse
     return losses
 
 
-def _scoring(backend: Backend, calibration: Calibration) -> Scoring | None:
+def _scoring(backend: Backend, calibration: Calibration) -> SplitEvaluators | None:
     """Of the model as it is now; None on all ranks where one finds no numbers in its outputs."""
     scoring = None
     with suppress(NonFiniteError):
-        scoring = Scoring(backend.model, calibration)
+        scoring = SplitEvaluators(backend.model, calibration)
     return None if calibration.world.most(float(scoring is None))[0] else scoring

@@ -20,8 +20,8 @@ from cptv_ao.core.outcome import BlockResult, Losses, Point, SiteMove, Status
 from cptv_ao.core.qparams import Assignment, same
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import count_shifted
-from cptv_ao.evaluation.scoring import Scoring
-from cptv_ao.search.baseline import Given
+from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.initial_scales import Proposal
 from cptv_ao.search.scale_space import Beside, ScaleSpace
@@ -49,11 +49,11 @@ class Loop:
         self,
         backend: Backend,
         blocks: Sequence[Block],
-        scoring: Scoring,
+        scoring: SplitEvaluators,
         config: RefineConfig,
         listeners: Sequence[Callback],
         budget: Budget,
-        given: Given | None = None,
+        given: Baseline | None = None,
     ) -> None:
         self.backend, self._world = backend, budget.world
         self.search, self._holdout = scoring.search, scoring.holdout

@@ -10,20 +10,20 @@ from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration, on_device
-from cptv_ao.evaluation.scoring import Scoring, Shipped, check_losses
-from cptv_ao.search.baseline import Given, equalized
+from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, check_losses
+from cptv_ao.search.baseline import Baseline, equalized_baseline
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.proposals.simulated import SimulatedProposer, as_backend
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
-class Ground:
+class KernelTarget:
     """The kernels of a model: what is searched is what ships.
 
     Args:
         backend: of the model, which gets an equivalent form where it has one.
         kernels: scores the model that was given.
-        calibration: as for `Scoring`.
+        calibration: as for `SplitEvaluators`.
         equalize: whether to look for an equivalent form.
 
     Attributes:
@@ -31,24 +31,24 @@ class Ground:
         scoring: what it scores them with.
     """
 
-    def __init__(self, backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> None:
+    def __init__(self, backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> None:
         self.backend, self._calibration = backend, calibration
         accept_on = calibration.config.accept_on
         self._judge = kernels if accept_on is None else Shipped(backend.model, accept_on, calibration)
-        self._scorings: list[Scoring] = []
+        self._scorings: list[SplitEvaluators] = []
         self._search_with(kernels)
-        self._form: Given | None = None
-        if equalize and (found := equalized(backend, self._judge, calibration)):
+        self._form: Baseline | None = None
+        if equalize and (found := equalized_baseline(backend, self._judge, calibration)):
             self._form, scoring = found
             self._judge = scoring if accept_on is None else self._judge
             self._search_with(scoring)
 
-    def _search_with(self, scoring: Scoring) -> None:
+    def _search_with(self, scoring: SplitEvaluators) -> None:
         self.scoring = scoring
         self._scorings.append(scoring)
 
     @property
-    def given(self) -> Given | None:
+    def given(self) -> Baseline | None:
         """The model that was given, where the search starts from another form of it, with losses like the search's."""
         return self._form
 
@@ -71,17 +71,17 @@ class Ground:
         return found if form is None or found.after == form.losses else replace(found, notes=found.notes + form.done)
 
 
-class SimulatedGround(Ground):
+class SimulationTarget(KernelTarget):
     """The float twin of a model, on any device: what is found there ships where the kernels find it no worse."""
 
-    def __init__(self, backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> None:
+    def __init__(self, backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> None:
         super().__init__(backend, kernels, calibration, equalize)
         self._shipping = backend
         simulated = SimulatedBackend(backend, calibration.config.device)
         self._simulated = simulated.checked(calibration.search.batches[0])
         self.backend = as_backend(self._simulated)
         search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
-        self._search_with(Scoring(self._simulated.model, replace(calibration, search=search, holdout=holdout)))
+        self._search_with(SplitEvaluators(self._simulated.model, replace(calibration, search=search, holdout=holdout)))
         self._before = check_losses(self._judge.losses())
 
     @property
@@ -97,22 +97,22 @@ class SimulatedGround(Ground):
         return super().judged(report if self._form is None else self._form.judge(report, self._shipping))
 
 
-def find_ground(backend: Backend, kernels: Scoring, calibration: Calibration, equalize: bool) -> Ground:
-    """Where this config searches this model; arguments as for `Ground`.
+def open_target(backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> KernelTarget:
+    """Where this config searches this model; arguments as for `KernelTarget`.
 
     Raises:
         ValueError: `accept_on` where the kernels that are searched accept.
     """
     config = calibration.config
     if config.score_on == "simulation" or backend.form.simulates_itself:
-        return SimulatedGround(backend, kernels, calibration, equalize)
+        return SimulationTarget(backend, kernels, calibration, equalize)
     if config.accept_on is not None:
         raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
-    return Ground(backend, kernels, calibration, equalize)
+    return KernelTarget(backend, kernels, calibration, equalize)
 
 
 def confirmed(
-    found: Outcome, simulated: SimulatedBackend, backend: Backend, judge: Scoring | Shipped, before: Losses
+    found: Outcome, simulated: SimulatedBackend, backend: Backend, judge: SplitEvaluators | Shipped, before: Losses
 ) -> Outcome:
     """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
 

@@ -171,7 +171,7 @@ class Line(Convolution):
 Product = Linear | Convolution
 
 
-class Weigh(torch.autograd.Function):
+class QuantizedProduct(torch.autograd.Function):
     """u = (accumulator + bias / (s_x s_w)) * (s_x s_w / s_y), in this order of rounding.
 
     Arguments: codes, scale s_x (), weight codes, weight scale s_w () or (C,), bias (C,), output scale s_y (),

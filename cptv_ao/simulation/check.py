@@ -10,7 +10,7 @@ from torch.fx import Interpreter, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.ops import op_name
-from cptv_ao.simulation.qtensor_ops import Lift
+from cptv_ao.simulation.qtensor_ops import OnCodes
 
 
 class Checker(Interpreter):
@@ -32,4 +32,4 @@ def _told(node: Node, modules: dict[str, nn.Module]) -> str:
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     if module is None:
         return op_name(node)
-    return module.extra_repr() if isinstance(module, Lift) else f"{type(module).__name__} with these inputs"
+    return module.extra_repr() if isinstance(module, OnCodes) else f"{type(module).__name__} with these inputs"

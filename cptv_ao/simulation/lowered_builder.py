@@ -1,7 +1,7 @@
 """From a lowered graph to the float graph of the twin. Nodes keep their names.
 
 Before: quantize_per_tensor(x, s, z) -> nnq.Linear -> quantized.add(a, b, s, z) -> dequantize
-After:  Quantizer(x)                 -> Weighted   -> Sum(a, b)                 -> Lift(dequantize)
+After:  Quantizer(x)                 -> QuantizedLayer   -> Sum(a, b)                 -> OnCodes(dequantize)
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from cptv_ao.fx.producers import producer
 from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_node, quantized_inside
 from cptv_ao.simulation.autograd_ops import Convolution, Line, Linear, Product
 from cptv_ao.simulation.builder import Builder
-from cptv_ao.simulation.modules import Norm, NormModule, Pointwise, Quantizer, ScaledBy, Sum, Times, Weighted
+from cptv_ao.simulation.modules import Norm, NormModule, Pointwise, QuantizedLayer, Quantizer, ScaledBy, Sum, Times
 from cptv_ao.simulation.pointwise import FUNCTIONS, function_of
-from cptv_ao.simulation.qtensor_ops import Lift
+from cptv_ao.simulation.qtensor_ops import OnCodes
 
 # The kernel's names of the arguments of quantized.layer_norm, and ours.
 _NORM_NAMES = {"normalized_shape": "shape"}
@@ -75,7 +75,7 @@ class LoweredBuilder(Builder):
                 if hasattr(part, "inplace"):
                     cast(Any, part).inplace = False
             self._check_pool(node, vars(own))
-            self._call(node, Lift(told, of_module(own), own))
+            self._call(node, OnCodes(told, of_module(own), own))
         elif known.role == "static":
             self._call(node, self._weighted(node, known, _module_product(module), getattr(module, "negative_slope", 0)))
         elif isinstance(module, nnq.LayerNorm):
@@ -85,13 +85,13 @@ class LoweredBuilder(Builder):
         elif (op := function_of(module)) is not None:
             self._call(node, Pointwise(self._output(node), op))
         elif (lifted := by_type(module, _FLOAT)) is not None and (own_float := lifted(module)) is not None:
-            self._call(node, Lift(told, of_module(own_float), own_float))
+            self._call(node, OnCodes(told, of_module(own_float), own_float))
         elif known.role == "dequantizes":
-            self._call(node, Lift(told, of_function(torch.dequantize), torch.dequantize))
+            self._call(node, OnCodes(told, of_function(torch.dequantize), torch.dequantize))
         else:
             raise self._unsupported(node, told)
 
-    def _weighted(self, node: Node, known: Quantized, product: Product | None, slope: float) -> Weighted:
+    def _weighted(self, node: Node, known: Quantized, product: Product | None, slope: float) -> QuantizedLayer:
         if product is None or node.name not in self._weight_of:
             raise self._unsupported(node, f"{self._told(node)} with these settings")
         if known.adds:
@@ -102,7 +102,7 @@ class LoweredBuilder(Builder):
         }
         site, relu = self._weight_of[node.name], known.after == "relu"
         weight, output, bias = self._weight(site), self._output(node), self._backend.bias(site)
-        return Weighted(weight, output, bias, product, relu, self._qnnpack, behind.get(known.after))
+        return QuantizedLayer(weight, output, bias, product, relu, self._qnnpack, behind.get(known.after))
 
     def _check_added(self, node: Node) -> None:
         """oneDNN's kernel may write its output over what it adds (torch 2.14), so nothing else may read that."""
@@ -147,7 +147,7 @@ class LoweredBuilder(Builder):
             value, settings = self._bound(node)
             if settings.get("training", False):
                 raise self._unsupported(node, "quantized.dropout with training=True")
-            self._call(node, Lift(self._told(node), _IDENTITY, nn.Identity()), (value,))
+            self._call(node, OnCodes(self._told(node), _IDENTITY, nn.Identity()), (value,))
         else:
             raise self._unsupported(node, self._told(node))
 
@@ -194,7 +194,7 @@ class LoweredBuilder(Builder):
     def _lift(self, node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_pool(node, dict(zip(_POOL, node.args, strict=False)) | node.kwargs)
         if node.all_input_nodes:
-            self._call(node, Lift(op_name(node), op_of(node, self._modules), function), args, kwargs)
+            self._call(node, OnCodes(op_name(node), op_of(node, self._modules), function), args, kwargs)
         else:
             self._copy(node)
 

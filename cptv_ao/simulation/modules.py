@@ -17,7 +17,7 @@ from torch.nn import functional
 from cptv_ao.core.qparams import SHIFT_PARTS, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.simulation.autograd_ops import Add, Product, Quantize, RoundWeight, Weigh
+from cptv_ao.simulation.autograd_ops import Add, Product, Quantize, QuantizedProduct, RoundWeight
 from cptv_ao.simulation.layer_norm import LayerNorm
 from cptv_ao.simulation.qtensor import Limits, QTensor, Rounding, straight_through_round
 
@@ -132,12 +132,12 @@ class WeightQuantizer(SiteModule):
         return codes
 
 
-def whole_parts(shift: Tensor) -> Tensor:
+def shift_codes(shift: Tensor) -> Tensor:
     """A shift in steps as that of qparams."""
     return (shift.detach() * SHIFT_PARTS).round().to("cpu", torch.int8)
 
 
-class Weighted(OutOfPlace):
+class QuantizedLayer(OutOfPlace):
     """A quantized linear or convolution, with what is fused behind it.
 
     Args:
@@ -171,7 +171,7 @@ class Weighted(OutOfPlace):
             limits = Limits.of(like.zero_point, like.low, like.high, "none")
         bias = self.weight.corrected(self.bias)
         given = (value.codes, value.scale, self.weight(), self.weight.scale, bias, like.scale, like.zero_point)
-        u: Tensor = Weigh.apply(*given, self._product, self._whole_bias, limits)
+        u: Tensor = QuantizedProduct.apply(*given, self._product, self._whole_bias, limits)
         return self._finished(u, added, like) if fused else like.with_codes(u)
 
     def _finished(self, u: Tensor, added: QTensor | None, like: QTensor) -> QTensor:

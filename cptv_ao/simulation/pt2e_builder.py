@@ -1,7 +1,7 @@
 """From a PT2E graph to the graph of the twin. Nodes keep their names; aten ops stay what they are.
 
 Before: quantize_per_tensor(x, s, z) -> dequantize_per_tensor -> aten.linear(x, dequantize_per_channel(w, ...), b)
-After:  Quantizer(x)                 -> Dequantize            -> FloatWeighted(x, b), which rounds its weight
+After:  Quantizer(x)                 -> Dequantize            -> FloatLayer(x, b), which rounds its weight
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DequantizedWeight(OutOfPlace):
         return self.weight.dequantize()
 
 
-class FloatWeighted(OutOfPlace):
+class FloatLayer(OutOfPlace):
     """A float linear or convolution whose weight is on a scale."""
 
     def __init__(self, weight: WeightQuantizer, product: Product) -> None:
@@ -81,15 +81,15 @@ class FloatWeighted(OutOfPlace):
 
     @property
     def channel_dim(self) -> int:
-        """As of `Weighted`."""
+        """As of `QuantizedLayer`."""
         return self._product.channel_dim
 
     def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
-        """As of `Weighted`."""
+        """As of `QuantizedLayer`."""
         return self._product.error(value, self.weight.error(scale))
 
 
-class ExportedBuilder(Builder):
+class Pt2eBuilder(Builder):
     """From the backend of a PT2E graph."""
 
     def __init__(self, backend: Backend) -> None:
@@ -115,7 +115,7 @@ class ExportedBuilder(Builder):
         elif (product := self._product(node)) is not None:
             value, weight, *rest = node.args
             weighed = self._weight_of[cast(Node, weight).name]
-            self._call(node, FloatWeighted(self._weight(weighed), product), (value, *rest[:1]))
+            self._call(node, FloatLayer(self._weight(weighed), product), (value, *rest[:1]))
         else:
             self._copy(node)
             if node.op == "call_function":

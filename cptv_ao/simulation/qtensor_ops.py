@@ -29,7 +29,7 @@ _FIXED: dict[str, tuple[Callable[[Tensor], Tensor], float, int]] = {
 _ATTRIBUTES = {"shape", "ndim", "device"}
 
 
-class Lift(OutOfPlace):
+class OnCodes(OutOfPlace):
     """A float function or module on values that may be quantized.
 
     Args:

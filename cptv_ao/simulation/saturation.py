@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, ordered
-from cptv_ao.simulation.modules import Quantizer, Weighted
+from cptv_ao.simulation.modules import QuantizedLayer, Quantizer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 
@@ -50,7 +50,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
         found: dict[str, int] = {}
         for node in twin.module.graph.nodes:
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if not isinstance(layer, Weighted) or layer not in sources:
+            if not isinstance(layer, QuantizedLayer) or layer not in sources:
                 continue
             if any(given.name not in recorder.values for given in node.all_input_nodes):
                 continue  # of a value that was written in place, which the kernels have under another name
@@ -64,12 +64,12 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
     return found
 
 
-def _sources(twin: Twin, batch: Batch) -> dict[Weighted, str]:
+def _sources(twin: Twin, batch: Batch) -> dict[QuantizedLayer, str]:
     """The activation site that the input of each weighted layer is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
     given = twin.layer_inputs(batch)
     return {
         layer: names[id(value.scale)]
         for layer, value in given.items()
-        if isinstance(layer, Weighted) and isinstance(value, QTensor) and id(value.scale) in names
+        if isinstance(layer, QuantizedLayer) and isinstance(value, QTensor) and id(value.scale) in names
     }

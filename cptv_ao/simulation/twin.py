@@ -20,15 +20,15 @@ from cptv_ao.fx.running import call, run
 from cptv_ao.simulation.builder import Builder
 from cptv_ao.simulation.check import Checker
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
-from cptv_ao.simulation.modules import Weighted, WeightQuantizer, whole_parts
-from cptv_ao.simulation.pt2e_builder import ExportedBuilder, FloatWeighted
+from cptv_ao.simulation.modules import QuantizedLayer, WeightQuantizer, shift_codes
+from cptv_ao.simulation.pt2e_builder import FloatLayer, Pt2eBuilder
 from cptv_ao.simulation.qtensor import QTensor, Rounding
 
 # Images on which a twin is checked.
 _FEW = 2
 
 #: what weighted layers are given, by layer
-LayerInputs = dict[Weighted | FloatWeighted, QTensor | Tensor]
+LayerInputs = dict[QuantizedLayer | FloatLayer, QTensor | Tensor]
 
 
 class Twin:
@@ -50,14 +50,14 @@ class Twin:
             raise UnsupportedModelError(backend.opaque)
         builder: Builder
         if backend.form.simulates_itself:
-            builder = ExportedBuilder(backend)
+            builder = Pt2eBuilder(backend)
         else:
             builder = LoweredBuilder(backend, engine or str(torch.backends.quantized.engine))
         self._model = backend.model
         self.module = builder.build()
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
-        self._weighted = [m for m in self.module.modules() if isinstance(m, (Weighted, FloatWeighted))]
+        self._weighted = [m for m in self.module.modules() if isinstance(m, (QuantizedLayer, FloatLayer))]
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
 
     def checked(self, batch: Batch) -> Twin:
@@ -108,7 +108,7 @@ class Twin:
                 buffers.update(before)
 
     @property
-    def layers(self) -> Sequence[Weighted | FloatWeighted]:
+    def layers(self) -> Sequence[QuantizedLayer | FloatLayer]:
         """Those with a weight on a scale, in graph order."""
         return self._weighted
 
@@ -140,7 +140,7 @@ class Twin:
         return QParams(
             site.scale.double().cpu(),
             site.zero_point.round().long().cpu(),
-            None if shift is None else whole_parts(shift),
+            None if shift is None else shift_codes(shift),
             None if correction is None else correction.cpu(),
         )
 

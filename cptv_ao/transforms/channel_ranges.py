@@ -21,7 +21,7 @@ _IMAGES = 64
 
 
 @dataclass(frozen=True)
-class Ends:
+class ChannelRange:
     """Least and greatest values, by channel (C,) each."""
 
     low: Tensor
@@ -33,9 +33,9 @@ class Ends:
         return max(0.0, float(self.high.max())) - min(0.0, float(self.low.min()))
 
 
-def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], world: World) -> dict[str, Ends]:
+def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], world: World) -> dict[str, ChannelRange]:
     """Ends of what nodes of a twin give, by node, over their last dimension, as rank 0 sees them."""
-    wanted, seen = set(nodes), dict[str, Ends]()
+    wanted, seen = set(nodes), dict[str, ChannelRange]()
 
     def see(node: Node, value: Any) -> Any:
         if node.name in wanted and (numbers := real(value)) is not None:
@@ -43,7 +43,7 @@ def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], wor
             low, high = rows.amin(0), rows.amax(0)
             if (known := seen.get(node.name)) is not None:
                 low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
-            seen[node.name] = Ends(low, high)
+            seen[node.name] = ChannelRange(low, high)
         return value
 
     watcher, left = Watcher(twin.module), _IMAGES
@@ -51,4 +51,4 @@ def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], wor
         if left > 0:
             watcher.watch(batch.few(left), see)
             left -= batch.images
-    return {name: Ends(world.from_first(ends.low), world.from_first(ends.high)) for name, ends in seen.items()}
+    return {name: ChannelRange(world.from_first(ends.low), world.from_first(ends.high)) for name, ends in seen.items()}

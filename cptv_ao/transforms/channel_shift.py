@@ -20,12 +20,12 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.core.qparams import ranged
+from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.transforms.channel_ranges import Ends, channel_ends
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.pt2e_patterns import SharedInput
 
@@ -62,12 +62,12 @@ def centre(
     return sum(check.used(found, lambda part: _move(backend, part, ends[part.value], entries[part.value])))
 
 
-def _half(ends: Ends) -> float:
+def _half(ends: ChannelRange) -> float:
     """Largest distance of a value from the middle of its channel."""
     return float((ends.high - ends.low).max()) / 2
 
 
-def _narrower(ends: Ends) -> bool:
+def _narrower(ends: ChannelRange) -> bool:
     """Channels that hardly vary (images that are all alike, or a single one) say nothing of their ranges."""
     return _STILL * ends.span < 2 * _half(ends) < _NARROWER * ends.span
 
@@ -92,7 +92,7 @@ def _entries(twin: Twin, shared: Sequence[SharedInput], few: Batch) -> dict[str,
     return found
 
 
-def _move(backend: Backend, shared: SharedInput, ends: Ends, entries: Tensor) -> bool:
+def _move(backend: Backend, shared: SharedInput, ends: ChannelRange, entries: Tensor) -> bool:
     """Subtract the middles from the source's bias, give them back in those of the readers, and make the scales smaller
     by as much as the range: they leave as much room, or clip as much, as before."""
     middle = (ends.low + ends.high) / 2
@@ -108,5 +108,5 @@ def _move(backend: Backend, shared: SharedInput, ends: Ends, entries: Tensor) ->
         site = backend.sites[name]
         share = float(backend.read(name).scale) * (site.qmax - site.qmin) / ends.span
         half = _half(ends) * share
-        backend.write(name, ranged(-half, half, site))
+        backend.write(name, qparams_for_range(-half, half, site))
     return True

@@ -11,7 +11,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.core.qparams import REDUCED_QMAX, ranged
+from cptv_ao.core.qparams import REDUCED_QMAX, qparams_for_range
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.transforms.lowered_patterns import ClippedSite
 
@@ -35,7 +35,7 @@ def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     if float(qparams.scale) * below <= _WASTE * high or high <= 0:
         return False
     for name in {clipped.site, backend.passed.get(clipped.site, clipped.site)}:
-        backend.write(name, ranged(0.0, high, site, codes))
+        backend.write(name, qparams_for_range(0.0, high, site, codes))
     return True
 
 

@@ -11,10 +11,10 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.channel_scaling import outlier_exponents
 from cptv_ao.core.distributed import World
-from cptv_ao.core.qparams import QParams, ranged
+from cptv_ao.core.qparams import QParams, qparams_for_range
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.channel_ranges import Ends, channel_ends
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.lowered_patterns import ReadNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInput
@@ -53,7 +53,7 @@ def _smoothed(
     return [moved] if any(counts) else []
 
 
-def _smooth(backend: Backend, norm: ReadNorm, ends: Ends, codes: int | None) -> int:
+def _smooth(backend: Backend, norm: ReadNorm, ends: ChannelRange, codes: int | None) -> int:
     """Move the outlier channels of one norm; returns their number. Without a number of codes all are used."""
     weights = {name: backend.float_weights[name] for name in norm.readers}
     columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
@@ -65,7 +65,7 @@ def _smooth(backend: Backend, norm: ReadNorm, ends: Ends, codes: int | None) -> 
         backend.put(norm.outputs[0], path, fetch(backend.model, path).detach() / factors)
     low, high = min(0.0, float((ends.low / factors).min())), max(0.0, float((ends.high / factors).max()))
     for name in norm.outputs:
-        backend.write(name, ranged(low, high, backend.sites[name], codes))
+        backend.write(name, qparams_for_range(low, high, backend.sites[name], codes))
     for name, weight in weights.items():
         qparams, site = backend.read(name), backend.sites[name]
         wider = _peak(weight * factors, site) / _peak(weight, site)

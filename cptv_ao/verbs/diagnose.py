@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import open_backend
 from cptv_ao.core.batches import read_batches
 from cptv_ao.core.config import RefineConfig
@@ -17,7 +17,7 @@ from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
 from cptv_ao.diagnosis.advice import advise
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.diagnosis.run import _IMAGES, _diagnosis
-from cptv_ao.evaluation.teacher import Sources
+from cptv_ao.evaluation.teacher import FloatSources
 from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.reporting.report import is_refined
 
@@ -65,11 +65,11 @@ def diagnose(
     with plain_torch():
         backend = open_backend(model, float_model, config)
         backend.check_finite()
-        sources = Sources.of(model, backend.model, float_model)
+        sources = FloatSources.of(model, backend.model, float_model)
         batches = read_batches(calib_loader, backend.form.takes_fixed_batch(backend.model), _IMAGES)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
-                find_float_weights(backend, sources.weights)
+                attach_float_weights(backend, sources.weights)
             backend.opaque = changed_by_hooks(backend.model, batches[0])
             found = _diagnosis(backend, sources, batches, config, progress)
     return replace(found, advice=advise(found, refined=is_refined(model)))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import open_backend
 from cptv_ao.backends.reference import write_back
 from cptv_ao.backends.rollback import restored_on_error
@@ -33,8 +33,8 @@ from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.scoring import Scoring, check_losses
-from cptv_ao.evaluation.teacher import Sources, as_float
+from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
+from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
@@ -44,7 +44,7 @@ from cptv_ao.search.fingerprint import fingerprint
 from cptv_ao.search.loop import Loop
 from cptv_ao.search.progress import progress_bar
 from cptv_ao.search.proposals.proposer import Proposer
-from cptv_ao.search.target import Ground, find_ground
+from cptv_ao.search.target import KernelTarget, open_target
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
 
@@ -134,7 +134,7 @@ def refine(
             backend = open_backend(model, float_model, config)
         backend.check_finite()
         lowered = backend.model
-        sources = Sources.of(model, lowered, float_model)
+        sources = FloatSources.of(model, lowered, float_model)
         with restored_on_error(model, backend), eval_mode(lowered, float_model):
             listeners = [callback] if callback is not None and world.rank == 0 else []
             if lowered is not model:  # a reference model keeps its form and its biases
@@ -154,12 +154,12 @@ def refine(
 def _refine(
     backend: Backend,
     batches: list[Batch],
-    sources: Sources,
+    sources: FloatSources,
     search: _Search,
 ) -> Outcome:
     config, world = search.config, search.world
     if sources.weights is not None:
-        find_float_weights(backend, sources.weights)
+        attach_float_weights(backend, sources.weights)
     else:
         warnings.warn(
             "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
@@ -171,7 +171,7 @@ def _refine(
     backend.opaque = changed_by_hooks(backend.model, batches[0])
     calibration, told = _calibration(backend, batches, sources, search)
     config = calibration.config
-    kernels = Scoring(backend.model, calibration)
+    kernels = SplitEvaluators(backend.model, calibration)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
@@ -179,7 +179,7 @@ def _refine(
     notes += agreement_notes(backend, calibration.search.batches[0], config)
     moved_from = {name: backend.read(name) for name in backend.sites}
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
-    ground = find_ground(backend, kernels, calibration, search.equalize)
+    ground = open_target(backend, kernels, calibration, search.equalize)
     blocks = find_blocks(backend.sites.values(), config.blocks)
     loop = Loop(ground.backend, blocks, ground.scoring, config, search.listeners, budget, ground.given)
     check_losses(loop.start)
@@ -192,7 +192,7 @@ def _refine(
 
 
 def _calibration(
-    backend: Backend, batches: list[Batch], sources: Sources, search: _Search
+    backend: Backend, batches: list[Batch], sources: FloatSources, search: _Search
 ) -> tuple[Calibration, list[str]]:
     """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
     config, world = search.config, search.world
@@ -245,7 +245,7 @@ def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -
 def _report(
     loop: Loop,
     given: Mapping[str, QParams],
-    kernels: Scoring,
+    kernels: SplitEvaluators,
     config: RefineConfig,
     settings: dict[str, str],
     notes: Sequence[str],
@@ -272,7 +272,7 @@ def _report(
     )
 
 
-def _proposer(ground: Ground, loop: Loop, config: RefineConfig, notes: list[str]) -> Proposer | None:
+def _proposer(ground: KernelTarget, loop: Loop, config: RefineConfig, notes: list[str]) -> Proposer | None:
     """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
     if not (config.population or config.gradient_steps) or not loop.groups:
         return None

@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import workloads
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import find_float_weights
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.losses import kl
@@ -56,7 +56,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.backend = Backend(self.model)
-        find_float_weights(self.backend, self.float_model)
+        attach_float_weights(self.backend, self.float_model)
         movable = self.backend.movable()
         for block in find_blocks(self.backend.sites.values()):
             groups = {s.name: movable[s.name] for s in block.sites if s.name in movable}

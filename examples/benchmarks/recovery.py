@@ -104,11 +104,11 @@ def refined(case: Case, config: RefineConfig) -> tuple[GraphModule, dict[str, fl
 def clamped(case: Case) -> GraphModule:
     """The converted model with its weight codes clamped to the nominal range, at the observers' scales."""
     from cptv_ao.backends.backend import Backend
-    from cptv_ao.backends.float_weights import find_float_weights, weight_ranges
+    from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
 
     model = copy.deepcopy(case.quantized)
     backend = Backend(model, weight_ranges(case.float_model))
-    find_float_weights(backend, case.float_model)
+    attach_float_weights(backend, case.float_model)
     for name in backend.float_weights:
         backend.write(name, backend.read(name))
     return model

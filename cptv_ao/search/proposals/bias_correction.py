@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.running import call
-from cptv_ao.simulation.modules import Weighted
-from cptv_ao.simulation.pt2e_builder import FloatWeighted
+from cptv_ao.simulation.modules import QuantizedLayer
+from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 
@@ -38,7 +38,9 @@ def corrections(twin: Twin, names: Collection[str], batches: Sequence[Batch]) ->
         What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
     """
     runs = Counter(map(_site, twin.layers))
-    layers = [one for one in twin.layers if isinstance(one, Weighted) and _site(one) in names and runs[_site(one)] == 1]
+    layers = [
+        one for one in twin.layers if isinstance(one, QuantizedLayer) and _site(one) in names and runs[_site(one)] == 1
+    ]
     images = 0
     with torch.no_grad():
         for batch in batches:
@@ -50,13 +52,13 @@ def corrections(twin: Twin, names: Collection[str], batches: Sequence[Batch]) ->
     return {name: correction.cpu() for name, correction in held.items() if correction is not None}, images
 
 
-def _site(layer: Weighted | FloatWeighted) -> str:
+def _site(layer: QuantizedLayer | FloatLayer) -> str:
     return layer.weight.site.name
 
 
-def _correct(twin: Twin, layers: Sequence[Weighted], batch: Batch, share: float) -> None:
+def _correct(twin: Twin, layers: Sequence[QuantizedLayer], batch: Batch, share: float) -> None:
     """Move the corrections by a share of what the means on a batch are apart."""
-    wanted: dict[Weighted, Tensor] = {}
+    wanted: dict[QuantizedLayer, Tensor] = {}
 
     def see(layer: Any, _: Any, output: QTensor) -> None:
         wanted[layer] = _mean(layer, output)
@@ -73,7 +75,7 @@ def _correct(twin: Twin, layers: Sequence[Weighted], batch: Batch, share: float)
     _hooked(twin, layers, correct, batch)
 
 
-def _hooked(twin: Twin, layers: Sequence[Weighted], hook: Any, batch: Batch) -> None:
+def _hooked(twin: Twin, layers: Sequence[QuantizedLayer], hook: Any, batch: Batch) -> None:
     hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
         call(twin, batch)
@@ -82,7 +84,7 @@ def _hooked(twin: Twin, layers: Sequence[Weighted], hook: Any, batch: Batch) -> 
             handle.remove()
 
 
-def _mean(layer: Weighted, output: QTensor) -> Tensor:
+def _mean(layer: QuantizedLayer, output: QTensor) -> Tensor:
     """Of each channel (C,), within what the output's codes can stand for: what is beyond it, the function behind the
     layer clips in float, too (ReLU6), or nothing brings back."""
     values, like = output.dequantize(), layer.output

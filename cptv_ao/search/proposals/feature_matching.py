@@ -16,8 +16,8 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.channel_scaling import OUTLIER
 from cptv_ao.fx.running import own_inputs
-from cptv_ao.simulation.modules import Weighted
-from cptv_ao.simulation.pt2e_builder import FloatWeighted
+from cptv_ao.simulation.modules import QuantizedLayer
+from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import Apart, QTensor
 from cptv_ao.simulation.twin import LayerInputs, Twin
 
@@ -32,10 +32,10 @@ class Target:
 
 
 #: by layer; without those whose input says nothing: all zero, or infinite padding
-Targets = dict[Weighted | FloatWeighted, Target]
+Targets = dict[QuantizedLayer | FloatLayer, Target]
 
 
-class Features:
+class LayerInputTargets:
     """The layer inputs in float, asked once per part of a batch as long as they fit into a cache.
 
     Args:

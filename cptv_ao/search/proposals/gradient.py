@@ -25,9 +25,9 @@ from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import Select, compared
 from cptv_ao.fx.running import own_inputs
-from cptv_ao.search.proposals.feature_matching import Features, distance
-from cptv_ao.search.proposals.learnable_qparams import Leaves
-from cptv_ao.search.proposals.schedule import Course, Schedule
+from cptv_ao.search.proposals.feature_matching import LayerInputTargets, distance
+from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
+from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
 from cptv_ao.simulation.twin import LayerInputs, Twin
 
 # Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
@@ -92,12 +92,14 @@ class GradientDescent:
         known = set(twin.names)
         twin.reround_weights()
         self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
-        self._feature_weight, self._features = feature_weight, Features(twin, cache_bytes)
+        self._feature_weight, self._features = feature_weight, LayerInputTargets(twin, cache_bytes)
         shifts = rounding_rate > 0
-        self._groups = [Leaves.of(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)]
+        self._groups = [
+            LearnableQParams.of(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)
+        ]
         rates = self._parameters(activation_rate, rounding_rate)
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
-        self._course = Course()
+        self._course = DescentProgress()
         self._images = 0
         self._follows = True  # the loss, beside the layer inputs
 
@@ -187,7 +189,7 @@ class GradientDescent:
             KeyError, TypeError, ValueError: it is not that.
         """
         tensors, data = state
-        self._course = from_plain(Course, data["course"])
+        self._course = from_plain(DescentProgress, data["course"])
         self._rng.bit_generator.state = data["random"]
         for name, values in self._features.steps.items():
             values["scale"].copy_(_like(values["scale"], tensors[f"steps/{name}"]))

@@ -11,15 +11,15 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.simulation.modules import Weighted
-from cptv_ao.simulation.pt2e_builder import FloatWeighted
+from cptv_ao.simulation.modules import QuantizedLayer
+from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.twin import Twin
 
 # Multiples of a weight scale that are tried per channel, and images that they are tried on.
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
 _IMAGES = 64
 # After reduce_range half the scale uses the whole container, twice the scale leaves it.
-HALF = REDUCED_QMAX / 255
+HALF_CONTAINER = REDUCED_QMAX / 255
 
 Proposal = tuple[str, Callable[[], Assignment]]
 """What an individual is, and its scales; these are computed when they are asked for."""
@@ -51,9 +51,9 @@ def individuals(
     free = [site for lead, group in groups.items() if lead not in limited for site in group if site.affine]
     narrow = [site for lead in limited for site in groups[lead]]
     if free:
-        yield "whole range where no kernel saturates", partial(_all_rescaled, free, HALF, now)
+        yield "whole range where no kernel saturates", partial(_all_rescaled, free, HALF_CONTAINER, now)
     if narrow:
-        yield "half the range where kernels saturate", partial(_all_rescaled, narrow, 1 / HALF, now)
+        yield "half the range where kernels saturate", partial(_all_rescaled, narrow, 1 / HALF_CONTAINER, now)
 
 
 def _all_rescaled(sites: Sequence[ScaleSite], factor: float, now: Callable[[str], QParams]) -> Assignment:
@@ -75,7 +75,7 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     }
 
 
-def _least_error(layer: Weighted | FloatWeighted, value: Tensor) -> QParams:
+def _least_error(layer: QuantizedLayer | FloatLayer, value: Tensor) -> QParams:
     weight, scale = layer.weight, layer.weight.scale
     best, chosen = torch.full_like(scale, torch.inf), scale.clone()
     for factor in _FACTORS:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.simulation.modules import whole_parts
+from cptv_ao.simulation.modules import shift_codes
 from cptv_ao.simulation.twin import Twin
 
 #: A zero_point moves by this many codes where a log scale moves by 1.
@@ -20,7 +20,7 @@ _FULL_RATE_CODES = 33
 
 
 @dataclass(frozen=True)
-class Leaves:
+class LearnableQParams:
     """Of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a weight
     what is added to each of its steps before rounding."""
 
@@ -30,7 +30,7 @@ class Leaves:
     shift: Tensor | None
 
     @staticmethod
-    def of(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> Leaves:
+    def of(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> LearnableQParams:
         """Where the scales of the twin are; with `shifts` also those of its weights that may have some."""
         lead = group[0]
         now = twin.get(lead.name)
@@ -38,7 +38,7 @@ class Leaves:
         offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
         weight = twin.shiftable_weight(lead.name) if shifts else None
         shift = None if weight is None else _steps(weight, now).requires_grad_()
-        return Leaves(group, log_scale, offset, shift)
+        return LearnableQParams(group, log_scale, offset, shift)
 
     @property
     def weight_rate(self) -> float:
@@ -77,7 +77,7 @@ class Leaves:
         if self.offset is not None:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
-        return QParams(scale, zero_point, None if self.shift is None else whole_parts(self.shift), now.correction)
+        return QParams(scale, zero_point, None if self.shift is None else shift_codes(self.shift), now.correction)
 
 
 def _steps(weight: Tensor, qparams: QParams) -> Tensor:

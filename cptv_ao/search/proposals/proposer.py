@@ -21,7 +21,7 @@ from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.bias_correction import FORWARDS, corrections
 from cptv_ao.search.proposals.gradient import GradientDescent, State
-from cptv_ao.search.proposals.initial_scales import HALF, Proposal, individuals
+from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, Proposal, individuals
 from cptv_ao.search.proposals.schedule import Schedule
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
@@ -136,7 +136,9 @@ class Proposer:
         """Leaders of the groups that kernels saturate on where all activations use their whole container."""
         sites = [site for group in self._activations().values() for site in group]
         return list(
-            self._saturating({site.name: rescaled(self._backend.read(site.name), HALF, site) for site in sites})
+            self._saturating(
+                {site.name: rescaled(self._backend.read(site.name), HALF_CONTAINER, site) for site in sites}
+            )
         )
 
     def _saturating(self, scales: Assignment) -> dict[str, int]:

@@ -37,7 +37,7 @@ class Schedule:
 
 
 @dataclass
-class Course:
+class DescentProgress:
     """Where a descent is between two steps, beside what it moves and Adam's moments.
 
     Attributes:
