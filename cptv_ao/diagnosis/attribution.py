@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.losses import get_loss
+from cptv_ao.core.progress import Advance
 from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, on_device
 from cptv_ao.evaluation.evaluator import Evaluator
@@ -24,8 +25,6 @@ from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 # Sites that are tried one by one: those of the blocks with the largest shares.
 _SITES = 32
-#: Called with what was done, once per step.
-Advance = Callable[[str], Any]
 
 
 @dataclass

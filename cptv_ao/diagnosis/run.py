@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +16,9 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.objective import settled
+from cptv_ao.core.progress import Advance, progress_bar
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.diagnosis.attribution import Advance, Attribution, causes_by_substitution, causes_on_twin, steps
+from cptv_ao.diagnosis.attribution import Attribution, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.diagnosis.graph_survey import Survey
 from cptv_ao.diagnosis.meters import Fidelity, measured_weight
@@ -62,7 +62,7 @@ def _diagnosis(
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
         survey = Survey(backend, blocks)
-        with _progress_bar(steps(blocks), progress) as advance:
+        with progress_bar("diagnose", steps(blocks), progress) as advance:
             measured = _measured(backend, teacher, images, blocks, survey, config, loss, advance)
     causes, outputs = measured.causes, kernels.outputs()
     notes = told + ([measured.note] if measured.note else [])
@@ -190,16 +190,3 @@ def _agreement(outputs: Sequence[Tensor], images: Images) -> float | None:
         return None
     same = [o.argmax(1) == t.argmax(1) for o, t in zip(outputs, images.targets, strict=True)]
     return float(torch.cat(same).double().mean())
-
-
-@contextmanager
-def _progress_bar(total: int, enabled: bool) -> Iterator[Advance]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="diagnose", unit="step", disable=not enabled) as bar:
-
-        def advance(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(1)
-
-        yield advance
