@@ -21,6 +21,7 @@ from cptv_ao import RefineConfig
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import QParams, same
 from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.bias_correction import corrections
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.simulation.twin import Twin, unquantized
@@ -227,13 +228,12 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     backend = backend_of(vit_w2)
     search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
     config = small_config(gradient_steps=12)
-    proposer = Proposer(backend, backend.movable(), Calibration(config, search))
+    proposer = Proposer(backend, backend.movable(), Calibration(config, search), Budget())
     twin, losses = proposer._twin, list[float]()
-    proposer.on_step = losses.append
     wide = next(name for name in backend.movable() if backend.sites[name].affine)
     monkeypatch.setattr("cptv_ao.search.proposals.proposer.saturating_inputs", lambda *_: {wide: 254} if losses else {})
     names = []
-    for name, scales in proposer:  # and none of it is written
+    for name, scales in proposer.proposals(losses.append, lambda worth: None):  # and none of it is written
         names.append(name)
         assert twin._sites[wide].site.qmax == 127
         assert scales()[wide].scale > backend.read(wide).scale * 1.5

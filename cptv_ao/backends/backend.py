@@ -58,8 +58,6 @@ class Backend:
         self._shifts: dict[str, Tensor | None] = {}
         # By weight whose layer has a corrected bias: the bias that it was given, and what was added.
         self._corrected: dict[str, tuple[Tensor | None, Tensor] | None] = {}
-        #: why no float twin computes what the model does; empty where one may
-        self.opaque = ""
         #: sites of values that are the very ones of another site, whose scale is theirs
         self.passed: dict[str, str] = {}
         # Tensors beside the scales that were replaced, as they were given, by their path; by site.

@@ -13,8 +13,8 @@ from cptv_ao.core.outcome import Status
 class Budget:
     """Counts evaluations and seconds against the limits of the config; all ranks stop when one is asked to."""
 
-    max_evaluations: int | None
-    max_seconds: float | None
+    max_evaluations: int | None = None
+    max_seconds: float | None = None
     world: World = ALONE
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
@@ -26,6 +26,15 @@ class Budget:
         A signal handler may call it at any time, while the ranks ask each other, too.
         """
         self._asked = self._asked or by
+
+    def count(self) -> None:
+        """One more evaluation."""
+        self.evaluations += 1
+
+    def go_on_from(self, evaluations: int, seconds: float) -> None:
+        """Count on from what was spent on this search before."""
+        self.evaluations = evaluations
+        self.started -= seconds
 
     @property
     def seconds(self) -> float:

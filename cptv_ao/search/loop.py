@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
 
-from cptv_ao.backends.backend import Backend
-from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.formatting import number
-from cptv_ao.core.outcome import BlockResult, Losses, Point, SiteMove, Status
-from cptv_ao.core.qparams import Assignment, same
-from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import count_shifted
+from cptv_ao.core.outcome import BlockResult, Losses, Point, Status
+from cptv_ao.core.qparams import Assignment
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.initial_scales import Proposal
 from cptv_ao.search.scale_space import Beside, ScaleSpace
+from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.strategies import make_strategy
 from cptv_ao.search.strategies.protocol import Individual, Vector
 
@@ -43,27 +39,29 @@ class Loop:
 
     A state is accepted when neither loss is worse than the start's, and the mean of the losses on the search and on
     the held-out images is the lowest so far; the start is the first state.
+
+    Args:
+        space: what is searched.
+        scoring: gives the losses of what is in the model.
+        config: how it is searched.
+        budget: how long; counts the evaluations.
+        listeners: told of each step.
+        given: the model that was given, where the search starts from another form of it.
     """
 
     def __init__(
         self,
-        backend: Backend,
-        blocks: Sequence[Block],
+        space: SearchSpace,
         scoring: SplitEvaluators,
         config: RefineConfig,
-        listeners: Sequence[Callback],
         budget: Budget,
+        listeners: Sequence[Callback] = (),
         given: Baseline | None = None,
     ) -> None:
-        self.backend, self._world = backend, budget.world
+        self.space, self.backend, self._world = space, space.backend, budget.world
         self.search, self._holdout = scoring.search, scoring.holdout
-        self._config = config
-        self.listeners = list(listeners)
+        self._config, self._listeners = config, tuple(listeners)
         self.rng: np.random.Generator = np.random.default_rng(config.seed)
-        #: the tied groups that are searched, by the name of their leader
-        self.groups = _searched(backend, config)
-        self._spaces = _spaces(backend, blocks, self.groups)
-        self._whole = ScaleSpace(backend, self.groups)
         self.step_sizes: dict[str, dict[str, float]] = {}
         self.budget = budget
         self.results: list[BlockResult] = []
@@ -71,22 +69,15 @@ class Loop:
         self.loss = self.search.score()
         self.search.keep()
         #: where the search starts: the model that was given, or an equivalent one
-        self.first_state = backend.snapshot()
+        self.first_state = self.backend.snapshot()
         self.start = self._both(self.loss) if given is None else given.losses
         self.given_state = self.first_state if given is None else given.state
         self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
         self.best, self.best_state = self.start, self.given_state
         self.rejected = False
         self.position = Position()
-        #: called when the proposals are over or stopped, and after each block
-        self.save: Callable[[], None] = _nothing
         if given is not None:
             self._keep()
-
-    @property
-    def steps(self) -> int:
-        """Steps of the descent and evaluations of the block visits, at most."""
-        return self._config.gradient_steps + self._config.passes * len(self._spaces) * self._config.evaluations
 
     @property
     def best_is_given(self) -> bool:
@@ -102,27 +93,32 @@ class Loop:
         self.best, self.loss = best, self.search.score()
         self.search.keep()
 
-    def propose(self, proposals: Iterable[Proposal]) -> None:
-        """Score scales for the whole model; go on from the best of them if it is better than what is there."""
+    def propose(self, proposals: Iterable[Proposal]) -> bool:
+        """Score scales for the whole model; go on from the best of them if it is better than what is there.
+
+        Returns:
+            Whether all of them were scored.
+        """
+        whole = self.space.whole
         for name, scales in proposals:
             if not self.budget.may_score:
-                return
-            self._whole.refresh()
+                return False
+            whole.refresh()
             assignment = scales()
-            proposed = self._whole.repair(self._whole.from_assignment(assignment))
+            proposed = whole.repair(whole.from_assignment(assignment))
             proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
-            self._whole.write(proposed, self._beside(assignment))
+            whole.write(proposed, self._beside(assignment))
             loss = self._score(proposed, self.loss)
             better = loss < self.loss
             if better:
                 self.loss = loss
                 self.search.keep()
             else:
-                self._whole.undo()
+                whole.undo()
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
             self._keep()
-        self.save()
+        return True
 
     def _beside(self, assignment: Assignment) -> dict[str, Beside]:
         """What weights of an assignment, or those in the model, have beside their scales, from rank 0."""
@@ -138,19 +134,19 @@ class Loop:
         """Tell the listeners of a step of the descent."""
         self._tell("step", "gradient", 0, loss)
 
-    def run(self) -> None:
-        """Visit every block in every pass, then leave the best state in the model."""
-        order = list(self._spaces.items())
+    def run(self, on_block: Callable[[], None]) -> None:
+        """Visit every block in every pass, then leave the best state in the model; `on_block` is called after each."""
+        order = list(self.space.blocks.items())
         if self._config.block_order == "backward":
             order.reverse()
-        self.search.plan(space.nodes for space in self._spaces.values())
+        self.search.plan(space.nodes for space in self.space.blocks.values())
         for pass_index in range(self.position.passes, self._config.passes):
             for index in range(self.position.blocks, len(order)):
                 if not self.budget.left:
                     break
                 self._visit(*order[index], pass_index)
                 self.position = replace(self.position, blocks=index + 1, gained=self._keep() or self.position.gained)
-                self.save()
+                on_block()
             self._tell("pass", f"pass {pass_index + 1}", pass_index, self.loss)
             if not self.budget.left:
                 break
@@ -158,28 +154,6 @@ class Loop:
                 break  # a whole pass gained nothing that the held-out images confirm
             self.position = Position(pass_index + 1, 0, False)
         self.backend.restore_all(self.best_state)
-
-    def moves(self, before: Mapping[str, Any]) -> tuple[SiteMove, ...]:
-        """What moved between the scales `before` and those in the model."""
-        moves = []
-        for block, space in self._spaces.items():
-            for name in space.to_assignment(space.vector):
-                old, new, site = before[name], self.backend.read(name), self.backend.sites[name]
-                ratio = (new.scale / old.scale).log2().reshape(-1)
-                step = int((new.zero_point - old.zero_point).abs().max())
-                changed = int((ratio != 0).sum())
-                if not same(old, new):
-                    far, low, high = float(ratio.abs().max()), float(ratio.min()), float(ratio.max())
-                    weight = self.backend.float_weights.get(name)
-                    turned = 0 if weight is None else count_shifted(weight, new, site)
-                    codes = 0 if weight is None else weight.numel()
-                    scales, corrected = ratio.numel(), new.correction is not None
-                    moves.append(
-                        SiteMove(
-                            name, site.kind, block, scales, changed, far, step, low, high, codes, turned, corrected
-                        )
-                    )
-        return tuple(moves)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
         """One visit: the strategy proposes, the kernels decide; the best scales stay in the model."""
@@ -220,7 +194,7 @@ class Loop:
 
     def _score(self, vector: Vector, threshold: float, race: bool = False) -> float:
         """The loss of what was just written; inf where it is rejected or no number."""
-        self.budget.evaluations += 1
+        self.budget.count()
         # Nothing says that a loss of the user's own is never negative: it is always scored in full.
         named = isinstance(self._config.loss, str)
         races = race and named and self._config.racing
@@ -248,34 +222,9 @@ class Loop:
         lowest = self.loss if best is None else best
         budget, model = self.budget, self.backend.model
         event = Event(kind, name, pass_index, budget.evaluations, loss, lowest, budget.seconds, model)
-        for listener in self.listeners:
+        for listener in self._listeners:
             if listener(event) is STOP:
                 budget.stop(Status.CALLBACK)
-
-
-def _searched(backend: Backend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
-    for pattern in config.include:
-        if not any(fnmatchcase(name, pattern) for name in backend.sites):
-            raise ValueError(
-                f"RefineConfig.include: expected patterns of site names, {pattern!r} fits none of the "
-                f"{len(backend.sites)} sites of this model; print(cptv_ao.find_sites(model)) lists them"
-            )
-    return {
-        lead: group
-        for lead, group in backend.movable().items()
-        if group[0].kind in config.kinds and any(fnmatchcase(lead, pattern) for pattern in config.include)
-    }
-
-
-def _spaces(
-    backend: Backend, blocks: Sequence[Block], searched: Mapping[str, tuple[ScaleSite, ...]]
-) -> dict[str, ScaleSpace]:
-    by_block = {b.name: {s.name: searched[s.name] for s in b.sites if s.name in searched} for b in blocks}
-    return {name: ScaleSpace(backend, groups) for name, groups in by_block.items() if groups}
-
-
-def _nothing() -> None:
-    """Nobody wants to save."""
 
 
 def _told(loss: float) -> str:

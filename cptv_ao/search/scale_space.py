@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.strategies.protocol import Group, Layout, Vector
 
@@ -46,9 +46,14 @@ class ScaleSpace:
         self.rebase()
 
     @property
+    def sites(self) -> list[ScaleSite]:
+        """All that the vector moves."""
+        return [site for group in self._groups.values() for site in group]
+
+    @property
     def nodes(self) -> list[str]:
         """Names of the graph nodes whose values depend on this vector directly."""
-        return [node for group in self._groups.values() for site in group for node in site.nodes]
+        return [node for site in self.sites for node in site.nodes]
 
     @property
     def vector(self) -> Vector:
@@ -63,7 +68,7 @@ class ScaleSpace:
     def rebase(self) -> None:
         """Make what is in the model now the base to which `write` returns for free."""
         self._base = self._current.copy()
-        self._states = {s.name: self._backend.state(s.name) for g in self._groups.values() for s in g}
+        self._states = {site.name: self._backend.state(site.name) for site in self.sites}
 
     def refresh(self) -> None:
         """Read the model again, after others wrote into it."""
@@ -141,14 +146,6 @@ class ScaleSpace:
                 if group.zero_points is not None:
                     vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
         return vector
-
-    def to_assignment(self, vector: Vector) -> Assignment:
-        """Scales and zero_points of every site of a vector."""
-        return {
-            site.name: self._qparams(vector, group, site)
-            for group in self.layout.groups
-            for site in self._groups[group.name]
-        }
 
     def _read(self) -> Vector:
         vector = np.empty(self.layout.size, dtype=np.float64)

@@ -84,8 +84,7 @@ def put_into(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any])
     loop.position, loop.rejected = told.position, told.rejected
     loop.rng.bit_generator.state = data["random"]
     loop.step_sizes.update(told.step_sizes)
-    loop.budget.evaluations = told.evaluations
-    loop.budget.started -= told.seconds
+    loop.budget.go_on_from(told.evaluations, told.seconds)
     loop.results += told.results
     loop.stages += told.stages
     loop.history = list(told.history)

@@ -12,6 +12,7 @@ from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration, on_device
 from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, check_losses
 from cptv_ao.search.baseline import Baseline, equalized_baseline
+from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.proposals.simulated import SimulatedProposer, as_backend
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
@@ -57,13 +58,13 @@ class KernelTarget:
         """Images scored so far by this rank."""
         return sum(scoring.image_forwards for scoring in self._scorings)
 
-    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]]) -> Proposer:
+    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]], budget: Budget) -> Proposer:
         """Proposals for the whole model.
 
         Raises:
             UnsupportedModelError: the float twin does not know an op of it.
         """
-        return Proposer(self.backend, groups, self._calibration)
+        return Proposer(self.backend, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
         """What the search has made of the model that ships."""
@@ -89,8 +90,8 @@ class SimulationTarget(KernelTarget):
         """None: the losses of the model that was given are those of what ships, none of the twin's."""
         return None
 
-    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]]) -> Proposer:
-        return SimulatedProposer(self._simulated, self._shipping, groups, self._calibration)
+    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]], budget: Budget) -> Proposer:
+        return SimulatedProposer(self._simulated, self._shipping, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
         report = confirmed(found, self._simulated, self._shipping, self._judge, self._before)

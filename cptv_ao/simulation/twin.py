@@ -16,7 +16,7 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import moved
 from cptv_ao.fx.node_runner import ordered
-from cptv_ao.fx.running import call, run
+from cptv_ao.fx.running import call, changed_by_hooks, run
 from cptv_ao.simulation.builder import Builder
 from cptv_ao.simulation.check import Checker
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
@@ -46,8 +46,6 @@ class Twin:
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
-        if backend.opaque:
-            raise UnsupportedModelError(backend.opaque)
         builder: Builder
         if backend.form.simulates_itself:
             builder = Pt2eBuilder(backend)
@@ -64,9 +62,12 @@ class Twin:
         """Itself, once it has been run on a few images of a batch.
 
         Raises:
-            UnsupportedModelError: an op is not known on the values that it meets; the message names its node.
+            UnsupportedModelError: an op is not known on the values that it meets (the message names its node); or hooks
+                change what the model returns.
             CalibrationDataError: the model itself cannot be run on this batch.
         """
+        if told := changed_by_hooks(self._model, batch):
+            raise UnsupportedModelError(told)
         few = batch.few(_FEW)
         device = self.device if self._sites else torch.device("cpu")
         given = replace(few, args=moved(few.args, device), kwargs=moved(few.kwargs, device))

@@ -18,7 +18,6 @@ from cptv_ao.diagnosis.advice import advise
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.diagnosis.run import _IMAGES, _diagnosis
 from cptv_ao.evaluation.teacher import FloatSources
-from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.reporting.report import is_refined
 
 
@@ -70,6 +69,5 @@ def diagnose(
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
                 attach_float_weights(backend, sources.weights)
-            backend.opaque = changed_by_hooks(backend.model, batches[0])
             found = _diagnosis(backend, sources, batches, config, progress)
     return replace(found, advice=advise(found, refined=is_refined(model)))

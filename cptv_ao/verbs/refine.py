@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from cptv_ao.backends.open import open_backend
 from cptv_ao.backends.reference import write_back
 from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch, read_batches, split_batches
-from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_interrupt
 from cptv_ao.core.distributed import World
@@ -29,21 +27,22 @@ from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.objective import settled
 from cptv_ao.core.outcome import Outcome, Status
+from cptv_ao.core.progress import progress_bar
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float
-from cptv_ao.fx.running import changed_by_hooks
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint
 from cptv_ao.search.loop import Loop
-from cptv_ao.search.progress import progress_bar
+from cptv_ao.search.progress import advancing, steps
 from cptv_ao.search.proposals.proposer import Proposer
+from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, open_target
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
@@ -168,7 +167,6 @@ def _refine(
             stacklevel=3,
         )
     checkpoint = _checkpoint(backend, batches, search)
-    backend.opaque = changed_by_hooks(backend.model, batches[0])
     calibration, told = _calibration(backend, batches, sources, search)
     config = calibration.config
     kernels = SplitEvaluators(backend.model, calibration)
@@ -180,12 +178,14 @@ def _refine(
     moved_from = {name: backend.read(name) for name in backend.sites}
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
     ground = open_target(backend, kernels, calibration, search.equalize)
-    blocks = find_blocks(backend.sites.values(), config.blocks)
-    loop = Loop(ground.backend, blocks, ground.scoring, config, search.listeners, budget, ground.given)
-    check_losses(loop.start)
-    proposer = _proposer(ground, loop, config, notes)
-    with stop_on_interrupt(budget.stop), progress_bar(loop, search.progress):
-        _run(loop, proposer, checkpoint)
+    space = SearchSpace.of(ground.backend, config)
+    with progress_bar("refine", steps(config, space), search.progress) as advance:
+        listeners = [*search.listeners, advancing(advance, config.max_seconds)]
+        loop = Loop(space, ground.scoring, config, budget, listeners, ground.given)
+        check_losses(loop.start)
+        proposer = _proposer(ground, space, config, budget, notes)
+        with stop_on_interrupt(budget.stop):
+            _run(loop, proposer, checkpoint)
     report = ground.judged(_report(loop, moved_from, kernels, config, search.config.told(), notes))
     forwards = ground.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(world.sum(torch.tensor(forwards))))
@@ -231,15 +231,20 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> 
 
 def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:
     """The search, from its start or from where the checkpoint left it."""
-    if proposer is not None:
-        proposer.on_step, proposer.budget = loop.step, loop.budget
-    if checkpoint is not None:
-        loop.save = partial(checkpoint.save, loop, proposer)
-        if proposer is not None:
-            proposer.on_pause = partial(checkpoint.pause, loop, proposer)
+
+    def save() -> None:
+        if checkpoint is not None:
+            checkpoint.save(loop, proposer)
+
+    def pause(worth: bool) -> None:
+        if checkpoint is not None and proposer is not None:
+            checkpoint.pause(loop, proposer, worth)
+
     if checkpoint is None or not checkpoint.resume(loop, proposer):
-        loop.propose(proposer or ())
-    loop.run()
+        proposals = () if proposer is None else proposer.proposals(loop.step, pause)
+        if loop.propose(proposals):
+            save()
+    loop.run(save)
 
 
 def _report(
@@ -250,7 +255,7 @@ def _report(
     settings: dict[str, str],
     notes: Sequence[str],
 ) -> Outcome:
-    moves = loop.moves(given)
+    moves = loop.space.moves(given)
     return Outcome(
         status=_status(loop, bool(moves)),
         loss=config.loss_name,
@@ -272,12 +277,14 @@ def _report(
     )
 
 
-def _proposer(ground: KernelTarget, loop: Loop, config: RefineConfig, notes: list[str]) -> Proposer | None:
+def _proposer(
+    ground: KernelTarget, space: SearchSpace, config: RefineConfig, budget: Budget, notes: list[str]
+) -> Proposer | None:
     """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
-    if not (config.population or config.gradient_steps) or not loop.groups:
+    if not (config.population or config.gradient_steps) or not space.groups:
         return None
     try:
-        return ground.proposer(loop.groups)
+        return ground.proposer(space.groups, budget)
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None

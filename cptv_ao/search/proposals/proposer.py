@@ -41,12 +41,19 @@ class Proposer:
         backend: of the model.
         groups: the tied groups that are searched, by the name of their leader.
         calibration: whose search images the descent learns from.
+        budget: asked before each proposal and step whether to go on.
 
     Raises:
         UnsupportedModelError: the model has an op that the float twin does not know.
     """
 
-    def __init__(self, backend: Backend, groups: Mapping[str, tuple[ScaleSite, ...]], calibration: Calibration) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        calibration: Calibration,
+        budget: Budget,
+    ) -> None:
         self._backend, self._groups = backend, groups
         self._config, self._world = calibration.config, calibration.world
         self._batches, self._teacher = _steps(calibration.search)
@@ -54,24 +61,25 @@ class Proposer:
         self._twin.reround_weights()
         #: images run through the twin so far by this rank; forward and backward count as three
         self.image_forwards = 0
-        #: called with the loss of each step of the descent
-        self.on_step: Callable[[float], None] | None = None
-        #: called between steps of the descent, when `state` says where it is; with True where that is worth saving
-        self.on_pause: Callable[[bool], None] | None = None
-        #: asked before each proposal and step whether to go on
-        self.budget = Budget(None, None, self._world)
+        self._budget = budget
         self._narrowed: set[str] = set()
         self._began = 0.0
         self._descent: GradientDescent | None = None
 
-    def __iter__(self) -> Iterator[Proposal]:
+    def proposals(self, on_step: Callable[[float], None], on_pause: Callable[[bool], None]) -> Iterator[Proposal]:
+        """The population, then those of the descent, or where it was before `resume` what is left of these.
+
+        Args:
+            on_step: called with the loss of each step of the descent.
+            on_pause: called between its steps, when `state` says where it is; with True where that is worth saving.
+        """
         if self._descent is None:
             yield from self._population()
-            if not self._config.gradient_steps or not self.budget.left:
+            if not self._config.gradient_steps or not self._budget.left:
                 return
-            self._began = self._world.first(self.budget.seconds)
+            self._began = self._world.first(self._budget.seconds)
             self._descent = self._new_descent()
-        yield from self._descend(self._descent)
+        yield from self._descend(self._descent, on_step, on_pause)
 
     def state(self) -> State | None:
         """Where the descent is, for `resume`; None where it has not begun, or has come to its end."""
@@ -103,9 +111,9 @@ class Proposer:
         self._limit(limited)
         self._enter()
         for individual in individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0]):
-            if self.budget.left:
+            if self._budget.left:
                 yield individual
-        if "biases" in population and self._correctable() and self.budget.left:
+        if "biases" in population and self._correctable() and self._budget.left:
             yield "biases corrected", partial(self._corrected, dict)
 
     def _correctable(self) -> list[str]:
@@ -193,9 +201,11 @@ class Proposer:
             world=self._world,
         )
 
-    def _descend(self, descent: GradientDescent) -> Iterator[Proposal]:
+    def _descend(
+        self, descent: GradientDescent, on_step: Callable[[float], None], on_pause: Callable[[bool], None]
+    ) -> Iterator[Proposal]:
         proposals = descent.run(
-            self._batches, self._teacher, self._schedule(), self.on_step, lambda: self.budget.left, self.on_pause
+            self._batches, self._teacher, self._schedule(), on_step, lambda: self._budget.left, on_pause
         )
         counted = descent.image_forwards
         for name, scales in proposals:
@@ -216,10 +226,10 @@ class Proposer:
             self._descent = None
 
     def _schedule(self) -> Schedule:
-        config, limit = self._config, self.budget.max_seconds
+        config, limit = self._config, self._budget.max_seconds
         share = _DESCENT_SHARE if config.passes else 1.0
         seconds = math.inf if limit is None else share * max(limit - self._began, 1e-3)
-        started = self.budget.started + self._began
+        started = self._budget.started + self._began
         return Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world, started=started)
 
     def _scales(self) -> Tensor:

@@ -9,6 +9,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.qparams import Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration
+from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
@@ -29,8 +30,9 @@ class SimulatedProposer(Proposer):
         backend: Backend,
         groups: Mapping[str, tuple[ScaleSite, ...]],
         calibration: Calibration,
+        budget: Budget,
     ) -> None:
-        super().__init__(backend, groups, calibration)
+        super().__init__(backend, groups, calibration, budget)
         self._simulated = simulated
 
     def _enter(self) -> None:
