@@ -58,7 +58,7 @@ class Loop:
         listeners: Sequence[Callback] = (),
         given: Baseline | None = None,
     ) -> None:
-        self.space, self.backend, self._world = space, space.backend, budget.world
+        self.space, self.backend, self._world = space, space.store, budget.world
         self.search, self._holdout = scoring.search, scoring.holdout
         self._config, self._listeners = config, tuple(listeners)
         self.rng: np.random.Generator = np.random.default_rng(config.seed)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.strategies.protocol import Group, Layout, Vector
@@ -33,14 +33,14 @@ class ScaleSpace:
     instead of packing them again.
     """
 
-    def __init__(self, backend: Backend, groups: Mapping[str, tuple[ScaleSite, ...]]) -> None:
-        self._backend = backend
+    def __init__(self, store: ScaleStore, groups: Mapping[str, tuple[ScaleSite, ...]]) -> None:
+        self._store = store
         self._groups = dict(groups)
         self.layout = _layout(self._groups)
         self._current = self._read()
         self._limits = self._current.copy()
         self._states: dict[str, Any] = {}
-        leads = ((backend.sites[out].tied, backend.sites[given].tied) for out, given in backend.sums)
+        leads = ((store.sites[out].tied, store.sites[given].tied) for out, given in store.sums)
         self._sums = [pair for pair in leads if not self._groups.keys().isdisjoint(pair)]
         self._slices = {group.name: group.scales for group in self.layout.groups}
         self.rebase()
@@ -68,7 +68,7 @@ class ScaleSpace:
     def rebase(self) -> None:
         """Make what is in the model now the base to which `write` returns for free."""
         self._base = self._current.copy()
-        self._states = {site.name: self._backend.state(site.name) for site in self.sites}
+        self._states = {site.name: self._store.state(site.name) for site in self.sites}
 
     def refresh(self) -> None:
         """Read the model again, after others wrote into it."""
@@ -105,7 +105,7 @@ class ScaleSpace:
         """Scale of an activation in a vector, or in the model where the vector does not hold it."""
         if lead in self._slices:
             return float(vector[self._slices[lead]][0])
-        return float(self._backend.read(lead).scale)
+        return float(self._store.read(lead).scale)
 
     def write(self, vector: Vector, beside: Mapping[str, Beside] | None = None) -> None:
         """Write a repaired vector into the model, and what some weights have beside it, by site name."""
@@ -116,7 +116,7 @@ class ScaleSpace:
                 site = self._groups[group.name][0]
                 shift, correction = beside[site.name]
                 qparams = self._qparams(vector, group, site)
-                self._backend.write(site.name, replace(qparams, shift=shift, correction=correction))
+                self._store.write(site.name, replace(qparams, shift=shift, correction=correction))
                 self._current[group.scales] = vector[group.scales]
                 continue
             if all(np.array_equal(vector[p], self._current[p]) for p in parts):
@@ -124,16 +124,16 @@ class ScaleSpace:
             at_base = all(np.array_equal(vector[p], self._base[p]) for p in parts)
             for site in self._groups[group.name]:
                 if at_base:
-                    self._backend.restore(site.name, self._states[site.name])
+                    self._store.restore(site.name, self._states[site.name])
                 else:
-                    self._backend.write(site.name, self._qparams(vector, group, site))
+                    self._store.write(site.name, self._qparams(vector, group, site))
             for part in parts:
                 self._current[part] = vector[part]
 
     def undo(self) -> None:
         """Put the base back, with what weights have beside it."""
         for name, state in self._states.items():
-            self._backend.restore(name, state)
+            self._store.restore(name, state)
         self._current = self._base.copy()
 
     def from_assignment(self, values: Mapping[str, QParams]) -> Vector:
@@ -150,7 +150,7 @@ class ScaleSpace:
     def _read(self) -> Vector:
         vector = np.empty(self.layout.size, dtype=np.float64)
         for group in self.layout.groups:
-            qparams = self._backend.read(group.name)
+            qparams = self._store.read(group.name)
             vector[group.scales] = qparams.scale.reshape(-1).numpy()
             if group.zero_points is not None:
                 vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
@@ -159,7 +159,7 @@ class ScaleSpace:
     def _qparams(self, vector: Vector, group: Group, site: ScaleSite) -> QParams:
         scale = torch.from_numpy(vector[group.scales].copy()).reshape(site.shape)
         if group.zero_points is None:
-            return replace(self._backend.read(site.name), scale=scale)
+            return replace(self._store.read(site.name), scale=scale)
         return QParams(scale, torch.from_numpy(vector[group.zero_points].copy()).to(torch.int64).reshape(site.shape))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.outcome import SiteMove
@@ -21,38 +21,38 @@ class SearchSpace:
     """The scales of a model that a search may move.
 
     Attributes:
-        backend: reads and writes them.
+        store: reads and writes them.
         groups: the tied groups, by the name of their leader.
         whole: all of them as one vector.
         blocks: those of each block, in graph order; a block without any is left out.
     """
 
-    backend: Backend
+    store: ScaleStore
     groups: Mapping[str, tuple[ScaleSite, ...]]
     whole: ScaleSpace
     blocks: Mapping[str, ScaleSpace]
 
     @staticmethod
-    def of(backend: Backend, config: RefineConfig) -> SearchSpace:
+    def of(store: ScaleStore, config: RefineConfig) -> SearchSpace:
         """What this config searches.
 
         Raises:
             ValueError: a pattern of `config.include` fits no site.
         """
-        groups = _searched(backend, config)
-        blocks = find_blocks(backend.sites.values(), config.blocks)
+        groups = _searched(store, config)
+        blocks = find_blocks(store.sites.values(), config.blocks)
         by_block = {b.name: {s.name: groups[s.name] for s in b.sites if s.name in groups} for b in blocks}
-        spaces = {name: ScaleSpace(backend, own) for name, own in by_block.items() if own}
-        return SearchSpace(backend, groups, ScaleSpace(backend, groups), spaces)
+        spaces = {name: ScaleSpace(store, own) for name, own in by_block.items() if own}
+        return SearchSpace(store, groups, ScaleSpace(store, groups), spaces)
 
     def moves(self, before: Mapping[str, QParams]) -> tuple[SiteMove, ...]:
         """What moved between the scales `before` and those in the model."""
         named = [(block, site.name) for block, space in self.blocks.items() for site in space.sites]
-        found = ((block, name, before[name], self.backend.read(name)) for block, name in named)
+        found = ((block, name, before[name], self.store.read(name)) for block, name in named)
         return tuple(self._move(block, name, old, new) for block, name, old, new in found if not same(old, new))
 
     def _move(self, block: str, name: str, old: QParams, new: QParams) -> SiteMove:
-        site, weight = self.backend.sites[name], self.backend.float_weights.get(name)
+        site, weight = self.store.sites[name], self.store.float_weights.get(name)
         ratio = (new.scale / old.scale).log2().reshape(-1)
         return SiteMove(
             name=name,
@@ -70,15 +70,15 @@ class SearchSpace:
         )
 
 
-def _searched(backend: Backend, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
+def _searched(store: ScaleStore, config: RefineConfig) -> dict[str, tuple[ScaleSite, ...]]:
     for pattern in config.include:
-        if not any(fnmatchcase(name, pattern) for name in backend.sites):
+        if not any(fnmatchcase(name, pattern) for name in store.sites):
             raise ValueError(
                 f"RefineConfig.include: expected patterns of site names, {pattern!r} fits none of the "
-                f"{len(backend.sites)} sites of this model; print(cptv_ao.find_sites(model)) lists them"
+                f"{len(store.sites)} sites of this model; print(cptv_ao.find_sites(model)) lists them"
             )
     return {
         lead: group
-        for lead, group in backend.movable().items()
+        for lead, group in store.movable().items()
         if group[0].kind in config.kinds and any(fnmatchcase(lead, pattern) for pattern in config.include)
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.core.sites import ScaleSite
@@ -14,7 +15,7 @@ from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, check_losses
 from cptv_ao.search.baseline import Baseline, equalized_baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.proposer import Proposer
-from cptv_ao.search.proposals.simulated import SimulatedProposer, as_backend
+from cptv_ao.search.proposals.simulated import SimulatedProposer
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
@@ -28,12 +29,13 @@ class KernelTarget:
         equalize: whether to look for an equivalent form.
 
     Attributes:
-        backend: what the search writes its candidates into.
+        store: what the search writes its candidates into.
         scoring: what it scores them with.
     """
 
     def __init__(self, backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> None:
-        self.backend, self._calibration = backend, calibration
+        self.store: ScaleStore = backend
+        self._backend, self._calibration = backend, calibration
         accept_on = calibration.config.accept_on
         self._judge = kernels if accept_on is None else Shipped(backend.model, accept_on, calibration)
         self._scorings: list[SplitEvaluators] = []
@@ -64,7 +66,7 @@ class KernelTarget:
         Raises:
             UnsupportedModelError: the float twin does not know an op of it.
         """
-        return Proposer(self.backend, groups, self._calibration, budget)
+        return Proposer(self._backend, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
         """What the search has made of the model that ships."""
@@ -80,7 +82,7 @@ class SimulationTarget(KernelTarget):
         self._shipping = backend
         simulated = SimulatedBackend(backend, calibration.config.device)
         self._simulated = simulated.checked(calibration.search.batches[0])
-        self.backend = as_backend(self._simulated)
+        self.store = self._simulated
         search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
         self._search_with(SplitEvaluators(self._simulated.model, replace(calibration, search=search, holdout=holdout)))
         self._before = check_losses(self._judge.losses())

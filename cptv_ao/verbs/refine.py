@@ -178,7 +178,7 @@ def _refine(
     moved_from = {name: backend.read(name) for name in backend.sites}
     budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
     ground = open_target(backend, kernels, calibration, search.equalize)
-    space = SearchSpace.of(ground.backend, config)
+    space = SearchSpace.of(ground.store, config)
     with progress_bar("refine", steps(config, space), search.progress) as advance:
         listeners = [*search.listeners, advancing(advance, config.max_seconds)]
         loop = Loop(space, ground.scoring, config, budget, listeners, ground.given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
@@ -48,13 +49,11 @@ class Proposer:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        groups: Mapping[str, tuple[ScaleSite, ...]],
-        calibration: Calibration,
-        budget: Budget,
+        self, backend: Backend, groups: Mapping[str, tuple[ScaleSite, ...]], calibration: Calibration, budget: Budget
     ) -> None:
-        self._backend, self._groups = backend, groups
+        self._kernels, self._groups = backend, groups
+        # What is searched: a search on the twin leaves the kernels once it knows where they saturate.
+        self._store: ScaleStore = backend
         self._config, self._world = calibration.config, calibration.world
         self._batches, self._teacher = _steps(calibration.search)
         self._twin = Twin(backend).checked(self._batches[0])
@@ -104,13 +103,13 @@ class Proposer:
             raise ValueError(f"expected seconds >= 0 and an order of {len(batches)} batches")
 
     def _population(self) -> Iterator[Proposal]:
-        backend, population = self._backend, self._config.population
-        if backend.form.enforces_ranges:  # for which its observers calibrate
+        population, now = self._config.population, self._kernels.read
+        if self._kernels.form.enforces_ranges:  # for which its observers calibrate
             population = tuple(individual for individual in population if individual != "ranges")
         limited = self._limited()
         self._limit(limited)
         self._enter()
-        for individual in individuals(population, self._twin, self._groups, limited, backend.read, self._batches[0]):
+        for individual in individuals(population, self._twin, self._groups, limited, now, self._batches[0]):
             if self._budget.left:
                 yield individual
         if "biases" in population and self._correctable() and self._budget.left:
@@ -119,12 +118,12 @@ class Proposer:
     def _correctable(self) -> list[str]:
         """Weights whose layers may get another bias."""
         weights = [lead for lead, group in self._groups.items() if group[0].kind == "weight"]
-        return [name for name in weights if self._backend.correctable(name)]
+        return [name for name in weights if self._store.correctable(name)]
 
     @property
     def _corrects(self) -> bool:
         """Whether the kernels have accepted corrected biases."""
-        return any(self._backend.read(name).correction is not None for name in self._correctable())
+        return any(self._store.read(name).correction is not None for name in self._correctable())
 
     def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
         """Scales with the biases that fit them; the twin has both until it follows the model again."""
@@ -134,7 +133,7 @@ class Proposer:
             self._twin.set(name, qparams)
         found, images = corrections(self._twin, self._correctable(), self._batches)
         self.image_forwards += FORWARDS * images
-        held = {name: assignment.get(name, self._backend.read(name)) for name in found}
+        held = {name: assignment.get(name, self._store.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}
 
     def _enter(self) -> None:
@@ -144,15 +143,13 @@ class Proposer:
         """Leaders of the groups that kernels saturate on where all activations use their whole container."""
         sites = [site for group in self._activations().values() for site in group]
         return list(
-            self._saturating(
-                {site.name: rescaled(self._backend.read(site.name), HALF_CONTAINER, site) for site in sites}
-            )
+            self._saturating({site.name: rescaled(self._store.read(site.name), HALF_CONTAINER, site) for site in sites})
         )
 
     def _saturating(self, scales: Assignment) -> dict[str, int]:
         """Leaders of the groups that kernels of any rank saturate on when the model has these scales, and the highest
         code of each."""
-        backend, twin = self._backend, self._twin
+        backend, twin = self._kernels, self._twin
         before = backend.snapshot()
         try:
             for name, qparams in scales.items():
@@ -183,7 +180,7 @@ class Proposer:
     def _follow(self) -> None:
         """Give the twin the scales that are in the model."""
         for name in self._twin.names:
-            self._twin.set(name, self._backend.read(name))
+            self._twin.set(name, self._store.read(name))
 
     def _new_descent(self) -> GradientDescent:
         config = self._config
@@ -220,7 +217,7 @@ class Proposer:
             yield name, partial(self._corrected, scales) if self._corrects else scales
             self._follow()
             if torch.equal(self._scales(), before):
-                descent.go_back_to(self._backend.read)
+                descent.go_back_to(self._store.read)
                 self._limit(narrowed)
         if descent.over:
             self._descent = None
@@ -234,7 +231,7 @@ class Proposer:
 
     def _scales(self) -> Tensor:
         """All searched scales that are in the model, one after another."""
-        return torch.cat([self._backend.read(lead).scale.reshape(-1) for lead in self._groups])
+        return torch.cat([self._store.read(lead).scale.reshape(-1) for lead in self._groups])
 
 
 def _steps(images: Images) -> tuple[list[Batch], list[Tensor]]:

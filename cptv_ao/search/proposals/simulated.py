@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.qparams import Assignment
@@ -40,14 +39,9 @@ class SimulatedProposer(Proposer):
         self._batches = [simulated.batch(batch) for batch in self._batches]
         self._teacher = [target.to(simulated.twin.device) for target in self._teacher]
         self._twin.to(simulated.twin.device)
-        self._backend = as_backend(simulated)
+        self._store = simulated
 
     def _saturating(self, scales: Assignment) -> dict[str, int]:
         """On the kernels: none once the search is on the twin, which never saturates."""
-        on_twin = self._backend is as_backend(self._simulated) or self._backend.form.simulates_itself
+        on_twin = self._store is self._simulated or self._store.form.simulates_itself
         return {} if on_twin else super()._saturating(scales)
-
-
-def as_backend(simulated: SimulatedBackend) -> Backend:
-    """A simulated backend has the methods of a lowered one that a search calls."""
-    return cast(Backend, simulated)
