@@ -22,6 +22,7 @@ from test_saved import changed
 import cptv_ao
 from cptv_ao.core.tensor_file import read_file
 from cptv_ao.search.checkpoint import Checkpoint
+from cptv_ao.search.state import Resumable
 
 CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges", "biases"))
 
@@ -170,9 +171,10 @@ def test_in_the_descent_it_is_saved_as_often_as_it_pays(
     saved = []
     save = Checkpoint.save
 
-    def watched(self: Checkpoint, loop: Any, proposer: Any) -> None:
-        saved.append(None if proposer._descent is None else proposer._descent.steps)
-        save(self, loop, proposer)
+    def watched(self: Checkpoint, search: Resumable) -> None:
+        descent = search.state().descent
+        saved.append(None if descent is None else descent[1]["course"]["steps"])
+        save(self, search)
 
     monkeypatch.setattr(Checkpoint, "save", watched)
     refine(conv, tmp_path / "search", gradient_steps=40)

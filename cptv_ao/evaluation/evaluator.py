@@ -117,6 +117,10 @@ class Evaluator:
         """Make the candidate that was last scored in full the parent that `score(race=True)` races against."""
         self._parent = self._last
 
+    def go_on_from(self, raced: int) -> None:
+        """Count on from so many races, which decide what batch the next one begins with."""
+        self.raced = raced
+
     def score(self, threshold: float = math.inf, race: bool = False, check: bytes = b"") -> float:
         """Loss on all images; `inf` as soon as the partial sum shows that it is not below `threshold`.
 

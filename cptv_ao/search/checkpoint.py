@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from cptv_ao.core.atomic_file import try_out
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import ScalesFileError
 from cptv_ao.core.tensor_file import parse_file, write_file
-from cptv_ao.search.loop import Loop
-from cptv_ao.search.proposals.proposer import Proposer
-from cptv_ao.search.state import put_into, score_again, taken_from
+from cptv_ao.search.state import Resumable, SearchState, from_file, to_file
 
 # In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
 # the moments of Adam for each weight make large files.
 _SECONDS, _SHARE = 60.0, 0.01
-_DESCENT = "descent/"
 _MEND = "delete it to search from the start, or give another path"
 
 
@@ -75,42 +71,31 @@ class Checkpoint:
         """Whether there is a search to go on with."""
         return self._found is not None
 
-    def resume(self, loop: Loop, proposer: Proposer | None) -> bool:
-        """Bring a search to where the file left it; whether its proposals are over.
+    def resume(self, search: Resumable) -> SearchState | None:
+        """Bring a search to where the file left it; None where there is none to go on with.
 
         Raises:
             ScalesFileError: the file does not hold the state of a search, or its scales are not what it says.
         """
         if self._found is None:
-            return False
-        tensors, data = self._found
-        self._found = None
-        with self._told():
-            claimed = put_into(loop, tensors, data)
-        # The scales are here again; their losses are what they are scored to be, whatever the file says.
-        if fault := score_again(loop, claimed):
-            raise ScalesFileError(f"{self._path}: {fault}; {_MEND}")
-        descent = data.get("descent")
-        if descent is None or proposer is None:
-            return True
-        own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
-        with self._told():
-            proposer.resume((own, descent))
-        return False
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
+            return None
+        (tensors, data), self._found = self._found, None
         try:
-            yield
+            state = from_file(tensors, data)
+            search.resume(state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); {_MEND}") from error
+        # The scales are here again; their losses are what they are scored to be, whatever the file says.
+        if fault := state.record.losses.fault(search.score_again()):
+            raise ScalesFileError(f"{self._path}: {fault}; {_MEND}")
+        return state
 
-    def pause(self, loop: Loop, proposer: Proposer, worth: bool) -> None:
-        """Between two steps of the descent: save where it is worth it, or where the last time was long ago."""
-        if worth or time.monotonic() >= self._due:
-            self.save(loop, proposer)
+    @property
+    def due(self) -> bool:
+        """Whether the last time was long ago."""
+        return time.monotonic() >= self._due
 
-    def save(self, loop: Loop, proposer: Proposer | None) -> None:
+    def save(self, search: Resumable) -> None:
         """Write where a search is.
 
         Raises:
@@ -119,11 +104,7 @@ class Checkpoint:
         if self._world.rank:
             return
         started = time.monotonic()
-        tensors, data = taken_from(loop)
-        descent = None if proposer is None else proposer.state()
-        if descent is not None:
-            tensors |= {_DESCENT + key: tensor for key, tensor in descent[0].items()}
-            data["descent"] = descent[1]
+        tensors, data = to_file(search.state())
         try:
             write_file(self._path, tensors, {"fingerprint": self._fingerprint, **data})
         except OSError as error:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.distributed import World
 from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import BlockResult, Losses, Point, Status
@@ -21,17 +24,9 @@ from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.initial_scales import Proposal
 from cptv_ao.search.scale_space import Beside, ScaleSpace
 from cptv_ao.search.search_space import SearchSpace
+from cptv_ao.search.state import Position, Record, SearchLosses, SearchState
 from cptv_ao.search.strategies import make_strategy
 from cptv_ao.search.strategies.protocol import Individual, Vector
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is: whole passes, blocks of the pass after them, and whether that pass has gained anything."""
-
-    passes: int = 0
-    blocks: int = 0
-    gained: bool = False
 
 
 class Loop:
@@ -58,40 +53,73 @@ class Loop:
         listeners: Sequence[Callback] = (),
         given: Baseline | None = None,
     ) -> None:
-        self.space, self.backend, self._world = space, space.store, budget.world
-        self.search, self._holdout = scoring.search, scoring.holdout
+        self.space, self._store, self._world = space, space.store, budget.world
+        self._search, self._holdout = scoring.search, scoring.holdout
         self._config, self._listeners = config, tuple(listeners)
-        self.rng: np.random.Generator = np.random.default_rng(config.seed)
-        self.step_sizes: dict[str, dict[str, float]] = {}
+        self._rng: np.random.Generator = np.random.default_rng(config.seed)
+        self._step_sizes: dict[str, dict[str, float]] = {}
         self.budget = budget
         self.results: list[BlockResult] = []
         self.stages: list[str] = []
-        self.loss = self.search.score()
-        self.search.keep()
-        #: where the search starts: the model that was given, or an equivalent one
-        self.first_state = self.backend.snapshot()
+        self.loss = self._search.score()
+        self._search.keep()
+        # Where the search starts: the model that was given, or an equivalent one.
+        self._first_state = self._store.snapshot()
         self.start = self._both(self.loss) if given is None else given.losses
-        self.given_state = self.first_state if given is None else given.state
+        self._given_state = self._first_state if given is None else given.state
         self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
-        self.best, self.best_state = self.start, self.given_state
+        self.best, self._best_state = self.start, self._given_state
         self.rejected = False
-        self.position = Position()
+        self._position = Position()
         if given is not None:
             self._keep()
 
-    @property
-    def best_is_given(self) -> bool:
-        """Whether nothing better than the model that was given was found yet."""
-        return self.best_state is self.given_state
+    def state(self) -> SearchState:
+        """Where it is, less the descent."""
+        now, best = self._store.snapshot(), None
+        moved = self.space.moved_since(self._first_state)
+        if self._best_state is not self._given_state:
+            self._store.restore_all(self._best_state)
+            best = self.space.moved_since(self._first_state)
+            self._store.restore_all(now)
+        record = Record(
+            position=self._position,
+            losses=SearchLosses(self.start, self.best, self.loss),
+            rejected=self.rejected,
+            step_sizes=deepcopy(self._step_sizes),
+            evaluations=self.budget.evaluations,
+            seconds=self.budget.seconds,
+            results=tuple(self.results),
+            stages=tuple(self.stages),
+            history=tuple(self.history),
+            raced=self._search.raced,
+        )
+        return SearchState(record, dict(self._rng.bit_generator.state), moved, best)
 
-    def losses(self) -> Losses:
-        """Of the scales that are in the model now."""
-        return self._both(self.search.score())
+    def resume(self, state: SearchState) -> None:
+        """Go to where `state` says, see `cptv_ao.search.state.Resumable`."""
+        record, self._best_state = state.record, self._given_state
+        if state.best is not None:
+            self.space.write(state.best)
+            self._best_state = self._store.snapshot()
+            self._store.restore_all(self._first_state)
+        self.space.write(state.now)
+        self._rng.bit_generator.state = state.random
+        self._position, self.rejected, self._step_sizes = record.position, record.rejected, deepcopy(record.step_sizes)
+        self.results, self.stages, self.history = list(record.results), list(record.stages), list(record.history)
+        self.budget.go_on_from(record.evaluations, record.seconds)
+        self._search.go_on_from(record.raced)
 
-    def begin_at(self, best: Losses) -> None:
-        """Go on from the scales that are in the model now, with those losses as the best ones so far."""
-        self.best, self.loss = best, self.search.score()
-        self.search.keep()
+    def score_again(self) -> SearchLosses:
+        """Find the losses of the scales that `resume` has brought back; all ranks together."""
+        now, self.best = self._store.snapshot(), self.start
+        if self._best_state is not self._given_state:
+            self._store.restore_all(self._best_state)
+            self.best = self._both(self._search.score())
+            self._store.restore_all(now)
+        self.loss = self._search.score()
+        self._search.keep()
+        return SearchLosses(self.start, self.best, self.loss)
 
     def propose(self, proposals: Iterable[Proposal]) -> bool:
         """Score scales for the whole model; go on from the best of them if it is better than what is there.
@@ -107,28 +135,18 @@ class Loop:
             assignment = scales()
             proposed = whole.repair(whole.from_assignment(assignment))
             proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
-            whole.write(proposed, self._beside(assignment))
+            whole.write(proposed, _beside(self._store, assignment, self._world))
             loss = self._score(proposed, self.loss)
             better = loss < self.loss
             if better:
                 self.loss = loss
-                self.search.keep()
+                self._search.keep()
             else:
                 whole.undo()
             self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
             self._keep()
         return True
-
-    def _beside(self, assignment: Assignment) -> dict[str, Beside]:
-        """What weights of an assignment, or those in the model, have beside their scales, from rank 0."""
-        found: dict[str, Beside] = {}
-        for name, qparams in assignment.items():
-            now, parts = self.backend.read(name), (qparams.shift, qparams.correction)
-            if any(part is not None for part in (*parts, now.shift, now.correction)):
-                shift, correction = (None if part is None else self._world.from_first(part) for part in parts)
-                found[name] = shift, correction
-        return found
 
     def step(self, loss: float) -> None:
         """Tell the listeners of a step of the descent."""
@@ -139,35 +157,35 @@ class Loop:
         order = list(self.space.blocks.items())
         if self._config.block_order == "backward":
             order.reverse()
-        self.search.plan(space.nodes for space in self.space.blocks.values())
-        for pass_index in range(self.position.passes, self._config.passes):
-            for index in range(self.position.blocks, len(order)):
+        self._search.plan(space.nodes for space in self.space.blocks.values())
+        for pass_index in range(self._position.passes, self._config.passes):
+            for index in range(self._position.blocks, len(order)):
                 if not self.budget.left:
                     break
                 self._visit(*order[index], pass_index)
-                self.position = replace(self.position, blocks=index + 1, gained=self._keep() or self.position.gained)
+                self._position = replace(self._position, blocks=index + 1, gained=self._keep() or self._position.gained)
                 on_block()
             self._tell("pass", f"pass {pass_index + 1}", pass_index, self.loss)
             if not self.budget.left:
                 break
-            if self._config.search == "evolution" and not self.position.gained:
+            if self._config.search == "evolution" and not self._position.gained:
                 break  # a whole pass gained nothing that the held-out images confirm
-            self.position = Position(pass_index + 1, 0, False)
-        self.backend.restore_all(self.best_state)
+            self._position = Position(pass_index + 1, 0, False)
+        self._store.restore_all(self._best_state)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
         """One visit: the strategy proposes, the kernels decide; the best scales stay in the model."""
         space.refresh()
-        self.search.enter(space.nodes)
+        self._search.enter(space.nodes)
         before = self.loss
         strategy = make_strategy(
             self._config.search,
             space.layout,
             Individual(space.vector, before),
-            self.rng,
+            self._rng,
             evaluations=self._config.evaluations,
             epsilon=self._config.epsilon,
-            steps=self.step_sizes.setdefault(name, {}),
+            steps=self._step_sizes.setdefault(name, {}),
         )
         count = accepted = 0
         best = before
@@ -179,7 +197,7 @@ class Loop:
             if loss < best:
                 best = loss
                 accepted += 1
-                self.search.keep()
+                self._search.keep()
             strategy.tell(vector, loss)
             self._tell("candidate", name, pass_index, loss, best)
         winner = strategy.best()
@@ -188,7 +206,7 @@ class Loop:
             self.loss = winner.loss
         else:
             space.write(space.base)
-        self.search.leave()
+        self._search.leave()
         self.results.append(BlockResult(name, pass_index, count, accepted, before, self.loss))
         self._tell("block", name, pass_index, self.loss)
 
@@ -198,7 +216,7 @@ class Loop:
         # Nothing says that a loss of the user's own is never negative: it is always scored in full.
         named = isinstance(self._config.loss, str)
         races = race and named and self._config.racing
-        loss = self.search.score(threshold if named else math.inf, races, vector.tobytes())
+        loss = self._search.score(threshold if named else math.inf, races, vector.tobytes())
         return loss if math.isfinite(loss) else math.inf
 
     def _keep(self) -> bool:
@@ -209,7 +227,7 @@ class Loop:
             self.rejected = True
         elif losses.mean < self.best.mean:
             self.best = losses
-            self.best_state = self.backend.snapshot()
+            self._best_state = self._store.snapshot()
             kept = True
         told = losses.holdout if losses.holdout is None or math.isfinite(losses.holdout) else None
         self.history.append(Point(self.budget.evaluations, self.budget.seconds, self.loss, told, kept))
@@ -220,11 +238,22 @@ class Loop:
 
     def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
         lowest = self.loss if best is None else best
-        budget, model = self.budget, self.backend.model
+        budget, model = self.budget, self._store.model
         event = Event(kind, name, pass_index, budget.evaluations, loss, lowest, budget.seconds, model)
         for listener in self._listeners:
             if listener(event) is STOP:
                 budget.stop(Status.CALLBACK)
+
+
+def _beside(store: ScaleStore, assignment: Assignment, world: World) -> dict[str, Beside]:
+    """What weights of an assignment, or those in the model, have beside their scales, from rank 0."""
+    found: dict[str, Beside] = {}
+    for name, qparams in assignment.items():
+        now, parts = store.read(name), (qparams.shift, qparams.correction)
+        if any(part is not None for part in (*parts, now.shift, now.correction)):
+            shift, correction = (None if part is None else world.from_first(part) for part in parts)
+            found[name] = shift, correction
+    return found
 
 
 def _told(loss: float) -> str:

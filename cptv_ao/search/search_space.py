@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.outcome import SiteMove
-from cptv_ao.core.qparams import QParams, same
+from cptv_ao.core.qparams import Assignment, QParams, same
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import count_shifted
 from cptv_ao.search.scale_space import ScaleSpace
@@ -44,6 +48,25 @@ class SearchSpace:
         by_block = {b.name: {s.name: groups[s.name] for s in b.sites if s.name in groups} for b in blocks}
         spaces = {name: ScaleSpace(store, own) for name, own in by_block.items() if own}
         return SearchSpace(store, groups, ScaleSpace(store, groups), spaces)
+
+    def moved_since(self, first: Mapping[str, Any]) -> Assignment:
+        """Qparams of all sites that are not as in a snapshot."""
+        moved = [name for name, state in first.items() if not _same_state(self.store.state(name), state)]
+        return {name: self.store.read(name) for name in moved}
+
+    def write(self, scales: Assignment) -> None:
+        """Write qparams that another process found, by site name.
+
+        Raises:
+            KeyError, ValueError: they are not those of this model.
+        """
+        for name, qparams in scales.items():
+            if qparams.shift is not None and qparams.shift.shape != (shape := self.store.float_weights[name].shape):
+                raise ValueError(f"{name}: expected a shift of {tuple(shape)}, got {tuple(qparams.shift.shape)}")
+            try:
+                self.store.write(name, qparams)
+            except RuntimeError as error:  # of torch, of other shapes
+                raise ValueError(f"{name}: {error}") from error
 
     def moves(self, before: Mapping[str, QParams]) -> tuple[SiteMove, ...]:
         """What moved between the scales `before` and those in the model."""
@@ -82,3 +105,11 @@ def _searched(store: ScaleStore, config: RefineConfig) -> dict[str, tuple[ScaleS
         for lead, group in store.movable().items()
         if group[0].kind in config.kinds and any(fnmatchcase(lead, pattern) for pattern in config.include)
     }
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return all(_same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or (isinstance(a, (int, float, str)) and bool(a == b))

@@ -1,38 +1,71 @@
-"""Where a search is, as tensors and JSON data, and back. What is read is checked, and its losses are found anew: a file
-can say anything."""
+"""Where a search is, as a value; its tensors and JSON data, and back. What is read is checked; whether its losses are
+those of its scales, only scoring them tells: a file can say anything."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cptv_ao.core.outcome import BlockResult, Losses, Point
 from cptv_ao.core.plain import as_plain, from_plain
-from cptv_ao.core.qparams import QParams
-from cptv_ao.search.loop import Loop, Position
+from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.search.proposals.gradient import State as DescentState
+
+_DESCENT = "descent/"
 
 
 @dataclass(frozen=True)
-class Claimed:
-    """Losses that a file tells of its scales."""
+class Position:
+    """Where a run is: whole passes, blocks of the pass after them, and whether that pass has gained anything."""
+
+    passes: int = 0
+    blocks: int = 0
+    gained: bool = False
+
+
+@dataclass(frozen=True)
+class SearchLosses:
+    """Of the model that was given, of the best scales so far, and of those that are in the model (search images)."""
 
     start: Losses
     best: Losses
     now: float
 
+    def fault(self, found: SearchLosses) -> str:
+        """What is wrong with losses that a file tells, in words; nothing where scoring its scales again has found the
+        same, and the best ones are not worse than the model that was given."""
+        if self.start != found.start:
+            return (
+                f"it started from another loss ({_in_words(self.start)}, here {_in_words(found.start)}): is this "
+                "another machine or thread count?"
+            )
+        if self != found:
+            return (
+                f"its scales are not what it says: best {_in_words(self.best)}, here {_in_words(found.best)}; last "
+                f"{self.now:.6g}, here {found.now:.6g}"
+            )
+        if found.best.worse_than(found.start):
+            return f"its scales are worse than the given ones: {_in_words(found.best)}, those {_in_words(found.start)}"
+        return ""
+
 
 @dataclass(frozen=True)
-class _Told:
-    """All that a file tells beside tensors and generators."""
+class Record:
+    """What a search has done so far, as far as numbers and words tell it.
+
+    Attributes:
+        rejected: whether a state was not accepted for what it made of the held-out images.
+        step_sizes: of the strategies, by block.
+        raced: races of the evaluator so far.
+    """
 
     position: Position
-    losses: Claimed
-    best_is_given: bool
+    losses: SearchLosses
     rejected: bool
     step_sizes: dict[str, dict[str, float]]
     evaluations: int
@@ -42,142 +75,116 @@ class _Told:
     history: tuple[Point, ...]
     raced: int
 
+    def checked(self) -> Record:
+        """Itself.
 
-def taken_from(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Where a search is, for `put_into`: what it moved, by site, and JSON data."""
-    backend, now = loop.backend, loop.backend.snapshot()
-    tensors = _moved(loop, "now")
-    if not loop.best_is_given:
-        backend.restore_all(loop.best_state)
-        tensors |= _moved(loop, "best")
-        backend.restore_all(now)
-    told = _Told(
-        position=loop.position,
-        losses=Claimed(loop.start, loop.best, loop.loss),
-        best_is_given=loop.best_is_given,
-        rejected=loop.rejected,
-        step_sizes=loop.step_sizes,
-        evaluations=loop.budget.evaluations,
-        seconds=loop.budget.seconds,
-        results=tuple(loop.results),
-        stages=tuple(loop.stages),
-        history=tuple(loop.history),
-        raced=loop.search.raced,
-    )
-    return tensors, {**as_plain(told), "random": loop.rng.bit_generator.state}
+        Raises:
+            ValueError: naming what could not be, beside what its scales score.
+        """
+        counts = (self.position.passes, self.position.blocks, self.evaluations, self.raced)
+        steps = [step for steps in self.step_sizes.values() for step in steps.values()]
+        if min(counts) < 0 or not 0 <= self.seconds < math.inf or not all(0 < step < math.inf for step in steps):
+            raise ValueError("expected counts and seconds >= 0, and step sizes > 0")
+        kept = [point for point in self.history if point.kept]
+        if not kept:
+            raise ValueError("expected a history that begins with the start")
+        first, last = (Losses(point.search, point.holdout) for point in (kept[0], kept[-1]))
+        if (first, last) != (self.losses.start, self.losses.best):
+            raise ValueError("expected a history from the start's losses to the best ones")
+        return self
 
 
-def put_into(loop: Loop, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Claimed:
-    """Bring a search to where it was. Its losses are not those of its scales until `score_again` has found them.
+@dataclass(frozen=True)
+class SearchState:
+    """All that a search needs to go on, in another process, too.
+
+    Attributes:
+        record: what it has done so far.
+        random: state of its random generator, JSON-safe.
+        now: of the sites that are not as where it started.
+        best: the same of the best scales so far; None where these are those of the model that was given.
+        descent: where the descent is; None where it has not begun, or is over.
+    """
+
+    record: Record
+    random: dict[str, Any]
+    now: Assignment
+    best: Assignment | None
+    descent: DescentState | None = None
+
+
+class Resumable(Protocol):
+    """A search that can be saved, and go on from what was saved."""
+
+    def state(self) -> SearchState:
+        """Where it is."""
+
+    def resume(self, state: SearchState) -> None:
+        """Go to where it was. Its losses are not those of its scales until `score_again` has found them.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is no state of this search.
+        """
+
+    def score_again(self) -> SearchLosses:
+        """Find the losses of the scales that `resume` has brought back; all ranks together."""
+
+
+def to_file(state: SearchState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state as tensors and JSON data."""
+    data = {**as_plain(state.record), "best_is_given": state.best is None, "random": state.random}
+    tensors = _tensors("now", state.now) | _tensors("best", state.best or {})
+    if state.descent is not None:
+        own, data["descent"] = state.descent
+        tensors |= {_DESCENT + key: tensor for key, tensor in own.items()}
+    return tensors, data
+
+
+def from_file(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> SearchState:
+    """The state that `to_file` took apart.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is not what `taken_from` returned for the same model.
+        KeyError, TypeError, ValueError: it is not that.
     """
-    told = from_plain(_Told, {field.name: data[field.name] for field in fields(_Told)})
-    _check(told)
-    loop.best_state = loop.given_state
-    if not told.best_is_given:
-        _write(loop, tensors, "best")
-        loop.best_state = loop.backend.snapshot()
-        loop.backend.restore_all(loop.first_state)
-    _write(loop, tensors, "now")
-    loop.position, loop.rejected = told.position, told.rejected
-    loop.rng.bit_generator.state = data["random"]
-    loop.step_sizes.update(told.step_sizes)
-    loop.budget.go_on_from(told.evaluations, told.seconds)
-    loop.results += told.results
-    loop.stages += told.stages
-    loop.history = list(told.history)
-    loop.search.raced = told.raced
-    return told.losses
+    record = from_plain(Record, {field.name: data[field.name] for field in fields(Record)}).checked()
+    if type(data["best_is_given"]) is not bool or not isinstance(data["random"], dict):
+        raise TypeError("expected to be told whether the best scales are the given ones, and the random generator")
+    best = None if data["best_is_given"] else _assignment("best", tensors)
+    descent = None
+    if data.get("descent") is not None:
+        own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
+        descent = own, data["descent"]
+    return SearchState(record, data["random"], _assignment("now", tensors), best, descent)
 
 
-def score_again(loop: Loop, claimed: Claimed) -> str:
-    """Find the losses of the scales that `put_into` has brought back; all ranks together.
-
-    Returns:
-        Where they are not what was claimed, or the best ones are worse than the model that was given: that, in words.
-    """
-    if claimed.start != loop.start:
-        return (
-            f"it started from another loss ({_in_words(claimed.start)}, here {_in_words(loop.start)}): is this another "
-            "machine or thread count?"
-        )
-    now, best = loop.backend.snapshot(), loop.start
-    if not loop.best_is_given:
-        loop.backend.restore_all(loop.best_state)
-        best = loop.losses()
-        loop.backend.restore_all(now)
-    loop.begin_at(best)
-    if (best, loop.loss) != (claimed.best, claimed.now):
-        return (
-            f"its scales are not what it says: best {_in_words(claimed.best)}, here {_in_words(best)}; last "
-            f"{claimed.now:.6g}, here {loop.loss:.6g}"
-        )
-    if best.worse_than(loop.start):
-        return f"its scales are worse than the given ones: {_in_words(best)}, those {_in_words(loop.start)}"
-    return ""
-
-
-def _check(told: _Told) -> None:
-    """What could not be, beside what its scales score.
-
-    Raises:
-        ValueError: naming it.
-    """
-    counts = (told.position.passes, told.position.blocks, told.evaluations, told.raced)
-    steps = [step for steps in told.step_sizes.values() for step in steps.values()]
-    if min(counts) < 0 or not 0 <= told.seconds < math.inf or not all(0 < step < math.inf for step in steps):
-        raise ValueError("expected counts and seconds >= 0, and step sizes > 0")
-    kept = [point for point in told.history if point.kept]
-    first, last = (Losses(point.search, point.holdout) for point in (kept[0], kept[-1]))
-    if (first, last) != (told.losses.start, told.losses.best):
-        raise ValueError("expected a history from the start's losses to the best ones")
-
-
-def _moved(loop: Loop, prefix: str) -> dict[str, Tensor]:
-    """Qparams of the sites that are not as where the search started."""
+def _tensors(prefix: str, scales: Assignment) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, first in loop.first_state.items():
-        if not _same(loop.backend.state(name), first):
-            qparams = loop.backend.read(name)
-            tensors[f"{prefix}/{name}/scale"] = qparams.scale
-            tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
-            for part, beside in (("shift", qparams.shift), ("correction", qparams.correction)):
-                if beside is not None:
-                    tensors[f"{prefix}/{name}/{part}"] = beside.clone()  # "now" and "best" may hold the same
+    for name, qparams in scales.items():
+        tensors[f"{prefix}/{name}/scale"] = qparams.scale
+        tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
+        for part, beside in (("shift", qparams.shift), ("correction", qparams.correction)):
+            if beside is not None:
+                tensors[f"{prefix}/{name}/{part}"] = beside.clone()  # "now" and "best" may hold the same
     return tensors
 
 
-def _write(loop: Loop, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    for name in loop.first_state:
-        scale = tensors.get(f"{prefix}/{name}/scale")
-        if scale is not None:
-            zero_point = tensors[f"{prefix}/{name}/zero_point"]
-            shift, correction = (tensors.get(f"{prefix}/{name}/{part}") for part in ("shift", "correction"))
-            if shift is not None:
-                _expect(f"{name}/shift", shift, torch.int8, loop.backend.float_weights[name].dim())
-            if correction is not None:
-                _expect(f"{name}/correction", correction, torch.float32, 1)
-            try:
-                loop.backend.write(name, QParams(scale, zero_point, shift, correction))
-            except RuntimeError as error:  # of torch, of other shapes
-                raise ValueError(f"{name}: {error}") from error
-
-
-def _expect(name: str, found: Tensor, dtype: torch.dtype, dims: int) -> None:
-    if found.dtype != dtype or found.dim() != dims:
-        raise ValueError(f"{name}: expected {dtype} of {dims} dimensions, got {found.dtype} of {found.dim()}")
+def _assignment(prefix: str, tensors: Mapping[str, Tensor]) -> Assignment:
+    scales: Assignment = {}
+    for key, scale in tensors.items():
+        if key.startswith(f"{prefix}/") and key.endswith("/scale"):
+            own = key.removesuffix("/scale")
+            shift, correction = tensors.get(f"{own}/shift"), tensors.get(f"{own}/correction")
+            if shift is not None and shift.dtype != torch.int8:
+                raise ValueError(f"{own}/shift: expected torch.int8, got {shift.dtype}")
+            if correction is not None and (correction.dtype, correction.dim()) != (torch.float32, 1):
+                raise ValueError(
+                    f"{own}/correction: expected torch.float32 of 1 dimension, got {correction.dtype} of "
+                    f"{correction.dim()}"
+                )
+            scales[own.removeprefix(f"{prefix}/")] = QParams(scale, tensors[f"{own}/zero_point"], shift, correction)
+    return scales
 
 
 def _in_words(losses: Losses) -> str:
     held_out = "" if losses.holdout is None else f" and {losses.holdout:.6g} held out"
     return f"{losses.search:.6g}{held_out}"
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or torch.equal(a, b)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, (int, float, str)) and bool(a == b))

@@ -42,13 +42,14 @@ from cptv_ao.search.fingerprint import fingerprint
 from cptv_ao.search.loop import Loop
 from cptv_ao.search.progress import advancing, steps
 from cptv_ao.search.proposals.proposer import Proposer
+from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, open_target
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Settings:
     """How a refine searches, and who is told."""
 
     config: RefineConfig
@@ -140,7 +141,7 @@ def refine(
                 kept = tuple(individual for individual in config.population if individual != "biases")
                 config = replace(config, equalize=False, population=kept)
             equalizes = config.equalize and config.searches_all
-            search = _Search(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
+            search = _Settings(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
             batches = read_batches(calib_loader, backend.form.takes_fixed_batch(lowered))
             report = _refine(backend, batches, sources, search)
             if report.moves and lowered is not model:
@@ -154,7 +155,7 @@ def _refine(
     backend: Backend,
     batches: list[Batch],
     sources: FloatSources,
-    search: _Search,
+    search: _Settings,
 ) -> Outcome:
     config, world = search.config, search.world
     if sources.weights is not None:
@@ -185,14 +186,14 @@ def _refine(
         check_losses(loop.start)
         proposer = _proposer(ground, space, config, budget, notes)
         with stop_on_interrupt(budget.stop):
-            _run(loop, proposer, checkpoint)
+            Search(loop, proposer, checkpoint).run()
     report = ground.judged(_report(loop, moved_from, kernels, config, search.config.told(), notes))
     forwards = ground.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(world.sum(torch.tensor(forwards))))
 
 
 def _calibration(
-    backend: Backend, batches: list[Batch], sources: FloatSources, search: _Search
+    backend: Backend, batches: list[Batch], sources: FloatSources, search: _Settings
 ) -> tuple[Calibration, list[str]]:
     """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
     config, world = search.config, search.world
@@ -207,7 +208,7 @@ def _calibration(
     return Calibration(config, images, held_out, world), notes
 
 
-def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> Checkpoint | None:
+def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Settings) -> Checkpoint | None:
     """Where the search is saved; the ranks of one search must all have been given the same."""
     path, world = search.checkpoint, search.world
     wanted = world.first(0.0 if path is None else 1.0)
@@ -227,24 +228,6 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Search) -> 
             stacklevel=4,
         )
     return checkpoint
-
-
-def _run(loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:
-    """The search, from its start or from where the checkpoint left it."""
-
-    def save() -> None:
-        if checkpoint is not None:
-            checkpoint.save(loop, proposer)
-
-    def pause(worth: bool) -> None:
-        if checkpoint is not None and proposer is not None:
-            checkpoint.pause(loop, proposer, worth)
-
-    if checkpoint is None or not checkpoint.resume(loop, proposer):
-        proposals = () if proposer is None else proposer.proposals(loop.step, pause)
-        if loop.propose(proposals):
-            save()
-    loop.run(save)
 
 
 def _report(
