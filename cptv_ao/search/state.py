@@ -160,11 +160,9 @@ def from_file(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> SearchS
 def _tensors(prefix: str, scales: Assignment) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, qparams in scales.items():
-        tensors[f"{prefix}/{name}/scale"] = qparams.scale
-        tensors[f"{prefix}/{name}/zero_point"] = qparams.zero_point
-        for part, beside in (("shift", qparams.shift), ("correction", qparams.correction)):
-            if beside is not None:
-                tensors[f"{prefix}/{name}/{part}"] = beside.clone()  # "now" and "best" may hold the same
+        for part in fields(qparams):
+            if (held := getattr(qparams, part.name)) is not None:
+                tensors[f"{prefix}/{name}/{part.name}"] = held.clone()  # "now" and "best" may hold the same
     return tensors
 
 
