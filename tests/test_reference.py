@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -251,7 +250,7 @@ def test_a_reference_model_is_restored_on_any_exception(where: str, monkeypatch:
     if where == "write":
         monkeypatch.setattr("cptv_ao.backends.reference._settle", partly)
     if where == "written":
-        monkeypatch.setattr(importlib.import_module("cptv_ao.verbs.refine"), "write_back", written)
+        monkeypatch.setattr("cptv_ao.backends.open.write_back", written)
     callback = fail if where == "callback" else None
     with pytest.raises(KeyboardInterrupt):
         cptv_ao.refine(reference, batches, config=_config(), callback=callback, progress=False)

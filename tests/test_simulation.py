@@ -83,7 +83,7 @@ def test_the_descent_starts_from_what_the_population_left_in_the_twin(
 
     def followed(self: SimulatedProposer) -> None:
         follow(self)
-        seen.append((self._twin.get("head.weight").scale, self._backend.read("head.weight").scale))
+        seen.append((self._twin.get("head.weight").scale, self._store.read("head.weight").scale))
 
     monkeypatch.setattr(SimulatedProposer, "_follow", followed)
     population = ("output_error",)

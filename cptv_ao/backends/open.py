@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import weight_ranges
-from cptv_ao.backends.reference import fix_shared, is_reference, lower
+from cptv_ao.backends.reference import fix_shared, is_reference, lower, write_back
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import without_torch_floods
 from cptv_ao.core.sites import SiteTable
@@ -33,6 +35,46 @@ def find_sites(model: GraphModule) -> SiteTable:
 def open_model(model: GraphModule) -> Backend:
     """Of a converted model, or of a lowered copy of a reference model."""
     return Backend(lower(model) if is_reference(model) else model)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that was given, and what is run and written of it until `commit`.
+
+    Attributes:
+        given: a converted model, or a reference model.
+        backend: of that model, or of a lowered copy of a reference model.
+    """
+
+    given: GraphModule
+    backend: Backend
+
+    @staticmethod
+    def of(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> OpenedModel:
+        """Of a model whose scales are numbers.
+
+        Raises:
+            UnsupportedModelError: the model is not a converted one.
+            NonFiniteError: a scale is zero, NaN or infinite.
+        """
+        backend = open_backend(model, float_model, config)
+        backend.check_finite()
+        return OpenedModel(model, backend)
+
+    @property
+    def keeps_form(self) -> bool:
+        """Whether nothing but scales may change: a reference model has no place for another bias or norm."""
+        return self.backend.model is not self.given
+
+    @property
+    def float_weights(self) -> nn.Module | None:
+        """The module that holds them, where that is the model itself: a reference model."""
+        return self.given if self.keeps_form else None
+
+    def commit(self) -> None:
+        """Leave in the model that was given what is in the backend."""
+        if self.keeps_form:
+            write_back(self.backend.model, self.given)
 
 
 def open_backend(model: GraphModule, float_model: nn.Module | None, config: RefineConfig) -> Backend:

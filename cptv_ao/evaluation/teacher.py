@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.open import OpenedModel
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
@@ -30,9 +30,9 @@ class FloatSources:
     weights: nn.Module | None
 
     @staticmethod
-    def of(model: GraphModule, lowered: GraphModule, float_model: nn.Module | None) -> FloatSources:
-        """Of a model that was given and what is run of it: a reference model holds float weights itself."""
-        return FloatSources(float_model, float_model if float_model is not None or lowered is model else model)
+    def of(opened: OpenedModel, float_model: nn.Module | None) -> FloatSources:
+        """Of a model that may hold float weights itself, and its float original, where that is there."""
+        return FloatSources(float_model, opened.float_weights if float_model is None else float_model)
 
     def teacher_for(self, backend: Backend, batch: Batch) -> nn.Module:
         """The float model, or else the quantized one in float (with the float weights that its backend knows).

@@ -19,11 +19,18 @@ from cptv_ao.transforms.equalize import equalize
 
 @dataclass(frozen=True)
 class Baseline:
-    """Losses and state of the model that was given, and what was done to it since, one line each."""
+    """The model that was given, where there is an equivalent form of it in its place.
+
+    Attributes:
+        losses, state: of the model that was given.
+        done: to it since, one line each.
+        scoring: scores the form that is there now, whose tensors are others.
+    """
 
     losses: Losses
     state: Mapping[str, Any]
     done: tuple[str, ...]
+    scoring: SplitEvaluators
 
     def judge(self, report: Outcome, backend: Backend) -> Outcome:
         """What a search on the simulation made of the equivalent form; it goes if it is worse than what was given."""
@@ -33,9 +40,7 @@ class Baseline:
         return replace(report, status=Status.REJECTED, before=self.losses, after=self.losses, moves=())
 
 
-def equalized_baseline(
-    backend: Backend, judge: SplitEvaluators | Shipped, calibration: Calibration
-) -> tuple[Baseline, SplitEvaluators] | None:
+def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calibration: Calibration) -> Baseline | None:
     """Make an equivalent form of a model.
 
     Args:
@@ -44,8 +49,7 @@ def equalized_baseline(
         calibration: as for `SplitEvaluators`.
 
     Returns:
-        The model that was given, and what scores the one that is there now, whose tensors are others; None where there
-        is no other form, or none that computes numbers.
+        The model that was given; None where there is no other form, or none that computes numbers.
     """
     state = backend.snapshot()
 
@@ -60,12 +64,12 @@ def equalized_baseline(
     done = equalize(backend, calibration.search.batches, calibration.world, confirmed)
     if not done:
         return None
-    given = Baseline(_at(backend, state, judge.losses), state, tuple(done))
+    given = _at(backend, state, judge.losses)
     scoring = _scoring(backend, calibration)
     if scoring is None:
         backend.restore_all(state)
         return None
-    return given, scoring
+    return Baseline(given, state, tuple(done), scoring)
 
 
 def _at(backend: Backend, state: Mapping[str, Any], measured: Callable[[], Losses]) -> Losses:

@@ -12,7 +12,7 @@ from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration, on_device
 from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, check_losses
-from cptv_ao.search.baseline import Baseline, equalized_baseline
+from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.proposals.simulated import SimulatedProposer
@@ -23,32 +23,23 @@ class KernelTarget:
     """The kernels of a model: what is searched is what ships.
 
     Args:
-        backend: of the model, which gets an equivalent form where it has one.
-        kernels: scores the model that was given.
+        backend: of the model, as it is searched.
+        kernels: scores the model as it was given.
+        form: the model that was given, where it has another form now.
         calibration: as for `SplitEvaluators`.
-        equalize: whether to look for an equivalent form.
 
     Attributes:
         store: what the search writes its candidates into.
         scoring: what it scores them with.
     """
 
-    def __init__(self, backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> None:
+    def __init__(
+        self, backend: Backend, kernels: SplitEvaluators, form: Baseline | None, calibration: Calibration
+    ) -> None:
+        self._backend, self._form, self._calibration = backend, form, calibration
         self.store: ScaleStore = backend
-        self._backend, self._calibration = backend, calibration
-        accept_on = calibration.config.accept_on
-        self._judge = kernels if accept_on is None else Shipped(backend.model, accept_on, calibration)
-        self._scorings: list[SplitEvaluators] = []
-        self._search_with(kernels)
-        self._form: Baseline | None = None
-        if equalize and (found := equalized_baseline(backend, self._judge, calibration)):
-            self._form, scoring = found
-            self._judge = scoring if accept_on is None else self._judge
-            self._search_with(scoring)
-
-    def _search_with(self, scoring: SplitEvaluators) -> None:
-        self.scoring = scoring
-        self._scorings.append(scoring)
+        self.scoring = kernels if form is None else form.scoring
+        self._scorings = [kernels] if form is None else [kernels, form.scoring]
 
     @property
     def given(self) -> Baseline | None:
@@ -75,16 +66,28 @@ class KernelTarget:
 
 
 class SimulationTarget(KernelTarget):
-    """The float twin of a model, on any device: what is found there ships where the kernels find it no worse."""
+    """The float twin of a model, on any device: what is found there ships where the kernels find it no worse.
 
-    def __init__(self, backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> None:
-        super().__init__(backend, kernels, calibration, equalize)
-        self._shipping = backend
+    Args:
+        backend, kernels, form, calibration: as above.
+        shipped: gives the losses that count; None: those of the kernels.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        kernels: SplitEvaluators,
+        form: Baseline | None,
+        calibration: Calibration,
+        shipped: Shipped | None,
+    ) -> None:
+        super().__init__(backend, kernels, form, calibration)
+        self._judge = self.scoring if shipped is None else shipped
         simulated = SimulatedBackend(backend, calibration.config.device)
-        self._simulated = simulated.checked(calibration.search.batches[0])
-        self.store = self._simulated
+        self.store = self._simulated = simulated.checked(calibration.search.batches[0])
         search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
-        self._search_with(SplitEvaluators(self._simulated.model, replace(calibration, search=search, holdout=holdout)))
+        self.scoring = SplitEvaluators(self.store.model, replace(calibration, search=search, holdout=holdout))
+        self._scorings.append(self.scoring)
         self._before = check_losses(self._judge.losses())
 
     @property
@@ -93,53 +96,74 @@ class SimulationTarget(KernelTarget):
         return None
 
     def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]], budget: Budget) -> Proposer:
-        return SimulatedProposer(self._simulated, self._shipping, groups, self._calibration, budget)
+        return SimulatedProposer(self._simulated, self._backend, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
-        report = confirmed(found, self._simulated, self._shipping, self._judge, self._before)
-        return super().judged(report if self._form is None else self._form.judge(report, self._shipping))
+        report = self._confirmed(found)
+        return super().judged(report if self._form is None else self._form.judge(report, self._backend))
+
+    def _confirmed(self, found: Outcome) -> Outcome:
+        """Write what was found into the model, and keep it if its own kernels find it no worse on both sets.
+
+        Args:
+            found: what the search on the twin reports.
+
+        Returns:
+            The report of what ships: before and after are losses of the kernels. Where they are worse, the model has
+            the scales from before again.
+        """
+        before = self._before
+        told = (
+            f"searched on the simulation, whose loss went from {number(found.before.search)} to "
+            f"{number(found.after.search)}"
+        )
+        if not found.moves:
+            return replace(found, before=before, after=before, notes=(*found.notes, told))
+        given = self._backend.snapshot()
+        self._simulated.commit()
+        after = self._judge.losses()
+        if not after.worse_than(before):
+            return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
+        self._backend.restore_all(given)
+        told += f"; rejected: on the kernels it went from {_change(before, after)}"
+        notes = (*found.notes, told + "; the default score_on='kernels' searches there")
+        return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)
 
 
-def open_target(backend: Backend, kernels: SplitEvaluators, calibration: Calibration, equalize: bool) -> KernelTarget:
-    """Where this config searches this model; arguments as for `KernelTarget`.
+def what_ships(backend: Backend, calibration: Calibration) -> Shipped | None:
+    """Scores what `accept_on` makes of the model; None where its kernels ship.
 
     Raises:
         ValueError: `accept_on` where the kernels that are searched accept.
     """
-    config = calibration.config
-    if config.score_on == "simulation" or backend.form.simulates_itself:
-        return SimulationTarget(backend, kernels, calibration, equalize)
-    if config.accept_on is not None:
+    accept_on = calibration.config.accept_on
+    if accept_on is None:
+        return None
+    if not _on_simulation(backend, calibration):
         raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
-    return KernelTarget(backend, kernels, calibration, equalize)
+    return Shipped(backend.model, accept_on, calibration)
 
 
-def confirmed(
-    found: Outcome, simulated: SimulatedBackend, backend: Backend, judge: SplitEvaluators | Shipped, before: Losses
-) -> Outcome:
-    """Write what was found into the lowered model, and keep it if its own kernels find it no worse on both sets.
+def open_target(
+    backend: Backend,
+    kernels: SplitEvaluators,
+    form: Baseline | None,
+    calibration: Calibration,
+    shipped: Shipped | None,
+) -> KernelTarget:
+    """Where this config searches this model; arguments as for `SimulationTarget`."""
+    if _on_simulation(backend, calibration):
+        return SimulationTarget(backend, kernels, form, calibration, shipped)
+    return KernelTarget(backend, kernels, form, calibration)
 
-    Args:
-        found: what the search on the twin reports.
-        judge, before: gives the losses of the lowered model that count, and those before the search.
 
-    Returns:
-        The report of what ships: before and after are losses of the kernels. Where they are worse, the model has the
-        scales from before again.
-    """
-    losses = number(found.before.search), number(found.after.search)
-    told = f"searched on the simulation, whose loss went from {losses[0]} to {losses[1]}"
-    if not found.moves:
-        return replace(found, before=before, after=before, notes=(*found.notes, told))
-    given = backend.snapshot()
-    simulated.commit()
-    after = judge.losses()
-    if not after.worse_than(before):
-        return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
-    backend.restore_all(given)
-    held_out = (
-        f", held-out {number(before.holdout)} to {number(after.holdout)}" if before.holdout and after.holdout else ""
-    )
-    told += f"; rejected: on the kernels it went from {number(before.search)} to {number(after.search)}{held_out}"
-    notes = (*found.notes, told + "; the default score_on='kernels' searches there")
-    return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)
+def _on_simulation(backend: Backend, calibration: Calibration) -> bool:
+    return calibration.config.score_on == "simulation" or backend.form.simulates_itself
+
+
+def _change(before: Losses, after: Losses) -> str:
+    """From which losses to which, in words."""
+    told = f"{number(before.search)} to {number(after.search)}"
+    if before.holdout and after.holdout:
+        told += f", held-out {number(before.holdout)} to {number(after.holdout)}"
+    return told

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.backends.open import open_backend
+from cptv_ao.backends.open import OpenedModel
 from cptv_ao.core.batches import read_batches
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
@@ -62,9 +62,8 @@ def diagnose(
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
     check_device(config.device)
     with plain_torch():
-        backend = open_backend(model, float_model, config)
-        backend.check_finite()
-        sources = FloatSources.of(model, backend.model, float_model)
+        opened = OpenedModel.of(model, float_model, config)
+        backend, sources = opened.backend, FloatSources.of(opened, float_model)
         batches = read_batches(calib_loader, backend.form.takes_fixed_batch(backend.model), _IMAGES)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.backends.open import open_backend
-from cptv_ao.backends.reference import write_back
+from cptv_ao.backends.open import OpenedModel
 from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch, read_batches, split_batches
 from cptv_ao.core.config import RefineConfig
@@ -26,9 +25,8 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.objective import settled
-from cptv_ao.core.outcome import Outcome, Status
+from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
-from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
@@ -36,28 +34,29 @@ from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
+from cptv_ao.search.baseline import equalized_baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint
 from cptv_ao.search.loop import Loop
+from cptv_ao.search.outcome import outcome_of
 from cptv_ao.search.progress import advancing, steps
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
-from cptv_ao.search.target import KernelTarget, open_target
+from cptv_ao.search.target import KernelTarget, open_target, what_ships
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """How a refine searches, and who is told."""
+class _Asked:
+    """How a refine searches, who is told, and where it is saved."""
 
     config: RefineConfig
     world: World
-    listeners: Sequence[Callback]
+    listeners: tuple[Callback, ...]
     progress: bool
     checkpoint: str | os.PathLike[str] | None
-    equalize: bool
 
 
 def refine(
@@ -128,75 +127,78 @@ def refine(
     with World.of(config.distributed) as world, plain_torch():
         if checkpoint is not None and world.rank == 0:
             check_path(checkpoint)
-        backend = open_backend(model, float_model, config)
-        if not inplace:
-            model = copy.deepcopy(model)
-            backend = open_backend(model, float_model, config)
-        backend.check_finite()
-        lowered = backend.model
-        sources = FloatSources.of(model, lowered, float_model)
-        with restored_on_error(model, backend), eval_mode(lowered, float_model):
-            listeners = [callback] if callback is not None and world.rank == 0 else []
-            if lowered is not model:  # a reference model keeps its form and its biases
-                kept = tuple(individual for individual in config.population if individual != "biases")
-                config = replace(config, equalize=False, population=kept)
-            equalizes = config.equalize and config.searches_all
-            search = _Settings(config, world, listeners, progress and world.rank == 0, checkpoint, equalizes)
-            batches = read_batches(calib_loader, backend.form.takes_fixed_batch(lowered))
-            report = _refine(backend, batches, sources, search)
-            if report.moves and lowered is not model:
-                write_back(lowered, model)
-            put_on(model, replace(report, notes=(*report.notes, *saving_notes(model))))
+        opened = OpenedModel.of(model if inplace else copy.deepcopy(model), float_model, config)
+        sources, given, searched = FloatSources.of(opened, float_model), opened.given, opened.backend.model
+        listeners = (callback,) if callback is not None and world.rank == 0 else ()
+        asked = _Asked(_allowed(config, opened), world, listeners, progress and world.rank == 0, checkpoint)
+        with restored_on_error(given, opened.backend), eval_mode(searched, float_model):
+            batches = read_batches(calib_loader, opened.backend.form.takes_fixed_batch(searched))
+            report = _refine(opened.backend, batches, sources, asked)
+            if report.moves:
+                opened.commit()
+            put_on(given, replace(report, notes=(*report.notes, *saving_notes(given))))
             world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
-    return model
+    return given
 
 
-def _refine(
-    backend: Backend,
-    batches: list[Batch],
-    sources: FloatSources,
-    search: _Settings,
-) -> Outcome:
-    config, world = search.config, search.world
-    if sources.weights is not None:
-        attach_float_weights(backend, sources.weights)
-    else:
-        warnings.warn(
-            "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
-            "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
-            CptvWarning,
-            stacklevel=3,
-        )
-    checkpoint = _checkpoint(backend, batches, search)
-    calibration, told = _calibration(backend, batches, sources, search)
-    config = calibration.config
+def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked: _Asked) -> Outcome:
+    """The method: what is known of the model, what it is scored on, where it is searched, the search, the verdict."""
+    _attach_weights(backend, sources)
+    checkpoint = _checkpoint(backend, batches, asked)
+
+    calibration, told = _calibration(backend, batches, sources, asked)
+    config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
     kernels = SplitEvaluators(backend.model, calibration)
     notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
-    notes += told
-    notes += agreement_notes(backend, calibration.search.batches[0], config)
-    moved_from = {name: backend.read(name) for name in backend.sites}
-    budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
-    ground = open_target(backend, kernels, calibration, search.equalize)
-    space = SearchSpace.of(ground.store, config)
-    with progress_bar("refine", steps(config, space), search.progress) as advance:
-        listeners = [*search.listeners, advancing(advance, config.max_seconds)]
-        loop = Loop(space, ground.scoring, config, budget, listeners, ground.given)
+    notes += [*told, *agreement_notes(backend, calibration.search.batches[0], config)]
+
+    budget = Budget(config.max_evaluations, config.max_seconds, asked.world)  # its seconds count from here
+    shipped = what_ships(backend, calibration)
+    equalizes, judge = config.equalize and config.searches_all, kernels if shipped is None else shipped
+    form = equalized_baseline(backend, judge, calibration) if equalizes else None  # equal in float, better to quantize
+    target = open_target(backend, kernels, form, calibration, shipped)
+    space = SearchSpace.of(target.store, config)
+
+    with progress_bar("refine", steps(config, space), asked.progress) as advance:
+        listeners = (*asked.listeners, advancing(advance, config.max_seconds))
+        loop = Loop(space, target.scoring, config, budget, listeners, target.given)
         check_losses(loop.start)
-        proposer = _proposer(ground, space, config, budget, notes)
+        proposer = _proposer(target, space, config, budget, notes)
         with stop_on_interrupt(budget.stop):
             Search(loop, proposer, checkpoint).run()
-    report = ground.judged(_report(loop, moved_from, kernels, config, search.config.told(), notes))
-    forwards = ground.image_forwards + (0 if proposer is None else proposer.image_forwards)
-    return replace(report, image_forwards=int(world.sum(torch.tensor(forwards))))
+
+    report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
+    forwards = target.image_forwards + (0 if proposer is None else proposer.image_forwards)
+    return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
+
+
+def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:
+    """What of a config this model lets be done."""
+    if not opened.keeps_form:
+        return config
+    return replace(config, equalize=False, population=tuple(one for one in config.population if one != "biases"))
+
+
+def _attach_weights(backend: Backend, sources: FloatSources) -> None:
+    """The float weights from which codes are rounded anew, where they are known."""
+    if sources.weights is not None:
+        attach_float_weights(backend, sources.weights)
+        return
+    warnings.warn(
+        "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
+        "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
+        CptvWarning,
+        stacklevel=4,
+    )
 
 
 def _calibration(
-    backend: Backend, batches: list[Batch], sources: FloatSources, search: _Settings
+    backend: Backend, batches: list[Batch], sources: FloatSources, asked: _Asked
 ) -> tuple[Calibration, list[str]]:
     """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
-    config, world = search.config, search.world
+    config, world = asked.config, asked.world
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
         split = split_batches(counted(batches, teacher, config.output or first_floating, world), config.holdout)
@@ -208,13 +210,13 @@ def _calibration(
     return Calibration(config, images, held_out, world), notes
 
 
-def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Settings) -> Checkpoint | None:
+def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Checkpoint | None:
     """Where the search is saved; the ranks of one search must all have been given the same."""
-    path, world = search.checkpoint, search.world
+    path, world = asked.checkpoint, asked.world
     wanted = world.first(0.0 if path is None else 1.0)
     if world.size == 1 and not wanted:
         return None
-    prints = fingerprint(backend, search.config, batches)
+    prints = fingerprint(backend, asked.config, batches)
     for what, value in prints.parts.items():
         world.same(f"the {what}", json.dumps(value).encode())
     if not wanted:
@@ -230,55 +232,14 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], search: _Settings) -
     return checkpoint
 
 
-def _report(
-    loop: Loop,
-    given: Mapping[str, QParams],
-    kernels: SplitEvaluators,
-    config: RefineConfig,
-    settings: dict[str, str],
-    notes: Sequence[str],
-) -> Outcome:
-    moves = loop.space.moves(given)
-    return Outcome(
-        status=_status(loop, bool(moves)),
-        loss=config.loss_name,
-        before=loop.start,
-        after=loop.best,
-        blocks=tuple(loop.results),
-        moves=moves,
-        stages=tuple(loop.stages),
-        sites=len(given),
-        evaluations=loop.budget.evaluations,
-        image_forwards=0,
-        images=(kernels.search.images, kernels.holdout.images if kernels.holdout else 0),
-        seconds=loop.budget.seconds,
-        seed=config.seed,
-        threads=torch.get_num_threads(),
-        notes=tuple(notes),
-        history=tuple(loop.history),
-        settings=settings,
-    )
-
-
 def _proposer(
-    ground: KernelTarget, space: SearchSpace, config: RefineConfig, budget: Budget, notes: list[str]
+    target: KernelTarget, space: SearchSpace, config: RefineConfig, budget: Budget, notes: list[str]
 ) -> Proposer | None:
     """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
     if not (config.population or config.gradient_steps) or not space.groups:
         return None
     try:
-        return ground.proposer(space.groups, budget)
+        return target.proposer(space.groups, budget)
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None
-
-
-def _status(loop: Loop, moved: bool) -> Status:
-    stopped = loop.budget.stopped
-    if stopped:
-        return stopped
-    if not loop.budget.left:
-        return Status.BUDGET
-    if moved:
-        return Status.IMPROVED
-    return Status.REJECTED if loop.rejected else Status.UNCHANGED
