@@ -1,4 +1,4 @@
-"""Small networks that hold every kind of scale home, and stock quantization of them."""
+"""Small networks that hold every kind of slot of scales, and stock quantization of them."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_a_form_that_computes_no_numbers_is_left(monkeypatch: pytest.MonkeyPatch
     case = Case(model, *nets.quantize(model, batches), batches)
 
     def spoil(backend: Any, *_: Any) -> list[str]:
-        backend.put("2.weight", "3.bias", torch.full((5,), torch.nan))
+        backend.rewrites.put("2.weight", "3.bias", torch.full((5,), torch.nan))
         return ["spoilt"]
 
     monkeypatch.setattr(baseline, "equalize", spoil)

@@ -120,7 +120,7 @@ def test_forms_at_fault_are_found_among_others() -> None:
         """Twice the weight, half the bias added; or, in vain, the weight as it is on another scale."""
         now = backend.read(name)
         if name in wrong:
-            backend.set_float_weight(name, backend.float_weights[name] * 2)
+            backend.weights.set_float(name, backend.float_weights[name] * 2)
         backend.write(name, cptv_ao.QParams(now.scale * 1.01, now.zero_point))
         return name
 

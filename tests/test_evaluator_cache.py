@@ -144,7 +144,7 @@ def test_a_write_before_the_cut_is_noticed(start, change: str) -> None:
     elif change == "weight":
         backend = Backend(model)
         site = next(s.name for s in backend.sites.values() if s.kind == "weight")
-        backend.set_float_weight(site, backend.weight(site).dequantize() * 0.5)
+        backend.weights.set_float(site, backend.weight(site).dequantize() * 0.5)
         backend.write(site, backend.read(site))
     else:
         model.get_submodule("blocks.0.conv").scale *= 2

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.reference import lower
-from cptv_ao.backends.scale_slots import BufferHome
+from cptv_ao.backends.scale_slots import BufferScaleSlot
 
 BATCHES = list(nets.images(24, 3, 8, 8).split(6))
 
@@ -210,9 +210,9 @@ def test_an_undo_that_fails_goes_on_and_hides_nothing(failures: int, monkeypatch
     seen."""
     model, converted, _ = made(lowered)
     given, left, undoing = everything(converted), [failures], [False]
-    restore = BufferHome.restore
+    restore = BufferScaleSlot.restore
 
-    def failing(self: BufferHome, state: Any) -> None:
+    def failing(self: BufferScaleSlot, state: Any) -> None:
         if undoing[0] and left[0] > 0:
             left[0] -= 1
             raise RuntimeError("no restore")
@@ -223,7 +223,7 @@ def test_an_undo_that_fails_goes_on_and_hides_nothing(failures: int, monkeypatch
             undoing[0] = True
             raise Injected("first")
 
-    monkeypatch.setattr(BufferHome, "restore", failing)
+    monkeypatch.setattr(BufferScaleSlot, "restore", failing)
     with pytest.raises(Injected, match="first") as caught:
         refine(converted, model, callback=stop)
     assert everything(converted) == given

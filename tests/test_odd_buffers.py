@@ -69,7 +69,7 @@ def test_scales_that_share_their_memory_are_written() -> None:
     site = next(site for site in Backend(converted).sites.values() if site.kind == "weight" and site.shape == (8,))
     backend = Backend(converted)
     with restored_on_error(converted, backend):
-        backend.set_float_weight(site.name, backend.weight(site.name).dequantize())
+        backend.weights.set_float(site.name, backend.weight(site.name).dequantize())
         now = backend.read(site.name)
         backend.write(site.name, cptv_ao.QParams(now.scale * torch.linspace(1, 2, 8), now.zero_point))
     assert len(set(backend.read(site.name).scale.tolist())) == 8

@@ -77,7 +77,7 @@ def test_a_functional_convolution_is_packed_again_as_what_it_is(name: str) -> No
     model, images = quantized(*(KNOWN | UNKNOWN)[name], "x86")
     backend, before = Backend(model), model(images)
     weight = next(site for site in backend.sites.values() if site.kind == "weight")
-    backend.set_float_weight(weight.name, backend.weight(weight.name).dequantize())
+    backend.weights.set_float(weight.name, backend.weight(weight.name).dequantize())
     given = backend.read(weight.name)
     backend.write(weight.name, given)
     assert torch.equal(model(images), before)

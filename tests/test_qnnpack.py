@@ -57,7 +57,7 @@ def as_shipped(model: GraphModule) -> Tensor:
 
 @pytest.mark.parametrize("what", ["first.scale", "first_input_zero_point_0"])
 def test_torch_still_does_it(what: str) -> None:
-    """If this fails, QNNPACK was repaired, and `PackedHome.renew` can go."""
+    """If this fails, QNNPACK was repaired, and `PackedWeightSlot.renew` can go."""
     if "qnnpack" not in torch.backends.quantized.supported_engines:
         pytest.skip("no qnnpack here")
     torch.backends.quantized.engine = "qnnpack"
@@ -87,7 +87,7 @@ def test_what_moves_is_seen(models: tuple[nn.Module, GraphModule], factor: float
         backend.restore(name, states[name])
         assert torch.equal(quantized(BATCHES[0]), given), name
     weights = [name for name, site in backend.sites.items() if site.kind == "weight"]
-    assert all(backend.state(name)[0] is states[name][0] for name in weights)
+    assert all(backend.state(name).stored.slot is states[name].stored.slot for name in weights)
 
 
 def test_what_refine_leaves_is_what_ships(models: tuple[nn.Module, GraphModule]) -> None:

@@ -237,8 +237,8 @@ def test_a_reference_model_is_restored_on_any_exception(where: str, monkeypatch:
 
     settle = reference_backend._settle
 
-    def partly(home: Any, codes: Tensor) -> None:
-        settle(home, codes)
+    def partly(place: Any, codes: Tensor) -> None:
+        settle(place, codes)
         if everything(reference)["state_dict"] != given["state_dict"]:
             fail()
 

@@ -71,7 +71,7 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> None:
             found = _nearest((p for p in held if p.numel() == weight.numel()), weight, site, found)
             _turn_behind(held, found.weight)
         if found.steps <= 2 * HALF_STEP:
-            backend.set_float_weight(site.name, found.weight)
+            backend.weights.set_float(site.name, found.weight)
         elif not exported or site.op in _LAYERS:  # else a constant, which stays as it is
             _refuse(path, weight, found.shapes)
 

@@ -13,18 +13,16 @@ from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.graph_form import GraphForm
 from cptv_ao.backends.scale_slots import (
-    ActivationHome,
-    AttributeHome,
-    BufferHome,
-    Home,
-    ModuleWeightHome,
-    PackedHome,
-    PackedWeightHome,
+    AttributeScaleSlot,
+    BufferScaleSlot,
+    FunctionalWeightSlot,
+    ModuleWeightSlot,
+    ScaleSlot,
     ScannedGraph,
-    WeightHome,
+    WeightSlot,
     infer_range,
 )
-from cptv_ao.backends.tensor_slots import Slot
+from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable, output_name, weight_name
 from cptv_ao.fx.ops import op_name, op_of, packet_of
@@ -81,7 +79,8 @@ class _Scanner:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._scopes = ModulePaths(model)
         self._sites: dict[str, ScaleSite] = {}
-        self._homes: dict[str, Home] = {}
+        self._activations: dict[str, ScaleSlot] = {}
+        self._weights: dict[str, WeightSlot] = {}
         self._by_node: dict[Node, str] = {}  # activation site of a node's output
         self._by_attribute: dict[str, str] = {}  # site of a root buffer or packed weight
         self._unknown: list[str] = []
@@ -100,7 +99,7 @@ class _Scanner:
         for node in self._cats:
             self._tie(node)
         table = SiteTable(tuple(self._sites.values()), tuple(self._unknown), tuple(self._weight_only))
-        return ScannedGraph(table, self._homes, tuple(self._pairs()), tuple(self._remembered()))
+        return ScannedGraph(table, self._activations, self._weights, tuple(self._pairs()), tuple(self._remembered()))
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for node in self._sums:
@@ -112,12 +111,10 @@ class _Scanner:
     def _remembered(self) -> Iterator[tuple[str, str]]:
         """The output of each packed weight's op, and the input of each convolution that pads."""
         for node, name in self._weighted:
-            home, given = self._homes[name], node.args[0]
-            if not isinstance(home, PackedHome):
-                continue
+            given, pads = node.args[0], self._weights[name].pads
             if node in self._by_node:
                 yield self._by_node[node], name
-            source = producer(given, self._by_node, self._modules) if isinstance(given, Node) and home.pads else None
+            source = producer(given, self._by_node, self._modules) if isinstance(given, Node) and pads else None
             if source in self._by_node:
                 yield self._by_node[source], name
 
@@ -136,8 +133,8 @@ class _Scanner:
         elif known.role == "lookup":
             self._weight_only.append(f"{path} ({name})")
         elif known.product:
-            home: WeightHome = ModuleWeightHome(module)
-            self._add_weight(node, weight_name(path), name, path, home, _DYNAMIC if known.role == "dynamic" else "")
+            fixed = _DYNAMIC if known.role == "dynamic" else ""
+            self._add_weight(node, weight_name(path), name, path, ModuleWeightSlot(module), fixed)
         if known is not None and known.role in {"static", "scaled"}:
             self._visit_output(node, module, known)
 
@@ -145,9 +142,9 @@ class _Scanner:
         """Add the site of a module whose output has a scale of its own."""
         path, name, scale = str(node.target), type(module).__name__, cast(Any, module).scale
         if isinstance(scale, Tensor):
-            activation: ActivationHome = BufferHome(Slot(module, "scale"), Slot(module, "zero_point"))
+            activation: ScaleSlot = BufferScaleSlot(TensorSlot(module, "scale"), TensorSlot(module, "zero_point"))
         else:
-            activation = AttributeHome(module)
+            activation = AttributeScaleSlot(module)
         fixed = known.fixed
         if not fixed and "scale" not in module.state_dict():  # nnq.ELU
             fixed = "a state_dict does not keep it"
@@ -187,8 +184,8 @@ class _Scanner:
             attribute = str(source.target)
             dynamic = _DYNAMIC if known.role == "dynamic" else ""
             scope = self._scopes.of(node)
-            home = PackedWeightHome(self._model, attribute)
-            self._add_weight(node, self._scopes.name(attribute), op, scope, home, dynamic)
+            slot = FunctionalWeightSlot(self._model, attribute)
+            self._add_weight(node, self._scopes.name(attribute), op, scope, slot, dynamic)
         return bool(packed)
 
     def _visit_buffers(self, node: Node, op: str, dtype: Any, channels: int | None) -> bool:
@@ -199,14 +196,14 @@ class _Scanner:
         if len(scales) != 1 or len(zeros) != 1:
             return False
         attribute = str(scales[0].target)
-        home = BufferHome(Slot.of(self._model, attribute), Slot.of(self._model, str(zeros[0].target)))
+        slot = BufferScaleSlot(TensorSlot.of(self._model, attribute), TensorSlot.of(self._model, str(zeros[0].target)))
         scope = self._scopes.of_attribute(attribute)
         name = self._scopes.name(attribute)
         if name in self._sites and self._by_attribute.get(attribute) != name:
             name = attribute
         self._by_attribute[attribute] = name
         fixed = self._fixed_source(node) if node.target is torch.quantize_per_tensor else ""
-        self._add_activation(node, name, op, scope, home, dtype, fixed, channels)
+        self._add_activation(node, name, op, scope, slot, dtype, fixed, channels)
         return True
 
     def _fixed_source(self, node: Node) -> str:
@@ -223,7 +220,7 @@ class _Scanner:
         name: str,
         op: str,
         scope: str,
-        home: ActivationHome,
+        slot: ScaleSlot,
         dtype: Any,
         fixed: str,
         channels: int | None,
@@ -235,18 +232,18 @@ class _Scanner:
         if dtype not in _DTYPE_RANGE:
             fixed = fixed or f"dtype {dtype} is not searched"
         qmin, qmax = _DTYPE_RANGE.get(dtype, (0, 0))
-        self._homes[name] = home
+        self._activations[name] = slot
         self._sites[name] = ScaleSite(
             name, "activation", op, scope, (), None, qmin, qmax, not fixed, (node.name,), name, fixed, channels
         )
 
-    def _add_weight(self, node: Node, name: str, op: str, scope: str, home: WeightHome, fixed: str) -> None:
+    def _add_weight(self, node: Node, name: str, op: str, scope: str, slot: WeightSlot, fixed: str) -> None:
         if name in self._sites:
             self._weighted.append((node, name))
             self._sites[name] = replace(self._sites[name], nodes=(*self._sites[name].nodes, node.name))
             return
         try:
-            weight = home.weight()
+            weight = slot.weight()
         except RuntimeError as error:  # QNNPACK, of what it packs for three dimensions: no state_dict either
             raise UnsupportedModelError(
                 f"{name}: the engine does not give the weight of {op} back ({error}); convert for another engine "
@@ -267,7 +264,7 @@ class _Scanner:
             shape = (weight.shape[axis],) if axis is not None else ()
             qmin, qmax = self._ranges.get(name) or infer_range(weight)
         self._weighted.append((node, name))
-        self._homes[name] = home
+        self._weights[name] = slot
         self._sites[name] = ScaleSite(
             name, "weight", op, scope, shape, axis, qmin, qmax, False, (node.name,), name, fixed
         )
@@ -286,9 +283,9 @@ class _Scanner:
         if len(sites) < 2:
             return
         lead = sites[0]
-        first = self._homes[lead.name].read()
+        first = self._activations[lead.name].read()
         for site in sites[1:]:
-            own = self._homes[site.name].read()
+            own = self._activations[site.name].read()
             if own.scale == first.scale and own.zero_point == first.zero_point:
                 self._join(site.tied, lead.tied)
                 lead = self._sites[lead.name]

@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.graph_form import GraphForm
-from cptv_ao.backends.scale_slots import BufferHome, ScannedGraph, WeightHome
-from cptv_ao.backends.tensor_slots import Slot
+from cptv_ao.backends.scale_slots import BufferScaleSlot, ScaleSlot, ScannedGraph, WeightSlot, quantized_weight
+from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.fx.paths import fetch
@@ -51,19 +51,20 @@ def _scan(model: GraphModule) -> ScannedGraph:
     Dynamic quantization has no scales to search: what computes them at run time is told as not understood.
     """
     sites: dict[str, ScaleSite] = {}
-    homes: dict[str, Any] = {}
+    activations: dict[str, LiteralScaleSlot] = {}
+    weights: dict[str, Pt2eWeightSlot] = {}
     unknown: list[str] = []
     by_qparams: dict[tuple[float, int], str] = {}
-    weights = {group[0]: group for group in _weights(model)}
-    known = {node for group in weights.values() for node in group}
+    groups = {group[0]: group for group in _weights(model)}
+    known = {node for group in groups.values() for node in group}
     for node in model.graph.nodes:
-        if node in weights:
-            weight = ExportedWeightHome(model, weights[node])
+        if node in groups:
             name = _unique(f"{_scope(node)}.weight", node, sites)
-            sites[name], homes[name] = _weight_site(name, weights[node], weight), weight
+            weights[name] = Pt2eWeightSlot(model, groups[node])
+            sites[name] = _weight_site(name, groups[node], weights[name])
         elif _quantizes_activation(node):
             name = _unique(f"{_scope(node)}.input", node, sites)
-            homes[name] = LiteralHome(model, node)
+            activations[name] = LiteralScaleSlot(model, node)
             known.update(node.users)
             qmin, qmax = (int(limit) for limit in node.args[3:5])
             # An observer that several nodes share gave them the very same qparams.
@@ -73,8 +74,8 @@ def _scan(model: GraphModule) -> ScannedGraph:
             )
         elif _is_op(node, "") and node not in known and not (_is_weight(node) or _computed(node)):
             unknown.append(f"{node.name} ({node.target})")
-    _fix_shared_codes(sites, homes)
-    return ScannedGraph(SiteTable(tuple(sites.values()), tuple(unknown)), homes, (), ())
+    _fix_shared_codes(sites, weights)
+    return ScannedGraph(SiteTable(tuple(sites.values()), tuple(unknown)), activations, weights)
 
 
 def _weights(model: GraphModule) -> list[list[Node]]:
@@ -89,20 +90,20 @@ def _weights(model: GraphModule) -> list[list[Node]]:
     return list(groups.values())
 
 
-def _fix_shared_codes(sites: dict[str, ScaleSite], homes: Mapping[str, Any]) -> None:
+def _fix_shared_codes(sites: dict[str, ScaleSite], weights: Mapping[str, Pt2eWeightSlot]) -> None:
     """Weights whose codes another one has on a scale of its own never move."""
-    held = {name: home.codes_at for name, home in homes.items() if isinstance(home, ExportedWeightHome)}
+    held = {name: slot.codes_at for name, slot in weights.items()}
     counts = Counter(held.values())
     for name, codes in held.items():
         if codes is not None and counts[codes] > 1:
             sites[name] = replace(sites[name], fixed="its codes stand on another scale, too")
 
 
-class LiteralHome:
+class LiteralScaleSlot:
     """A scale and zero_point among the arguments of a quantize node and of its dequantize nodes, or of several
     dequantize nodes of one weight."""
 
-    slots: tuple[Slot, ...] = ()
+    tensors: tuple[TensorSlot, ...] = ()
 
     def __init__(self, model: GraphModule, node: Node, *others: Node) -> None:
         self._model, self._node = model, node
@@ -126,50 +127,48 @@ class LiteralHome:
                     node.args = (node.args[0], *state, *node.args[3:])
 
 
-class ExportedWeightHome(WeightHome):
+class Pt2eWeightSlot(WeightSlot):
     """A weight before its dequantize nodes: int8 codes that are written, or a float weight that the graph rounds."""
 
     def __init__(self, model: GraphModule, nodes: Sequence[Node]) -> None:
         node, source = nodes[0], nodes[0].args[0]
         assert isinstance(source, Node)
         quantize = source if source.op == "call_function" else None
-        held = Slot.of(model, str(_constant(node)))
-        self._codes: Slot | None = None if quantize is not None else held
-        #: the float weight, where the graph holds it
-        self.float_weight: Tensor | None = held.tensor if quantize is not None else None
+        held = TensorSlot.of(model, str(_constant(node)))
+        self._codes: TensorSlot | None = None if quantize is not None else held
+        self.float_weight = held.tensor if quantize is not None else None
         self.axis: int | None = None
         if _is_op(node, _PER_CHANNEL):
-            scale, zero_point = (Slot.of(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node))
-            self._qparams: Any = BufferHome(scale, zero_point, scale.tensor.shape)
+            scale, zero_point = (
+                TensorSlot.of(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node)
+            )
+            self._qparams: ScaleSlot = BufferScaleSlot(scale, zero_point, scale.tensor.shape)
             self.axis = int(node.args[3])  # type: ignore[arg-type]
             limits: Any = node.args[4:7]
         else:
             literals = nodes if quantize is None else [quantize]
-            self._qparams = LiteralHome(model, *literals)
+            self._qparams = LiteralScaleSlot(model, *literals)
             limits = node.args[3:6]
         self.limits, self._dtype = (int(limits[0]), int(limits[1])), limits[2]
-        self.slots = (*self._qparams.slots, *(() if self._codes is None else (self._codes,)))
+        self.tensors = (*self._qparams.tensors, *(() if self._codes is None else (self._codes,)))
 
     @property
-    def codes_at(self) -> Slot | None:
+    def codes_at(self) -> TensorSlot | None:
         """Where the codes are, None where a float weight is held."""
         return self._codes
 
     def read(self) -> QParams:
-        qparams: QParams = self._qparams.read()
-        return qparams
+        return self._qparams.read()
 
     def weight(self) -> Tensor:
         qparams = self.read()
         codes = self._rounded(qparams) if self._codes is None else self._codes.tensor
         if codes.dtype != torch.int8:
             return codes
-        if self.axis is None:
-            return torch._make_per_tensor_quantized_tensor(codes, float(qparams.scale), int(qparams.zero_point))
-        return torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, self.axis)
+        return quantized_weight(codes, qparams, self.axis)
 
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        assert bias is None, "a bias is not part of this home"
+        assert bias is None, "the bias is not held with the weight"
         if self._codes is not None:
             self._codes.tensor.copy_(codes)
         self._qparams.write(qparams)
@@ -182,6 +181,9 @@ class ExportedWeightHome(WeightHome):
             self._codes.tensor.copy_(state[0])
         self._qparams.restore(state[1])
 
+    def renew(self) -> None:
+        """Nothing to do: a graph in float remembers nothing."""
+
     def _rounded(self, qparams: QParams) -> Tensor:
         assert self.float_weight is not None
         shape = [1] * self.float_weight.dim()
@@ -192,12 +194,12 @@ class ExportedWeightHome(WeightHome):
         return codes.clamp(*self.limits).to(self._dtype)
 
 
-def _weight_site(name: str, nodes: Sequence[Node], home: ExportedWeightHome) -> ScaleSite:
-    fixed = "" if home.weight().dtype == torch.qint8 else "weights of this dtype are not searched"
-    shape, (qmin, qmax) = tuple(home.read().scale.shape), home.limits
+def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> ScaleSite:
+    fixed = "" if slot.weight().dtype == torch.qint8 else "weights of this dtype are not searched"
+    shape, (qmin, qmax) = tuple(slot.read().scale.shape), slot.limits
     users = tuple(dict.fromkeys(user.name for node in nodes for user in node.users))
     op, scope = _op(nodes[0]), _scope(nodes[0])
-    return ScaleSite(name, "weight", op, scope, shape, home.axis, qmin, qmax, False, users, name, fixed)
+    return ScaleSite(name, "weight", op, scope, shape, slot.axis, qmin, qmax, False, users, name, fixed)
 
 
 def fused_weights(model: nn.Module) -> dict[str, Tensor]:

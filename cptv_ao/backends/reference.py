@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.tensor_slots import Slot
+from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.quantized_ops import is_quantized, of_module
 
@@ -32,7 +32,7 @@ _MARKS = 2**16
 
 
 @dataclass(frozen=True)
-class _Home:
+class _Place:
     """Where a reference model keeps the qparams of one quantize node or weighted module.
 
     Attributes:
@@ -40,9 +40,9 @@ class _Home:
         axis: channel axis of the weight, None per tensor.
     """
 
-    scale: Slot
-    zero_point: Slot
-    weight: Slot | None = None
+    scale: TensorSlot
+    zero_point: TensorSlot
+    weight: TensorSlot | None = None
     axis: int | None = None
 
 
@@ -99,15 +99,15 @@ def write_back(lowered: GraphModule, reference: GraphModule, qconfig_map: Mappin
         UnsupportedModelError: a scale of the copy has no place in the reference model; nothing was written.
     """
     backend = Backend(lowered)
-    places = _places(backend, reference, qconfig_map)
+    places = _places_by_site(backend, reference, qconfig_map)
     values = {name: backend.read(name) for name in places}
-    codes = {name: backend.weight(name).int_repr() for name, home in places.items() if home.weight is not None}
+    codes = {name: backend.weight(name).int_repr() for name, place in places.items() if place.weight is not None}
     with torch.no_grad():
-        for name, home in places.items():
-            _replace(home.scale, values[name].scale)
-            _replace(home.zero_point, values[name].zero_point)
-            if home.weight is not None:
-                _settle(home, codes[name].reshape(home.weight.tensor.shape))
+        for name, place in places.items():
+            _replace(place.scale, values[name].scale)
+            _replace(place.zero_point, values[name].zero_point)
+            if place.weight is not None:
+                _settle(place, codes[name].reshape(place.weight.tensor.shape))
 
 
 def fix_shared(backend: Backend, reference: GraphModule) -> None:
@@ -120,27 +120,27 @@ def fix_shared(backend: Backend, reference: GraphModule) -> None:
     quantized = (node for node in reference.graph.nodes if node.target in _QUANTIZE and _source(node) is not None)
     if all(len(back.users) < 2 for node in quantized for back in node.users):
         return
-    places = _places(backend, reference, None)
-    counts = Counter(home.scale for home in places.values())
-    held = {name: home.weight for name, home in places.items() if home.weight is not None and counts[home.scale] > 1}
-    backend.fix(held, "the reference model has one place for several such weights")
+    places = _places_by_site(backend, reference, None)
+    counts = Counter(place.scale for place in places.values())
+    held = {name: p.weight for name, p in places.items() if p.weight is not None and counts[p.scale] > 1}
+    backend.rewrites.fix(held, "the reference model has one place for several such weights")
     for name, slot in held.items():  # the teacher's
-        backend.set_float_weight(name, slot.tensor)
+        backend.weights.set_float(name, slot.tensor)
 
 
-def state(model: GraphModule) -> list[tuple[Slot, Tensor]]:
+def state(model: GraphModule) -> list[tuple[TensorSlot, Tensor]]:
     """The tensors that `write_back` may replace in a reference model, for `restore`."""
-    slots = (slot for home in _homes(model) for slot in (home.scale, home.zero_point, home.weight))
+    slots = (slot for place in _places(model) for slot in (place.scale, place.zero_point, place.weight))
     return [(slot, slot.tensor) for slot in slots if slot is not None]
 
 
-def restore(before: Sequence[tuple[Slot, Tensor]]) -> None:
+def restore(before: Sequence[tuple[TensorSlot, Tensor]]) -> None:
     """Put back what `state` returned: the very tensors."""
     for slot, tensor in before:
         slot.put(tensor)
 
 
-def _replace(slot: Slot, value: Tensor) -> None:
+def _replace(slot: TensorSlot, value: Tensor) -> None:
     """Another tensor in the place of one that holds other numbers."""
     given = slot.tensor
     value = value.reshape(given.shape).to(given)
@@ -148,52 +148,54 @@ def _replace(slot: Slot, value: Tensor) -> None:
         slot.put(value.clone())
 
 
-def _settle(home: _Home, codes: Tensor) -> None:
+def _settle(place: _Place, codes: Tensor) -> None:
     """Move the float weights that would be rounded to other codes."""
-    held = cast(Slot, home.weight)
-    weight, scale, zero_point = held.tensor, home.scale.tensor, home.zero_point.tensor
-    if home.axis is None:
+    held = cast(TensorSlot, place.weight)
+    weight, scale, zero_point = held.tensor, place.scale.tensor, place.zero_point.tensor
+    if place.axis is None:
         shape = [1] * weight.dim()
         quantized = torch.quantize_per_tensor(weight, float(scale), int(zero_point), torch.qint8)
     else:
-        shape = [-1 if d == home.axis else 1 for d in range(weight.dim())]
-        quantized = torch.quantize_per_channel(weight, scale, zero_point, home.axis, torch.qint8)
+        shape = [-1 if d == place.axis else 1 for d in range(weight.dim())]
+        quantized = torch.quantize_per_channel(weight, scale, zero_point, place.axis, torch.qint8)
     value = (codes.to(weight.dtype) - zero_point.reshape(shape)) * scale.reshape(shape)
     _replace(held, torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
 
 
-def _places(backend: Backend, reference: GraphModule, qconfig_map: Mapping[str, Any] | None) -> dict[str, _Home]:
-    """The home in the reference model of each site of its lowered copy.
+def _places_by_site(
+    backend: Backend, reference: GraphModule, qconfig_map: Mapping[str, Any] | None
+) -> dict[str, _Place]:
+    """The place in the reference model of each site of its lowered copy.
 
-    Found by marking: each home of a copy of the reference model gets a scale of its own; where that scale turns up
+    Found by marking: each place of a copy of the reference model gets a scale of its own; where that scale turns up
     after lowering is the site.
     """
     marked = copy.deepcopy(reference)
     with torch.no_grad():
-        for k, home in enumerate(_homes(marked)):
-            home.scale.put(torch.full_like(home.scale.tensor, 1 + k / _MARKS))
+        for k, place in enumerate(_places(marked)):
+            place.scale.put(torch.full_like(place.scale.tensor, 1 + k / _MARKS))
     marks = Backend(lower(marked, qconfig_map))
-    homes = _homes(reference)
-    places: dict[str, _Home] = {}
+    places = _places(reference)
+    found: dict[str, _Place] = {}
     for name, site in backend.sites.items():
         mark = float(marks.read(name).scale.reshape(-1)[0]) if name in marks.sites else 0.0
         index = round((mark - 1) * _MARKS)
-        if 0 <= index < len(homes) and mark == 1 + index / _MARKS:
-            places[name] = homes[index]
+        if 0 <= index < len(places) and mark == 1 + index / _MARKS:
+            found[name] = places[index]
         elif not site.fixed:
             raise UnsupportedModelError(f"{name}: the reference model has no place for this scale", name)
-    return places
+    return found
 
 
-def _homes(model: GraphModule) -> list[_Home]:
+def _places(model: GraphModule) -> list[_Place]:
     """Every place of a reference model that holds qparams, in a fixed order."""
-    homes = []
+    places = []
     for module in model.modules():
         if _is_reference_module(module) and getattr(module, "weight_dtype", None) == torch.qint8:
             owner = cast(Any, module)
             axis = owner.weight_axis_int if "channel" in str(owner.weight_qscheme) else None
-            scale, zero_point = Slot(owner, "weight_scale"), Slot(owner, "weight_zero_point")
-            homes.append(_Home(scale, zero_point, Slot(owner, "weight"), axis))
+            scale, zero_point = TensorSlot(owner, "weight_scale"), TensorSlot(owner, "weight_zero_point")
+            places.append(_Place(scale, zero_point, TensorSlot(owner, "weight"), axis))
     seen = set()
     for node in model.graph.nodes:
         if node.op != "call_function" or node.target not in _QUANTIZE:
@@ -202,11 +204,11 @@ def _homes(model: GraphModule) -> list[_Home]:
         if len(sources) != 2 or str(sources[0].target) in seen:
             continue
         seen.add(str(sources[0].target))
-        scale, zero_point = (Slot.of(model, str(source.target)) for source in sources)
+        scale, zero_point = (TensorSlot.of(model, str(source.target)) for source in sources)
         axis = int(node.args[3]) if node.target is torch.quantize_per_channel else None
         weight = _source(node)
-        homes.append(_Home(scale, zero_point, None if weight is None else Slot.of(model, weight), axis))
-    return homes
+        places.append(_Place(scale, zero_point, None if weight is None else TensorSlot.of(model, weight), axis))
+    return places
 
 
 def _source(node: Node) -> str | None:

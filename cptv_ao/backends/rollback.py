@@ -23,7 +23,7 @@ def restored_on_error(model: GraphModule, backend: Backend) -> Iterator[None]:
         model: the one that was given.
         backend: of that model, or of its lowered copy where it is a reference model.
     """
-    before, owned, meta = backend.snapshot(), backend.owned(), dict(model.meta)
+    before, owned, meta = backend.snapshot(), backend.own_tensors(), dict(model.meta)
     held = reference.state(model) if backend.model is not model else []
 
     def undo() -> None:

@@ -1,28 +1,29 @@
-"""The places inside a lowered model that hold a scale. Each knows how to read, write and restore one of them."""
+"""The slots of a lowered model that hold a scale. Each knows how to read, write and restore one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.backends.tensor_slots import Slot
+from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
 
 
-class ActivationHome(Protocol):
+class ScaleSlot(Protocol):
     """Holds the scale and zero_point of an activation, per tensor.
 
     Attributes:
-        slots: whose tensors it writes.
+        tensors: the slots of the tensors that it writes into.
     """
 
     @property
-    def slots(self) -> tuple[Slot, ...]: ...
+    def tensors(self) -> tuple[TensorSlot, ...]: ...
 
     def read(self) -> QParams: ...
     def write(self, qparams: QParams) -> None: ...
@@ -30,37 +31,37 @@ class ActivationHome(Protocol):
     def restore(self, state: Any) -> None: ...
 
 
-class BufferHome:
+class BufferScaleSlot:
     """A scale and zero_point as buffers, of the root (`quantize_per_tensor`, `quantized.add`) or of a module
     (`nnq.LayerNorm`); of a PT2E graph also those of the channels of a weight.
 
     They are written in place, for a search holds on to them: see `cptv_ao.backends.tensor_slots` for whose they are.
     """
 
-    def __init__(self, scale: Slot, zero_point: Slot, shape: Sequence[int] = ()) -> None:
-        self.slots, self._shape = (scale, zero_point), tuple(shape)
+    def __init__(self, scale: TensorSlot, zero_point: TensorSlot, shape: Sequence[int] = ()) -> None:
+        self.tensors, self._shape = (scale, zero_point), tuple(shape)
 
     def read(self) -> QParams:
-        scale, zero_point = (slot.tensor.detach().reshape(self._shape) for slot in self.slots)
+        scale, zero_point = (slot.tensor.detach().reshape(self._shape) for slot in self.tensors)
         return QParams(scale.to("cpu", torch.float64, copy=True), zero_point.to("cpu", torch.int64, copy=True))
 
     def write(self, qparams: QParams) -> None:
         self.restore((qparams.scale, qparams.zero_point))
 
     def state(self) -> tuple[Tensor, Tensor]:
-        scale, zero_point = (slot.copied() for slot in self.slots)
+        scale, zero_point = (slot.copied() for slot in self.tensors)
         return scale, zero_point
 
     def restore(self, state: tuple[Tensor, Tensor]) -> None:
         with torch.no_grad():
-            for slot, value in zip(self.slots, state, strict=True):
+            for slot, value in zip(self.tensors, state, strict=True):
                 slot.tensor.copy_(value.reshape(slot.tensor.shape))
 
 
-class AttributeHome:
+class AttributeScaleSlot:
     """A python float and int on a module (`nnq.Linear.scale`): only float32 values survive a state_dict."""
 
-    slots: tuple[Slot, ...] = ()
+    tensors: tuple[TensorSlot, ...] = ()
 
     def __init__(self, module: nn.Module) -> None:
         self._module = cast(Any, module)
@@ -81,30 +82,74 @@ class AttributeHome:
         self._module.scale, self._module.zero_point = state
 
 
-class WeightHome:
-    """A packed weight; subclasses say where the packed object is kept.
+class WeightSlot(ABC):
+    """Holds a quantized weight, its codes and their scales together.
+
+    Attributes:
+        tensors: the slots of the tensors that it writes into.
+        float_weight: the float weight, where the graph itself holds one and rounds it each time; None else.
+        packs_bias: whether the bias of the layer is held with the weight.
+        pads: whether it is of a convolution that pads its input.
+    """
+
+    tensors: tuple[TensorSlot, ...] = ()
+    float_weight: Tensor | None = None
+    packs_bias = False
+    pads = False
+
+    @abstractmethod
+    def read(self) -> QParams:
+        """The scales and zero_points; copies."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight as a quantized tensor."""
+
+    @abstractmethod
+    def state(self) -> Any:
+        """What is held now, for `restore`."""
+
+    @abstractmethod
+    def restore(self, state: Any) -> None:
+        """Put back what `state` saw."""
+
+    @abstractmethod
+    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
+        """Write int8 codes and their scales; without a bias the one that is there stays."""
+
+    def bias(self) -> Tensor | None:
+        """What is added to the products, in float (C,), where the bias is held with the weight; None else."""
+        return None
+
+    @abstractmethod
+    def renew(self) -> None:
+        """Let whatever a kernel remembers of this weight's layer be forgotten."""
+
+
+class PackedWeightSlot(WeightSlot):
+    """A weight and a bias inside a ScriptObject; subclasses say where that is kept.
 
     `restore` puts the very object back that `state` saw, so it costs nothing and is exact.
     """
 
-    slots: tuple[Slot, ...] = ()
+    packs_bias = True
+    _renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
 
-    def weight(self) -> Tensor:
-        """The weight as a quantized tensor."""
-        raise NotImplementedError
+    @abstractmethod
+    def _packed(self) -> Any: ...
 
-    def state(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _put(self, packed: Any) -> None: ...
 
-    def restore(self, state: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Make an object of these, and put it there."""
 
-    def bias(self) -> Tensor | None:
-        """What is added to the products, in float; (C,)."""
-        raise NotImplementedError
-
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        raise NotImplementedError
+    @property
+    def pads(self) -> bool:  # type: ignore[override]
+        """As of `WeightSlot`."""
+        packed = self._packed()
+        return hasattr(packed, "padding") and any(packed.padding())
 
     def read(self) -> QParams:
         weight = self.weight()
@@ -114,39 +159,16 @@ class WeightHome:
         scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
         return QParams(scales.to(torch.float64, copy=True), zero_points.to(torch.int64, copy=True))
 
-    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        """Pack int8 codes with their scales; without a bias the one that is there stays."""
-        if site.axis is None:
-            scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-            weight = torch._make_per_tensor_quantized_tensor(codes, scale, zero_point)
-        else:
-            weight = torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, site.axis)
-        self._set(weight, self.bias() if bias is None else bias)
-
-
-class PackedHome(WeightHome):
-    """A weight inside a ScriptObject; subclasses say where that is kept."""
-
-    _renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
-
-    def _packed(self) -> Any:
-        raise NotImplementedError
-
-    def _put(self, packed: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def pads(self) -> bool:
-        """Whether it is of a convolution that pads its input."""
-        packed = self._packed()
-        return hasattr(packed, "padding") and any(packed.padding())
-
     def state(self) -> Any:
         packed = self._packed()
         return self._renewed[1] if self._renewed is not None and packed is self._renewed[0] else packed
 
     def restore(self, state: Any) -> None:
         self._put(state)
+
+    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
+        weight = quantized_weight(codes, qparams, site.axis)
+        self._pack(weight, self.bias() if bias is None else bias)
 
     def renew(self) -> None:
         """Pack the same weight once more, for QNNPACK forgets nothing (torch 2.13 to 2.15); `state` is as before.
@@ -156,11 +178,11 @@ class PackedHome(WeightHome):
         first used (or with more images than before) with the zero_point that its input has then.
         """
         kept = self.state()
-        self._set(self.weight(), self.bias())
+        self._pack(self.weight(), self.bias())
         self._renewed = self._packed(), kept
 
 
-class ModuleWeightHome(PackedHome):
+class ModuleWeightSlot(PackedWeightSlot):
     """The packed weight of an `nnq` Linear or Conv module."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -181,11 +203,11 @@ class ModuleWeightHome(PackedHome):
     def bias(self) -> Tensor | None:
         return cast("Tensor | None", self._module._weight_bias()[1])
 
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> None:
         self._module.set_weight_bias(weight, bias)
 
 
-class PackedWeightHome(PackedHome):
+class FunctionalWeightSlot(PackedWeightSlot):
     """A packed weight on the root (`_packed_weight_0`), used by functional linear and conv."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
@@ -203,7 +225,7 @@ class PackedWeightHome(PackedHome):
     def bias(self) -> Tensor | None:
         return cast("Tensor | None", self._packed().unpack()[1])
 
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> None:
         packed = self._packed()
         ops = torch.ops.quantized
         if hasattr(packed, "stride"):
@@ -218,19 +240,30 @@ class PackedWeightHome(PackedHome):
         setattr(self._owner, self._attribute, new)
 
 
-Home = ActivationHome | WeightHome
-
-
 @dataclass(frozen=True)
 class ScannedGraph:
-    """The sites of a graph and the home of each."""
+    """The sites of a graph, and the slot of each, in graph order."""
 
     sites: SiteTable
-    homes: dict[str, Home]
-    sums: tuple[tuple[str, str], ...]
+    activations: Mapping[str, ScaleSlot]
+    weights: Mapping[str, WeightSlot]
+    sums: tuple[tuple[str, str], ...] = ()
     """Sites of the output and of an input of each quantized.add."""
-    remembered: tuple[tuple[str, str], ...]
+    remembered: tuple[tuple[str, str], ...] = ()
     """Sites of activations of which QNNPACK keeps something in a packed weight, each with the site of that weight."""
+
+    @property
+    def tensors(self) -> list[TensorSlot]:
+        """The slots of the tensors that writing scales writes into."""
+        slots: tuple[ScaleSlot | WeightSlot, ...] = (*self.activations.values(), *self.weights.values())
+        return [tensor for slot in slots for tensor in slot.tensors]
+
+
+def quantized_weight(codes: Tensor, qparams: QParams, axis: int | None) -> Tensor:
+    """The quantized tensor of int8 codes; `axis` is that of the channels, None where one scale is for all."""
+    if axis is None:
+        return torch._make_per_tensor_quantized_tensor(codes, float(qparams.scale), int(qparams.zero_point))
+    return torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, axis)
 
 
 def infer_range(weight: Tensor) -> tuple[int, int]:

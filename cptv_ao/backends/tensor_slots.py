@@ -17,17 +17,17 @@ from cptv_ao.fx.paths import fetch
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """A place that holds a tensor: a parameter, buffer or attribute of a module."""
 
     owner: nn.Module
     name: str
 
     @staticmethod
-    def of(model: nn.Module, path: str) -> Slot:
+    def of(model: nn.Module, path: str) -> TensorSlot:
         """The one at a path."""
         owner, _, name = path.rpartition(".")
-        return Slot(fetch(model, owner) if owner else model, name)
+        return TensorSlot(fetch(model, owner) if owner else model, name)
 
     @property
     def tensor(self) -> Tensor:
@@ -50,15 +50,15 @@ class Slot:
         return self.tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-class Owned:
+class OwnTensors:
     """Tensors of one's own in slots, and those that were there.
 
     Args:
         slots: whose tensors are to be written.
     """
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
-        self._slots, self._given = list(dict.fromkeys(slots)), dict[Slot, Tensor]()
+    def __init__(self, slots: Iterable[TensorSlot]) -> None:
+        self._slots, self._given = list(dict.fromkeys(slots)), dict[TensorSlot, Tensor]()
 
     def take(self) -> None:
         """Put copies there."""

@@ -159,7 +159,7 @@ class Builder(ABC):
     def _weight(self, site: str) -> WeightQuantizer:
         if site not in self.sites:
             codes, weight = self._backend.weight(site).int_repr(), self._backend.float_weights.get(site)
-            qparams, shiftable = self._backend.read(site), self._backend.shiftable(site)
+            qparams, shiftable = self._backend.read(site), self._backend.weights.shiftable(site)
             self.sites[site] = WeightQuantizer(self._backend.sites[site], qparams, codes, weight, shiftable)
         return cast(WeightQuantizer, self.sites[site])
 

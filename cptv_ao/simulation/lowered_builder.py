@@ -101,7 +101,7 @@ class LoweredBuilder(Builder):
             "tanh": torch.tanh,
         }
         site, relu = self._weight_of[node.name], known.after == "relu"
-        weight, output, bias = self._weight(site), self._output(node), self._backend.bias(site)
+        weight, output, bias = self._weight(site), self._output(node), self._backend.weights.bias(site)
         return QuantizedLayer(weight, output, bias, product, relu, self._qnnpack, behind.get(known.after))
 
     def _check_added(self, node: Node) -> None:
@@ -117,7 +117,7 @@ class LoweredBuilder(Builder):
     def _function(self, node: Node) -> None:
         known = of_node(node, self._modules)
         if node.target is torch.quantize_per_tensor:
-            lead = self._backend.passed.get(self._activation.get(node.name, ""))
+            lead = self._backend.rewrites.passed.get(self._activation.get(node.name, ""))
             source = node.args[0] if lead is None else self._by_name[self._backend.sites[lead].nodes[0]]
             quantizer = self._output(node)
             quantizer.passes = lead is not None

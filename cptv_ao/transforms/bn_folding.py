@@ -19,12 +19,12 @@ def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
     done = all(torch.equal(value, identity[name]) for name, value in found.items())
     if not done:
         factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
-        bias = backend.bias(norm.weight)
+        bias = backend.weights.bias(norm.weight)
         offset = (zero if bias is None else bias) - mean
-        backend.scale_channels(norm.weight, factor, factor * offset + found.get("bias", zero))
+        backend.weights.scale_channels(norm.weight, factor, factor * offset + found.get("bias", zero))
         for name, path in norm.tensors.items():
-            backend.put(norm.weight, path, identity[name])
+            backend.rewrites.put(norm.weight, path, identity[name])
         backend.write(norm.output, backend.read(norm.after))
     if same(backend.read(norm.output), backend.read(norm.after)):
-        backend.tie(norm.output, norm.after)
+        backend.rewrites.tie(norm.output, norm.after)
     return not done

@@ -98,12 +98,12 @@ def _move(backend: Backend, shared: SharedInput, ends: ChannelRange, entries: Te
     middle = (ends.low + ends.high) / 2
     bias = fetch(backend.model, shared.bias).detach().clone()
     bias[entries] -= middle.to(bias)
-    backend.put(shared.owner, shared.bias, bias)
+    backend.rewrites.put(shared.owner, shared.bias, bias)
     for reader in shared.readers:
         assert reader.bias is not None
         weight, given = backend.float_weights.get(reader.weight), fetch(backend.model, reader.bias).detach()
         weight = backend.weight(reader.weight).dequantize() if weight is None else weight
-        backend.put(reader.weight, reader.bias, given + (weight @ middle).to(given))
+        backend.rewrites.put(reader.weight, reader.bias, given + (weight @ middle).to(given))
     for name in shared.sites:
         site = backend.sites[name]
         share = float(backend.read(name).scale) * (site.qmax - site.qmin) / ends.span

@@ -34,7 +34,7 @@ def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     high = min(clipped.high, float(qparams.scale) * (codes - below))
     if float(qparams.scale) * below <= _WASTE * high or high <= 0:
         return False
-    for name in {clipped.site, backend.passed.get(clipped.site, clipped.site)}:
+    for name in {clipped.site, backend.rewrites.passed.get(clipped.site, clipped.site)}:
         backend.write(name, qparams_for_range(0.0, high, site, codes))
     return True
 

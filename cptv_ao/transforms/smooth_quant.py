@@ -27,7 +27,7 @@ def _smoothable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
 
 
 def _shiftable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
-    return [norm for norm in norms if all(map(backend.shiftable, norm.readers))]
+    return [norm for norm in norms if all(map(backend.weights.shiftable, norm.readers))]
 
 
 def _norms(shared: Sequence[SharedInput]) -> list[ReadNorm]:
@@ -62,14 +62,14 @@ def _smooth(backend: Backend, norm: ReadNorm, ends: ChannelRange, codes: int | N
         return 0
     factors = torch.exp2(exponents)
     for path in norm.tensors:
-        backend.put(norm.outputs[0], path, fetch(backend.model, path).detach() / factors)
+        backend.rewrites.put(norm.outputs[0], path, fetch(backend.model, path).detach() / factors)
     low, high = min(0.0, float((ends.low / factors).min())), max(0.0, float((ends.high / factors).max()))
     for name in norm.outputs:
         backend.write(name, qparams_for_range(low, high, backend.sites[name], codes))
     for name, weight in weights.items():
         qparams, site = backend.read(name), backend.sites[name]
         wider = _peak(weight * factors, site) / _peak(weight, site)
-        backend.set_float_weight(name, weight * factors)
+        backend.weights.set_float(name, weight * factors)
         backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
     return int((exponents > 0).sum())
 
