@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "examples"), *map(str, HERE.glob("*/"))]
+sys.path.insert(0, str(HERE.parent / "examples"))
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("helpers")
 
 import workloads
 from helpers import nets
@@ -105,12 +105,3 @@ def functional(_small: dict[str, Case]) -> Case:
 def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
     """Each of the small networks and the ViT, at W3A8."""
     return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()
-
-
-@pytest.fixture
-def pt2e() -> Any:
-    """The room of the PT2E tests: models, quantizers, batches."""
-    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
-    import test_pt2e
-
-    return test_pt2e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_given_tensors import Injected, exported, lowered, made, refine
+from helpers.forms import Injected, exported, lowered, made, refine
 from torch import nn
 from torch.fx import GraphModule
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 import workloads
 from helpers import nets
-from helpers.search import small_config
+from helpers.search import loss_of, small_config
 from helpers.state import everything
-from test_refine import loss_of
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx

@@ -6,19 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import Case
+from helpers.cases import Case, backend_of
 from helpers.state import same_bits, weights
 from torch import Tensor
 
 from cptv_ao import InvalidScaleError, QParams, ScaleSite
-from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
-
-
-def backend_of(case: Case) -> Backend:
-    backend = Backend(case.converted, weight_ranges(case.float_model))
-    attach_float_weights(backend, case.float_model)
-    return backend
 
 
 def moved(now: QParams, site: ScaleSite, factor: float = 2.6) -> QParams:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import attention, pt2e
 from helpers.cases import Case
+from helpers.killed import Killed
 from helpers.ranks import Failed, together
 from helpers.search import small_config
-from test_checkpoint import Killed
+from helpers.state import weights
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
@@ -83,16 +85,14 @@ def check_every_world_size(case: Case, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_ranks_move_a_pt2e_graph_to_the_same_form(tmp_path: Path) -> None:
-    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+    pt2e.torchao()
 
     def work(_: int) -> Any:
-        import test_pt2e_forms as forms  # in the ranks alone: a process that has exported cannot be forked
-
-        model = forms.apart(outlier=60)
-        graph = forms.quantized(model)
-        forms.refine(graph, model, gradient_steps=4)
-        assert forms.NOTE in cptv_ao.report(graph).notes
-        return forms.weights(graph), forms.steps(Backend(graph))
+        model = attention.apart(outlier=60)  # in the ranks alone: a process that has exported cannot be forked
+        graph = attention.quantized(model)
+        attention.refine(graph, model, gradient_steps=4)
+        assert attention.NOTE in cptv_ao.report(graph).notes
+        return weights(graph), attention.steps(Backend(graph))
 
     assert together(2, work, tmp_path) == together(1, work, tmp_path) * 2
 

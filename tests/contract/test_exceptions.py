@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets
+from helpers import attention, nets, pt2e
 from helpers.cases import Case
 from helpers.search import small_config
 from helpers.state import everything, generators
+from helpers.uneven import uneven
 from torch import Tensor
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
@@ -239,8 +240,6 @@ def test_ctrl_c_at_any_line(conv: Case, tmp_path: Path) -> None:
 
 
 def _uneven() -> Case:
-    from test_equalize import uneven
-
     model, batches = uneven(), list(nets.images(16, 3, 8, 8).split(4))
     return Case(model, *nets.quantize(model, batches), batches)
 
@@ -256,12 +255,10 @@ def _reference() -> Case:
 
 
 def _attending() -> Case:
-    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
-    from test_pt2e_forms import BATCHES, apart, quantized
-
-    model = apart(outlier=60)
-    graph = quantized(model)
-    return Case(model, graph, graph, list(BATCHES))
+    pt2e.torchao()
+    model = attention.apart(outlier=60)
+    graph = attention.quantized(model)
+    return Case(model, graph, graph, list(attention.BATCHES))
 
 
 @pytest.mark.parametrize("make", [_uneven, _reference, _attending])

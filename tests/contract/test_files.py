@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from helpers.cases import Case
+from helpers.damage import changed
 from helpers.search import small_config
-from test_scales_file import changed
 
 import cptv_ao
 from cptv_ao.callbacks import Log

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.output_nets import quantized
 from helpers.search import small_config
-from test_outputs import quantized
 from torch import Tensor, nn
 
 import cptv_ao

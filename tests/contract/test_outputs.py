@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from helpers import nets
+from helpers import pt2e
+from helpers.output_nets import GRADIENT, quantized, refined
 from helpers.search import small_config
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import Tensor
 from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.core.tensors import compared
-from cptv_ao.reporting.report import Report
-
-GRADIENT: dict[str, Any] = {
-    "gradient_steps": 8, "loss": "auto", "population": ("output_error", "ranges", "biases"), "evaluations": 4,
-}  # fmt: skip
-
-
-class Net(nn.Module):
-    """Two linear layers; its output is made of theirs by a function."""
-
-    def __init__(self, end: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.first, self.second, self.end = nn.Linear(12, 24), nn.Linear(24, 6), end
-
-    def forward(self, x: Tensor) -> Any:
-        return self.end(self.second(functional.relu(self.first(x))))
-
-
-def quantized(
-    end: Callable[[Tensor], Any] = lambda y: y, rows: int = 12
-) -> tuple[nn.Module, GraphModule, list[Tensor]]:
-    net = nets.seeded(lambda: Net(end))
-    batches = list(nets.images(4 * rows, 12).split(rows))
-    return net, nets.quantize(net, batches, weight_bits=3)[1], batches
-
-
-def refined(
-    end: Callable[[Tensor], Any] = lambda y: y, *, alone: bool = False, rows: int = 12, **changes: Any
-) -> Report:
-    net, model, batches = quantized(end, rows)
-    config = small_config(**(GRADIENT | changes))
-    cptv_ao.refine(model, batches, float_model=None if alone else net, config=config, progress=False)
-    report = cptv_ao.report(model)
-    json.dumps(report.to_dict(), allow_nan=False)
-    return report
-
 
 ENDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "(N,)": (lambda y: y.mean(1), "mse"),
@@ -90,14 +53,14 @@ def test_diagnose_sees_single_numbers() -> None:
     assert any("mse, for the output" in note for note in found.notes)
 
 
-def test_the_dtype_of_a_pt2e_graph(pt2e: Any) -> None:
+def test_the_dtype_of_a_pt2e_graph() -> None:
     for end, loss in (ENDS["(N,)"], ENDS["bfloat16"]):
         net, _, batches = quantized(end)
         exported = torch.export.export(copy.deepcopy(net), (batches[0],)).module()
-        prepared = pt2e.pt2e.prepare_pt2e(exported, pt2e.x86())
+        prepared = pt2e.torchao().prepare_pt2e(exported, pt2e.x86())
         for batch in batches:
             prepared(batch)
-        model = pt2e.pt2e.convert_pt2e(prepared)
+        model = pt2e.torchao().convert_pt2e(prepared)
         cptv_ao.refine(model, batches, float_model=net, config=small_config(**GRADIENT), progress=False)
         report = cptv_ao.report(model)
         assert report.loss == loss

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.output_nets import quantized, refined
 from helpers.search import small_config
-from test_outputs import quantized, refined
 from torch import Tensor
 from torch.nn import functional
 

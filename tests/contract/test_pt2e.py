@@ -8,7 +8,6 @@ import io
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch._inductor.config
 import workloads
 from helpers import nets
 from helpers.cases import Case
+from helpers.pt2e import BATCHES, Residual, converted, per_tensor, refine, torchao, x86, xnnpack
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -31,61 +31,13 @@ from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.simulation.twin import Twin
 
-pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+torchao()
 
 
-class Residual(nn.Module):
-    """Convolution, batch norm, in-place relu, a residual add, a cat, pooling, linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.fc1, self.fc2 = nn.Linear(16, 12), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.act1(self.bn1(self.conv1(x)))
-        x = self.act2(x + self.conv2(x))
-        x = torch.cat([x, torch.nn.functional.max_pool2d(x, 3, 1, 1)], 1)
-        hidden = torch.nn.functional.gelu(self.fc1(x.mean((2, 3))))
-        return {"logits": self.fc2(hidden), "hidden": hidden}
-
-
-def x86() -> Any:
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-
-
-def xnnpack() -> Any:
-    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
-
-    return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-
-
-def per_tensor() -> Any:
-    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
-
-    return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=False))
-
-
-BATCHES = [nets.images(6, 3, 8, 8, seed=seed) for seed in range(4)]
 FORMS = {
     "x86": (x86, True), "x86, weights not folded": (x86, False), "xnnpack": (xnnpack, True),
     "xnnpack per tensor": (per_tensor, True), "xnnpack per tensor, not folded": (per_tensor, False),
 }  # fmt: skip
-
-
-def converted(model: nn.Module, quantizer: Any, fold: bool) -> GraphModule:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
-        exported = torch.export.export(copy.deepcopy(model), (BATCHES[0],), dynamic_shapes=dynamic).module()
-        prepared = pt2e.prepare_pt2e(exported, quantizer)
-        for batch in BATCHES:
-            prepared(batch)
-        return pt2e.convert_pt2e(prepared, fold_quantize=fold)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +63,6 @@ def folded(models: dict[str, GraphModule]) -> GraphModule:
 def output(model: nn.Module, batch: Tensor = BATCHES[0]) -> Tensor:
     with torch.no_grad():
         return model(batch)["logits"]
-
-
-def refine(model: GraphModule, float_model: nn.Module | None, **changes: Any) -> cptv_ao.Report:
-    config = small_config(**({"evaluations": 4, "gradient_steps": 12, "population": ("output_error",)} | changes))
-    assert cptv_ao.refine(model, BATCHES, float_model=float_model, config=config, progress=False) is model
-    return cptv_ao.report(model)
 
 
 def test_every_scale_is_found(model: GraphModule) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets
+from helpers import nets, pt2e
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -19,7 +19,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.simulation.twin import Twin
 
-torchao = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+torchao = pt2e.torchao()
 
 BATCHES = list(nets.images(32, 12).split(8))
 IMAGES = list(nets.images(16, 3, 6, 6).split(4))

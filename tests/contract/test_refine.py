@@ -11,20 +11,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.cases import Case
-from helpers.search import LOSSES, small_config
+from helpers.search import LOSSES, loss_of, small_config
 from helpers.state import everything, generators, same_bits, weights
 from torch import Tensor
 
 import cptv_ao
 from cptv_ao.core import losses
 from cptv_ao.core.tensors import first_floating
-
-
-def loss_of(model: Any, teacher: Any, batches: list[Tensor]) -> float:
-    """Mean KL over images, by full forwards of the user's own model."""
-    with torch.inference_mode():
-        values = [float(losses.kl(model(b).flatten(1), teacher(b).flatten(1))) * len(b) for b in batches]
-    return sum(values) / sum(len(b) for b in batches)
 
 
 def test_never_worse_on_search_and_held_out_images(case: Case) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets
+from helpers import nets, pt2e
 from helpers.cases import Case
+from helpers.saved_nets import Linears, made
 from helpers.search import small_config
-from test_saving import Linears, made
 
 import cptv_ao
 
@@ -49,7 +49,7 @@ def test_nothing_of_ours_is_left_in_a_model(case: Case, settings: dict[str, Any]
     assert ours(case.converted) == [] == ours(case.float_model)
 
 
-def test_nothing_of_ours_is_left_in_a_graph_of_pt2e(pt2e: Any) -> None:
+def test_nothing_of_ours_is_left_in_a_graph_of_pt2e() -> None:
     float_model = nets.seeded(pt2e.Residual)
     graph = pt2e.converted(float_model, pt2e.x86(), True)
     assert pt2e.refine(graph, float_model).moves

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import workloads
-from helpers import nets
+from helpers import nets, pt2e
 from helpers.cases import Case, vit_case
+from helpers.diagnosed import block, diagnosed, rescale, site
 from helpers.search import small_config
 from helpers.state import everything
 from torch import Tensor, nn
@@ -44,25 +45,6 @@ def _fewer_images(vit_w3: Case) -> Case:
     """Half of them, to be quick."""
     del vit_w3.batches[2:]
     return vit_w3
-
-
-def diagnosed(case: Case, **arguments: Any) -> cptv_ao.Diagnosis:
-    given = {"float_model": case.float_model, "progress": False} | arguments
-    return cptv_ao.diagnose(case.converted, case.batches, **given)
-
-
-def rescale(case: Case, name: str, factor: float) -> None:
-    backend = Backend(case.converted)
-    now = backend.read(name)
-    backend.write(name, QParams(now.scale * factor, now.zero_point))
-
-
-def site(found: cptv_ao.Diagnosis, name: str) -> Any:
-    return next(s for s in found.sites if s.name == name)
-
-
-def block(found: cptv_ao.Diagnosis, name: str) -> Any:
-    return next(b for b in found.blocks if b.name == name)
 
 
 # what was planted comes first
@@ -104,8 +86,8 @@ def test_a_weight_with_few_bits_comes_first(vit: nn.Module, digits: workloads.Im
     assert (found.blocks[0].name, found.sites[0].name) == ("blocks.2", "blocks.2.mlp.fc1.weight")
 
 
-def test_in_a_pt2e_graph(pt2e: Any) -> None:
-    model, converted = pt2e_model(pt2e)
+def test_in_a_pt2e_graph() -> None:
+    model, converted = pt2e.small_model()
     name = "fc1.input"
     backend = Backend(converted)
     now = backend.read(name)
@@ -115,11 +97,6 @@ def test_in_a_pt2e_graph(pt2e: Any) -> None:
     assert found.sites[0].used < 0.2
     assert found.loss == pytest.approx(found.simulated, rel=1e-3)
     assert found.blocks[0].share > 0.9
-
-
-def pt2e_model(pt2e: Any) -> tuple[nn.Module, Any]:
-    model = nets.seeded(pt2e.Residual)
-    return model, pt2e.converted(model, pt2e.x86(), True)
 
 
 def reference_case() -> Case:
@@ -336,15 +313,15 @@ def test_keyword_inputs_and_several_outputs() -> None:
     assert site(by_name, "b.weight").share != 0
 
 
-def test_a_pt2e_graph_of_one_batch_size(pt2e: Any) -> None:
+def test_a_pt2e_graph_of_one_batch_size() -> None:
     model = nets.seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5)))
     batches = list(nets.images(300, 12).split(50))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        prepared = pt2e.pt2e.prepare_pt2e(torch.export.export(model, (batches[0],)).module(), pt2e.x86())
+        prepared = pt2e.torchao().prepare_pt2e(torch.export.export(model, (batches[0],)).module(), pt2e.x86())
         for batch in batches:
             prepared(batch)
-        converted = pt2e.pt2e.convert_pt2e(prepared)
+        converted = pt2e.torchao().convert_pt2e(prepared)
     found = cptv_ao.diagnose(converted, batches, float_model=model, progress=False)
     assert found.images == 150
     assert found.findings.saturation_risk == ("0.input", "2.input")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets
+from helpers import nets, pt2e
 from helpers.cases import Case
+from helpers.diagnosed import diagnosed
 from helpers.state import everything, generators
-from test_diagnose import diagnosed, pt2e_model
 from torch import Tensor
 
 import cptv_ao
@@ -31,8 +31,8 @@ def test_the_model_is_only_read(case: Case) -> None:
     assert diagnosed(case) == first, "and the same again"
 
 
-def test_a_pt2e_graph_is_only_read(pt2e: Any) -> None:
-    model, converted = pt2e_model(pt2e)
+def test_a_pt2e_graph_is_only_read() -> None:
+    model, converted = pt2e.small_model()
     before = [str(node.args) for node in converted.graph.nodes]
     given = [everything(converted), everything(model)]
     cptv_ao.diagnose(converted, pt2e.BATCHES, float_model=model, progress=False)

@@ -9,8 +9,8 @@ import torch
 import workloads
 from helpers import nets
 from helpers.cases import Case
+from helpers.diagnosed import block, diagnosed, rescale, site
 from helpers.state import everything
-from test_diagnose import block, diagnosed, rescale, site
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
 from torch.nn import functional

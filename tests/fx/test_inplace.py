@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets
+from helpers import nets, pt2e
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
@@ -270,14 +270,14 @@ def test_nothing_else_changes_a_batch() -> None:
 
 
 @pytest.mark.parametrize("front", [*FRONTS, assigned], ids=lambda front: front.__name__)
-def test_the_twin_of_an_exported_graph(pt2e: Any, front: Callable[[Any, Tensor], Tensor]) -> None:
+def test_the_twin_of_an_exported_graph(front: Callable[[Any, Tensor], Tensor]) -> None:
     net = nets.seeded(lambda: Writing(front))
     batches = [2 * batch for batch in nets.images(48, 16).split(12)]
     exported = torch.export.export(copy.deepcopy(net), (batches[0].clone(),)).module()
-    model = pt2e.pt2e.prepare_pt2e(exported, pt2e.x86())
+    model = pt2e.torchao().prepare_pt2e(exported, pt2e.x86())
     for batch in batches:
         model(batch.clone())
-    converted = pt2e.pt2e.convert_pt2e(model)
+    converted = pt2e.torchao().convert_pt2e(model)
     assert disagreement(converted, Twin(Backend(converted)), [as_batch(batches[0])]) < 1e-3
     if front is assigned:
         cptv_ao.refine(converted, batches, float_model=net, config=small_config(**SETTINGS), progress=False)

@@ -9,6 +9,9 @@ import workloads
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
+
 
 @dataclass
 class Case:
@@ -29,3 +32,10 @@ def vit_case(vit: nn.Module, digits: workloads.Images, weight_bits: int) -> Case
     batches = list(digits.calibration(128, seed=0).split(32))
     prepared, converted = workloads.quantize(copy.deepcopy(vit), batches[:2], weight_bits=weight_bits)
     return Case(vit, prepared, converted, batches)
+
+
+def backend_of(case: Case) -> Backend:
+    """Its scales, with the float weights and their nominal ranges."""
+    backend = Backend(case.converted, weight_ranges(case.float_model))
+    attach_float_weights(backend, case.float_model)
+    return backend

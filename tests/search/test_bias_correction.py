@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_checkpoint
 import torch
-from helpers import nets
-from helpers.cases import Case
+from helpers import killed, nets
+from helpers.cases import Case, backend_of
 from helpers.search import small_config
 from helpers.state import everything
-from test_proposals import backend_of
 from torch import Tensor, nn
 
 import cptv_ao
@@ -211,12 +209,12 @@ def test_a_killed_search_goes_on_with_it(vit_w2: Case, score_on: str, tmp_path: 
     """In the descent, whose proposals are corrected anew, and in the visits."""
     changes: dict[str, Any] = {"population": ("biases",), "gradient_steps": 8, "passes": 1, "score_on": score_on}
     whole, path = vit_w2.copy(), tmp_path / "search"
-    events = test_checkpoint.refine(whole, None, **changes)
+    events = killed.refine(whole, None, **changes)
     assert any(move.corrected for move in cptv_ao.report(whole.converted).moves)
     for kill_at in (4, len(events) // 2):
-        with pytest.raises(test_checkpoint.Killed):
-            test_checkpoint.refine(vit_w2.copy(), path, kill_at=kill_at, **changes)
-    test_checkpoint.refine(vit_w2, path, **changes)
+        with pytest.raises(killed.Killed):
+            killed.refine(vit_w2.copy(), path, kill_at=kill_at, **changes)
+    killed.refine(vit_w2, path, **changes)
     images = vit_w2.batches[0]
     assert torch.equal(vit_w2.converted(images), whole.converted(images))
 

@@ -14,41 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import nets, pt2e
 from helpers.cases import Case
-from helpers.search import small_config
+from helpers.damage import changed
+from helpers.killed import CONFIG, Killed, refine
 from safetensors.torch import load_file
-from test_scales_file import changed
 
 import cptv_ao
 from cptv_ao.core.tensor_file import read_file
 from cptv_ao.search.checkpoint import Checkpoint
-
-CONFIG = small_config(passes=2, evaluations=4, gradient_steps=8, population=("output_error", "ranges", "biases"))
-
-
-class Killed(Exception):
-    pass
-
-
-def refine(case: Case, path: Path | None, *, kill_at: int | None = None, **changes: Any) -> list[cptv_ao.Event]:
-    """Refine with a checkpoint; raise at an event of the search."""
-    events: list[cptv_ao.Event] = []
-
-    def watch(event: cptv_ao.Event) -> None:
-        events.append(event)
-        if kill_at is not None and len(events) > kill_at:
-            raise Killed
-
-    cptv_ao.refine(
-        case.converted,
-        changes.pop("batches", case.batches),
-        float_model=case.float_model,
-        config=replace(CONFIG, **changes),
-        callback=watch,
-        checkpoint=path,
-        progress=False,
-    )
-    return events
 
 
 def scales(case: Case) -> dict[str, Any]:
@@ -97,10 +71,10 @@ def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: d
     assert len(seen) < len(events)
 
 
-def test_a_graph_of_pt2e_goes_on_to_the_same_end(pt2e: Any, tmp_path: Path) -> None:
+def test_a_graph_of_pt2e_goes_on_to_the_same_end(tmp_path: Path) -> None:
     from cptv_ao.backends.backend import Backend
 
-    float_model = pt2e.nets.seeded(pt2e.Residual)
+    float_model = nets.seeded(pt2e.Residual)
     given = pt2e.converted(float_model, pt2e.x86(), True)
     graphs = [copy.deepcopy(given) for _ in range(3)]
     cases = [Case(float_model, given, graph, pt2e.BATCHES) for graph in graphs]

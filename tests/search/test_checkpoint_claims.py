@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Case
-from test_checkpoint import Killed, refine
-from test_scales_file import changed, check_damaged, flipped
+from helpers.damage import changed, check_damaged, flipped
+from helpers.killed import Killed, refine
 
 import cptv_ao
 

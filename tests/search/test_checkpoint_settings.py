@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Case
-from test_checkpoint import refine
-from test_scales_file import changed
+from helpers.damage import changed
+from helpers.killed import refine
 
 import cptv_ao
 

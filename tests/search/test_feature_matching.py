@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import workloads
-from helpers import nets
+from helpers import nets, pt2e
 from helpers.cases import Case
 from helpers.search import small_config
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> N
 
 
 def test_a_pt2e_graph_has_features(vit: nn.Module, digits: workloads.Images) -> None:
-    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
+    pt2e.torchao()
     images, model = digits.train[:40], copy.deepcopy(vit)
     graph = workloads.quantize_exported(copy.deepcopy(vit), [images], weight_bits=4, activation_bits=4)
     twin = twin_of(graph, model)

@@ -11,13 +11,12 @@ import pytest
 import torch
 import workloads
 from helpers import nets
-from helpers.cases import Case
+from helpers.cases import Case, backend_of
 from helpers.search import small_config
 from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import rescaled
@@ -29,12 +28,6 @@ from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, output_error
 from cptv_ao.search.scale_space import ScaleSpace
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
-
-
-def backend_of(case: Case) -> Backend:
-    backend = Backend(case.converted, weight_ranges(case.float_model))
-    attach_float_weights(backend, case.float_model)
-    return backend
 
 
 def test_fbgemm_saturates_in_depthwise_convolutions_only() -> None:

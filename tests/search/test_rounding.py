@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import Case
+from helpers.cases import Case, backend_of
 from helpers.search import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams, same
 from cptv_ao.core.sites import ScaleSite
@@ -25,12 +23,6 @@ from cptv_ao.simulation.autograd_ops import RoundWeight
 from cptv_ao.simulation.qtensor import Limits
 
 SITE = ScaleSite("w", "weight", "Linear", "", (3,), 0, -4, 3, False, ("n",), "w")
-
-
-def backend_of(case: Case) -> Backend:
-    backend = Backend(case.converted, {})
-    attach_float_weights(backend, case.float_model)
-    return backend
 
 
 def refined(case: Case, **changes: Any) -> Any:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Case
-from helpers.search import small_config
+from helpers.search import loss_of, small_config
 from helpers.state import everything, weights
-from test_refine import loss_of
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend

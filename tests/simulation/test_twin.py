@@ -15,7 +15,7 @@ import pytest
 import torch
 import workloads
 from helpers import nets
-from helpers.cases import Case
+from helpers.cases import Case, backend_of
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -171,12 +171,6 @@ def test_disagreement_shows_saturation() -> None:
     assert float(done.stdout) > 0.03
 
 
-def _backend(case: Case) -> Backend:
-    backend = Backend(case.converted)
-    attach_float_weights(backend, case.float_model)
-    return backend
-
-
 def _double(twin: Twin, batch: Tensor) -> Tensor:
     twin.module.double()
     return batch.double()
@@ -184,7 +178,7 @@ def _double(twin: Twin, batch: Tensor) -> Tensor:
 
 def test_gradients_of_the_unrounded_path_are_those_of_finite_differences(small: Case) -> None:
     """Every scale and zero_point of every site, weights re-rounded; float64, so that differences are exact enough."""
-    backend = _backend(small)
+    backend = backend_of(small)
     twin = Twin(backend)
     twin.reround_weights()
     twin.set_rounding("clamp")
@@ -293,7 +287,7 @@ def test_clipped_codes_give_their_gradient_to_the_zero_point(rounding: Any) -> N
 
 
 def test_straight_through_gradients_are_near_those_of_the_unrounded_path(vit_w3: Case, device: str) -> None:
-    backend = _backend(vit_w3)
+    backend = backend_of(vit_w3)
     twin = Twin(backend).to(device)
     twin.reround_weights()
     found = []
@@ -313,7 +307,7 @@ def test_straight_through_gradients_are_near_those_of_the_unrounded_path(vit_w3:
 
 def test_writing_the_twin_follows_the_model(case: Case, device: str) -> None:
     """Whatever is written to both gives outputs that agree; restoring gives the first ones bit for bit."""
-    backend = _backend(case)
+    backend = backend_of(case)
     simulated = SimulatedBackend(backend, device)
     batches = [Batch((b,), {}, len(b)) for b in case.batches[:1]]
     before = simulated.model(case.batches[0].to(device))
@@ -335,7 +329,7 @@ def test_writing_the_twin_follows_the_model(case: Case, device: str) -> None:
 
 def test_search_on_the_twin_then_commit(vit_w3: Case, device: str) -> None:
     """An evaluator runs the twin by blocks as it runs the kernels; only `commit` writes into the model."""
-    backend = _backend(vit_w3)
+    backend = backend_of(vit_w3)
     simulated = SimulatedBackend(backend, device)
     batches = [simulated.batch(Batch((b,), {}, len(b))) for b in vit_w3.batches[:2]]
     teacher = teacher_outputs(copy.deepcopy(vit_w3.float_model).to(device), batches)
@@ -378,7 +372,7 @@ def test_unquantized_twin_is_near_the_float_model(vit: nn.Module, digits: worklo
 
 
 def test_twin_shares_nothing_with_the_model(case: Case) -> None:
-    twin = Twin(_backend(case))
+    twin = Twin(backend_of(case))
     held = {
         t.data_ptr() for t in (*case.converted.parameters(), *case.converted.buffers(), *case.float_model.parameters())
     }

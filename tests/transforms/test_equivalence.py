@@ -10,7 +10,7 @@ import torch
 from helpers import nets
 from helpers.search import small_config
 from helpers.state import everything
-from test_equalize import TracedNorm, uneven
+from helpers.uneven import TracedNorm, uneven
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional

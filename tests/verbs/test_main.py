@@ -6,120 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.command_line import FACTORY, ROOT, output, run
 
 import cptv_ao
 from cptv_ao.__main__ import main
-
-ROOT = Path(__file__).parents[2]
-
-FACTORY = """\
-import torch
-from torch import nn
-from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
-
-import cptv_ao
-from beside import CLASSES
-
-batches = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).split(16)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.Linear(16, 16)
-
-    def forward(self, x):
-        return self.attn(x).relu()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def float_model():
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-def prepared(make=float_model):
-    made = prepare_fx(make(), cptv_ao.qconfig_mapping(weight_bits=3), (batches[0],))
-    for images in batches:
-        made(images)
-    return made
-
-
-def converted():
-    return convert_fx(prepared())
-
-
-def reference():
-    return convert_to_reference_fx(prepared())
-
-
-def plain():
-    return convert_fx(prepared(lambda: nn.Sequential(nn.Linear(16, 4))))
-
-
-def pair():
-    return converted(), float_model()
-
-
-def labelled():
-    for images in batches:
-        yield images, None
-
-
-def needs(what):
-    return what
-
-
-class Holder:
-    net = converted()
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "factory.py").write_text(FACTORY)
-    (tmp_path / "beside.py").write_text("CLASSES = 5\n")
-    return tmp_path
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """For runs in this process, which load the modules of the folder."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    loaded = set(sys.modules)
-    yield folder
-    for name in {"factory", "beside", "broken"} - loaded:
-        sys.modules.pop(name, None)
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLUMNS="120")
-    command = [sys.executable, "-W", "ignore", "-m", "cptv_ao", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def output(folder: Path, *arguments: str) -> str:
-    done = run(folder, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

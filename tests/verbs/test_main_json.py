@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_main import ROOT, folder, here, output
+from helpers.command_line import ROOT, output
 
 from cptv_ao.__main__ import main
-
-__all__ = ["folder", "here"]  # fixtures
 
 
 def test_json_goes_where_the_program_prints(folder: Path) -> None:
