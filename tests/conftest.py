@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("helpers")
 
-import nets
 import workloads
+from helpers import nets
+from helpers.cases import Case, vit_case
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ranks are forked, which torch does not survive once a process has exported a model: their tests come first, with
     pytest-xdist too if it leaves the order as it is (`--no-loadscope-reorder`)."""
     items.sort(key=lambda item: item.path.stem != "test_distributed")
-
-
-@dataclass
-class Case:
-    """A float model, what prepare_fx and convert_fx made of it, and calibration batches."""
-
-    float_model: nn.Module
-    prepared: GraphModule
-    converted: GraphModule
-    batches: list[Tensor]
-
-    def copy(self) -> Case:
-        """A copy, but for the prepared model: convert_fx leaves it in a state that no deepcopy survives."""
-        float_model, converted = copy.deepcopy((self.float_model, self.converted))
-        return Case(float_model, self.prepared, converted, [batch.clone() for batch in self.batches])
 
 
 @pytest.fixture(autouse=True)
@@ -61,20 +45,14 @@ def vit() -> nn.Module:
     return workloads.trained("digits_vit")
 
 
-def _vit_case(vit: nn.Module, digits: workloads.Images, weight_bits: int) -> Case:
-    batches = list(digits.calibration(128, seed=0).split(32))
-    prepared, converted = workloads.quantize(copy.deepcopy(vit), batches[:2], weight_bits=weight_bits)
-    return Case(vit, prepared, converted, batches)
-
-
 @pytest.fixture(scope="session")
 def _vit_w3(vit: nn.Module, digits: workloads.Images) -> Case:
-    return _vit_case(vit, digits, 3)
+    return vit_case(vit, digits, 3)
 
 
 @pytest.fixture(scope="session")
 def _vit_w2(vit: nn.Module, digits: workloads.Images) -> Case:
-    return _vit_case(vit, digits, 2)
+    return vit_case(vit, digits, 2)
 
 
 @pytest.fixture
@@ -127,12 +105,3 @@ def functional(_small: dict[str, Case]) -> Case:
 def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
     """Each of the small networks and the ViT, at W3A8."""
     return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()
-
-
-@pytest.fixture
-def pt2e() -> Any:
-    """The room of the PT2E tests: models, quantizers, batches."""
-    pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="pip install 'cptv_ao[pt2e]'")
-    import test_pt2e
-
-    return test_pt2e

@@ -1,4 +1,4 @@
-"""The layers of the package: which room may import which, lazy imports inside functions included."""
+"""The layers of the package: which room may import which, lazy imports included; and tests stand alone."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LAYERS = [
     {"__main__"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))
+TESTS = Path(__file__).parent
 
 
 def package_of(module: str) -> str:
@@ -114,3 +115,16 @@ def test_strategies_see_vectors_only(path: Path) -> None:
     allowed = ("cptv_ao.search.strategies", "cptv_ao.core.sites")
     assert not [name for name, _ in imports(path) if name.split(".")[0] == "torch"]
     assert all(name.startswith(allowed) for name in ours(path))
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests need is in tests/helpers."""
+    paths = sorted(TESTS.rglob("*.py"))
+    names = [path.stem for path in paths if path.stem.startswith("test_")]
+    assert len(names) > 50 and len(set(names)) == len(names), "pytest imports them by their bare names"
+    wrong = {
+        path.name: found
+        for path in paths
+        if (found := {part for name, _ in imports(path) for part in name.split(".")} & {*names, "conftest"})
+    }
+    assert not wrong

@@ -1,0 +1,170 @@
+"""What `diagnose` reads from the graph, and what it does where the float twin is of no help."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import workloads
+from helpers import nets
+from helpers.cases import Case
+from helpers.diagnosed import block, diagnosed, rescale, site
+from helpers.state import everything
+from torch import Tensor, nn
+from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
+from torch.nn import functional
+
+import cptv_ao
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import attach_float_weights
+from cptv_ao.core.losses import kl
+from cptv_ao.fx.node_runner import Recorder
+from cptv_ao.simulation import kernel_agreement
+
+
+def test_unfused_batch_norms_are_counted() -> None:
+    pytest.importorskip("timm")
+    model = workloads.fashion_cnn().eval()
+    images = nets.images(4, 1, 28, 28)
+    mapping = cptv_ao.qconfig_mapping(engine="x86")
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    _, stock = nets.quantize(model, [images], mapping=mapping)
+    found = cptv_ao.diagnose(stock, [images], float_model=model, progress=False)
+    assert len(found.findings.unfused_norms) == norms == 15
+    assert "0.bn" in found.findings.unfused_norms
+    assert found.advice[0].startswith("15 batch norms are not fused")
+    ready = cptv_ao.recipe(model, (images,), qconfig_mapping=mapping)
+    _, fused = nets.quantize(ready.model, [images], mapping=ready.qconfig_mapping)
+    found = cptv_ao.diagnose(fused, [images], float_model=ready.model, progress=False)
+    assert found.findings.unfused_norms == ()
+
+
+def test_a_batch_norm_behind_something_else_cannot_be_fused(conv: Case) -> None:
+    assert any(type(m).__name__ == "BatchNorm2d" for m in conv.converted.modules())
+    assert diagnosed(conv).findings.unfused_norms == ()
+
+
+def test_layers_and_ops_in_float(vit: nn.Module, digits: workloads.Images) -> None:
+    batches = list(digits.calibration(64, seed=0).split(32))
+    mapping = cptv_ao.qconfig_mapping(engine="x86")
+    mapping.set_module_name("blocks.1.mlp.fc1", None)
+    _, converted = nets.quantize(vit, batches, mapping=mapping)
+    found = cptv_ao.diagnose(converted, batches, float_model=vit, progress=False)
+    assert found.findings.float_layers == ("blocks.1.mlp.fc1",)
+    assert found.findings.float_ops == {"scaled_dot_product_attention": 4, "GELU": 4}
+    assert any("1 layer is computing in float (blocks.1.mlp.fc1)" in sentence for sentence in found.advice)
+
+
+def test_weights_with_too_many_levels(vit_w3: Case) -> None:
+    wide = diagnosed(vit_w3).findings.wide_weights
+    assert "blocks.0.attn.qkv.weight (-4..4 for -4..3)" in wide
+    backend = Backend(vit_w3.converted)
+    attach_float_weights(backend, vit_w3.float_model)
+    for name, found in backend.sites.items():
+        if found.kind == "weight":
+            backend.write(name, backend.read(name))  # which clamps
+    assert diagnosed(vit_w3).findings.wide_weights == ()
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_risk_of_saturation(vit: nn.Module, digits: workloads.Images, reduced: bool) -> None:
+    """Told on any machine: 8-bit weights behind activations that use the upper half of their codes."""
+    batches = list(digits.calibration(64, seed=0).split(32))
+    weight = nets.qconfig(8).weight
+    activation = MinMaxObserver.with_args(reduce_range=reduced)
+    mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
+    _, converted = nets.quantize(vit, batches, mapping=mapping)
+    findings = cptv_ao.diagnose(converted, batches, float_model=vit, progress=False).findings
+    if reduced:
+        assert findings.saturation_risk == ()
+    else:
+        assert "blocks.0.norm1.scale_0" in findings.saturation_risk
+        assert "blocks.0.attn.qkv.output" not in findings.saturation_risk, "no kernel multiplies it with a weight"
+
+
+def test_narrow_weights_cannot_saturate(vit_w3: Case) -> None:
+    for name, found in Backend(vit_w3.converted).sites.items():
+        if found.kind == "activation" and not found.fixed:
+            rescale(vit_w3, name, 0.5)
+    assert diagnosed(vit_w3).findings.saturation_risk == ()
+
+
+def test_saturation_here_is_told(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_agreement, "disagreement", lambda *_: 0.27)
+    monkeypatch.setattr(kernel_agreement, "saturating_inputs", lambda *_: dict.fromkeys("ba", 200))
+    found = diagnosed(conv)
+    assert found.findings.saturating == ("a", "b")
+    assert found.advice[0].startswith("kernels of this CPU saturate at a, b: ")
+
+
+# where the twin is of no help
+
+
+class Odd(nn.Module):
+    """Blocks with an op that the float twin does not know: a quantized tensor plus a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OddBlock() for _ in range(3))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.blocks:
+            x = part(x)
+        return self.head(x)
+
+
+class OddBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(functional.relu(self.a(x) + 0.5))
+
+
+@pytest.fixture
+def odd() -> Case:
+    model = nets.seeded(Odd)
+    batches = list(nets.images(64, 12).split(16))
+    prepared, converted = nets.quantize(model, batches)
+    return Case(model, prepared, converted, batches)
+
+
+def test_by_substitution(odd: Case) -> None:
+    given = everything(odd.converted), everything(odd.float_model)
+    found = diagnosed(odd)
+    assert (everything(odd.converted), everything(odd.float_model)) == given
+    assert found.simulated is None and found.floor is None
+    assert "does not know quantized.add" in found.notes[0] and "in place of the kernels'" in found.notes[0]
+    assert not any(s.sqnr is not None for s in found.sites if s.kind == "activation")
+    assert site(found, "blocks.0.a.output").used > 0.3
+    assert site(found, "blocks.0.a.weight").sqnr > 10
+    assert json.dumps(found.to_dict(), allow_nan=False)
+    assert "shares below" not in str(found)
+
+    order = ["blocks.0", "blocks.1", "blocks.2"]
+    losses = [found.loss] + [block(found, name).loss_without for name in order]
+    for name, before, after in zip(order, losses, losses[1:], strict=False):
+        assert block(found, name).share == pytest.approx((before - after) / found.loss, rel=1e-6)
+    # the last block's output, put on its scale, is what the head is given
+    last = Recorder(odd.converted)
+    scores = []
+    with torch.no_grad():
+        for batch in odd.batches:
+            last.run(batch)
+            like = last.values[block(found, "blocks.2").node]
+            hidden = batch
+            for part in odd.float_model.blocks:  # type: ignore[union-attr]
+                hidden = part(hidden)
+            given_codes = torch.quantize_per_tensor(hidden, like.q_scale(), like.q_zero_point(), torch.quint8)
+            scores.append(float(kl(odd.converted.head(given_codes).dequantize(), odd.float_model(batch))))
+    assert losses[3] == pytest.approx(sum(scores) / len(scores), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.b.output", "blocks.1.b.output", "blocks.2.a.output"])
+def test_substitution_finds_the_block(odd: Case, name: str) -> None:
+    assert diagnosed(odd).blocks[0].share < 0.5
+    rescale(odd, name, 32)
+    assert diagnosed(odd).blocks[0].name == name[: len("blocks.0")]

@@ -1,0 +1,41 @@
+"""A quantized network with what a test needs beside it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import workloads
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
+
+
+@dataclass
+class Case:
+    """A float model, what prepare_fx and convert_fx made of it, and calibration batches."""
+
+    float_model: nn.Module
+    prepared: GraphModule
+    converted: GraphModule
+    batches: list[Tensor]
+
+    def copy(self) -> Case:
+        """A copy, but for the prepared model: convert_fx leaves it in a state that no deepcopy survives."""
+        float_model, converted = copy.deepcopy((self.float_model, self.converted))
+        return Case(float_model, self.prepared, converted, [batch.clone() for batch in self.batches])
+
+
+def vit_case(vit: nn.Module, digits: workloads.Images, weight_bits: int) -> Case:
+    batches = list(digits.calibration(128, seed=0).split(32))
+    prepared, converted = workloads.quantize(copy.deepcopy(vit), batches[:2], weight_bits=weight_bits)
+    return Case(vit, prepared, converted, batches)
+
+
+def backend_of(case: Case) -> Backend:
+    """Its scales, with the float weights and their nominal ranges."""
+    backend = Backend(case.converted, weight_ranges(case.float_model))
+    attach_float_weights(backend, case.float_model)
+    return backend

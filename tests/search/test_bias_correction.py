@@ -1,0 +1,240 @@
+"""Bias correction: the means of layers' outputs, what a refine makes of them, and where biases are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import killed, nets
+from helpers.cases import Case, backend_of
+from helpers.search import small_config
+from helpers.state import everything
+from torch import Tensor, nn
+
+import cptv_ao
+from cptv_ao import RefineConfig
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.qparams import QParams, same
+from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.search.budget import Budget
+from cptv_ao.search.proposals.bias_correction import corrections
+from cptv_ao.search.proposals.proposer import Proposer
+from cptv_ao.simulation.twin import Twin, unquantized
+
+
+def batches_of(images: list[Tensor]) -> list[Batch]:
+    return [Batch((x,), {}, len(x)) for x in images]
+
+
+def corrected_twin(case: Case, batches: list[Batch]) -> tuple[Twin, dict[str, Tensor]]:
+    """At the observers' scales."""
+    backend = backend_of(case)
+    twin = Twin(backend)
+    twin.reround_weights()
+    found, _ = corrections(twin, backend.float_weights.keys(), batches)
+    return twin, found
+
+
+def refined(case: Case, **changes: Any) -> cptv_ao.Report:
+    """With the biases alone, if nothing else is said."""
+    config = small_config(**({"population": ("biases",), "passes": 0} | changes))
+    cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
+    return cptv_ao.report(case.converted)
+
+
+def test_a_layer_alone_gets_what_it_lost() -> None:
+    """By hand: float mean less quantized mean, of each output channel; shares of batches count their images. What is
+    beyond the range of the output is left alone: no bias brings it back."""
+    float_model = nets.seeded(lambda: nn.Sequential(nn.Linear(6, 5)))
+    images = nets.images(40, 6)
+    prepared, model = nets.quantize(float_model, [images], weight_bits=2)
+    case = Case(float_model, prepared, model, [images])
+    backend = backend_of(case)
+    backend.write("0.weight", backend.read("0.weight"))  # codes within -2..1
+    layer = model.get_submodule("0")
+    step, low = float(layer.scale), -float(layer.scale) * int(layer.zero_point)
+    with torch.no_grad():
+        lost = (float_model(images).clamp(low, low + 255 * step) - model(images)).mean(0)
+    _, whole = corrected_twin(case, batches_of([images]))
+    _, parts = corrected_twin(case, batches_of([images[:28], images[28:]]))
+    assert float(lost.abs().max()) > step
+    assert torch.allclose(whole["0.weight"], lost, atol=1e-6)
+    assert torch.allclose(parts["0.weight"], lost, atol=step / 2)  # roundings of what was corrected already
+
+
+def test_the_means_of_all_layers_are_those_in_float(vit_w2: Case) -> None:
+    """Of each channel, over the images that were looked at, up to the roundings behind the correction."""
+    batch = Batch((torch.cat(vit_w2.batches),), {}, 128)
+    means: list[dict[str, Tensor]] = []
+    for corrects in (False, True):
+        backend = backend_of(vit_w2)
+        twin = Twin(backend)
+        twin.reround_weights()
+        if corrects:
+            corrections(twin, backend.float_weights.keys(), [batch])
+        for seen in (unquantized(backend), twin):
+            found: dict[str, Tensor] = {}
+
+            def see(layer: Any, _: Any, output: Any, found: dict[str, Tensor] = found) -> None:
+                found[layer.weight.site.name] = output.dequantize().flatten(0, -2).mean(0)
+
+            hooks = [layer.register_forward_hook(see) for layer in seen.layers if "mlp" in layer.weight.site.name]
+            seen(*batch.args)
+            for hook in hooks:
+                hook.remove()
+            means.append(found)
+    wanted, before, _, after = means
+    for name, mean in wanted.items():
+        assert float((after[name] - mean).norm()) < 0.2 * float((before[name] - mean).norm()), name
+
+
+def test_the_kernels_confirm_it(vit_w2: Case) -> None:
+    backend = backend_of(vit_w2)
+    given = {name: backend.weights.bias(name) for name in backend.float_weights}
+    _, found = corrected_twin(vit_w2, batches_of(vit_w2.batches))
+    report = refined(vit_w2, holdout=0, equalize=False)
+    assert report.stages[0].startswith("biases corrected: accepted")
+    assert report.after.search < 0.9 * report.before.search
+    assert sum(move.corrected for move in report.moves) == len(found) > 0
+    assert f"the biases of {len(found)} layers are corrected" in str(report)
+    for name, bias in given.items():
+        now = backend_of(vit_w2).weights.bias(name)
+        assert bias is not None
+        assert now is not None
+        assert torch.allclose(now - bias, found[name], atol=0.05 * float(found[name].abs().max())), name
+
+
+def test_float_mode_does_not_see_it(vit_w2: Case) -> None:
+    """What the features of the descent are taken from."""
+    images = vit_w2.batches[0]
+    wanted = unquantized(backend_of(vit_w2))(images).dequantize()
+    twin, found = corrected_twin(vit_w2, batches_of(vit_w2.batches))
+    assert found
+    with twin.in_float(twin.names):
+        assert torch.equal(twin(images).dequantize(), wanted)
+
+
+class Twice(nn.Module):
+    """A layer without a bias, and one that runs two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.again(self.first(x)).relu())
+
+
+@pytest.fixture
+def twice() -> Case:
+    float_model = nets.seeded(Twice)
+    batches = list(nets.images(64, 6).split(16))
+    prepared, model = nets.quantize(float_model, batches, weight_bits=2)
+    return Case(float_model, prepared, model, batches)
+
+
+def test_a_layer_without_a_bias_gets_one_and_one_that_runs_twice_none(twice: Case) -> None:
+    _, found = corrected_twin(twice, batches_of(twice.batches))
+    assert list(found) == ["first.weight"]
+    backend = backend_of(twice)
+    given, state = everything(twice.converted), backend.state("first.weight")
+    assert backend.weights.bias("first.weight") is None
+    held = replace(backend.read("first.weight"), correction=found["first.weight"])
+    backend.write("first.weight", held)
+    assert torch.equal(twice.converted.get_submodule("first").bias(), held.correction)
+    assert same(backend.read("first.weight"), held)
+    assert backend.weights.bias("first.weight") is None
+    backend.write("first.weight", replace(held, correction=None))
+    assert not bool(twice.converted.get_submodule("first").bias().any())
+    backend.restore("first.weight", state)
+    assert everything(twice.converted) == given
+
+
+def test_a_scale_that_moves_later_keeps_it(vit_w2: Case) -> None:
+    backend = backend_of(vit_w2)
+    _, found = corrected_twin(vit_w2, batches_of(vit_w2.batches))
+    name = "blocks.0.mlp.fc1.weight"
+    given = backend.weights.bias(name)
+    assert given is not None
+    held = replace(backend.read(name), correction=found[name])
+    backend.write(name, held)
+    for factor in (1.1, 1.0):
+        backend.write(name, replace(backend.read(name), scale=held.scale * factor))
+        packed = vit_w2.converted.get_submodule("blocks.0.mlp.fc1").bias()
+        assert torch.equal(packed, given + found[name])
+    assert not same(held, QParams(held.scale, held.zero_point, held.shift))
+
+
+def test_one_that_is_not_accepted_leaves_nothing(vit_w3: Case) -> None:
+    before = everything(vit_w3.converted)["state_dict"]
+
+    def stranger(candidate: Tensor, teacher: Tensor) -> Tensor:
+        """Lowest where the model is: at what it gives now."""
+        return (candidate - given[: len(candidate)]).square().mean() if len(candidate) == 32 else candidate.sum() * 0
+
+    vit_w3.batches = vit_w3.batches[:1]
+    given = vit_w3.converted(vit_w3.batches[0])
+    report = refined(vit_w3, loss=stranger, holdout=0)
+    assert report.stages[0].startswith("biases corrected: not better")
+    assert not report.moves
+    assert everything(vit_w3.converted)["state_dict"] == before
+
+
+def test_a_second_refine_corrects_nothing_twice(vit_w2: Case) -> None:
+    first = refined(vit_w2)
+    second = refined(vit_w2)
+    assert second.before.search == pytest.approx(first.after.search, rel=1e-6)
+    assert second.after.search <= first.after.search
+
+
+def test_files_hold_it(vit_w2: Case, twice: Case, tmp_path: Path) -> None:
+    for case in (vit_w2, twice):
+        fresh, other = case.copy().converted, case.copy().converted
+        cptv_ao.save_scales(case.converted, tmp_path / "given")
+        assert refined(case).moves
+        cptv_ao.save_scales(case.converted, tmp_path / "refined")
+        wanted, given = case.converted(case.batches[0]), fresh(case.batches[0])
+        cptv_ao.load_scales(fresh, tmp_path / "refined")
+        assert torch.equal(fresh(case.batches[0]), wanted)
+        other.load_state_dict(case.converted.state_dict())
+        assert torch.equal(other(case.batches[0]), wanted)
+        cptv_ao.load_scales(fresh, tmp_path / "given")
+        assert torch.equal(fresh(case.batches[0]), given)
+
+
+@pytest.mark.parametrize("score_on", ["kernels", "simulation"])
+def test_a_killed_search_goes_on_with_it(vit_w2: Case, score_on: str, tmp_path: Path) -> None:
+    """In the descent, whose proposals are corrected anew, and in the visits."""
+    changes: dict[str, Any] = {"population": ("biases",), "gradient_steps": 8, "passes": 1, "score_on": score_on}
+    whole, path = vit_w2.copy(), tmp_path / "search"
+    events = killed.refine(whole, None, **changes)
+    assert any(move.corrected for move in cptv_ao.report(whole.converted).moves)
+    for kill_at in (4, len(events) // 2):
+        with pytest.raises(killed.Killed):
+            killed.refine(vit_w2.copy(), path, kill_at=kill_at, **changes)
+    killed.refine(vit_w2, path, **changes)
+    images = vit_w2.batches[0]
+    assert torch.equal(vit_w2.converted(images), whole.converted(images))
+
+
+@torch.no_grad()
+def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels saturate on in a proposal is limited in it, and free again once it is not accepted."""
+    backend = backend_of(vit_w2)
+    search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
+    config = small_config(gradient_steps=12)
+    proposer = Proposer(backend, backend.movable(), Calibration(config, search), Budget())
+    twin, losses = proposer._twin, list[float]()
+    wide = next(name for name in backend.movable() if backend.sites[name].affine)
+    monkeypatch.setattr("cptv_ao.search.proposals.proposer.saturating_inputs", lambda *_: {wide: 254} if losses else {})
+    names = []
+    for name, scales in proposer.proposals(losses.append, lambda worth: None):  # and none of it is written
+        names.append(name)
+        assert twin._sites[wide].site.qmax == 127
+        assert scales()[wide].scale > backend.read(wide).scale * 1.5
+    assert len(names) == 4
+    assert twin._sites[wide].site.qmax == backend.sites[wide].qmax == 255
+    assert max(losses[3:]) < 2 * max(losses[:3])

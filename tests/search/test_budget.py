@@ -1,0 +1,43 @@
+"""How long a search may go on."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from cptv_ao.core.outcome import Status
+from cptv_ao.search.budget import Budget
+
+
+def test_without_limits_it_goes_on() -> None:
+    budget = Budget(None, None)
+    budget.evaluations = 10**9
+    assert budget.left and budget.may_score and budget.stopped is None
+
+
+def test_evaluations_end_it() -> None:
+    budget = Budget(2, None)
+    assert budget.left
+    budget.evaluations = 2
+    assert not budget.left
+    assert not budget.may_score
+    assert budget.stopped is None, "nobody asked"
+
+
+def test_seconds_end_it_but_what_took_them_is_scored() -> None:
+    budget = Budget(None, 60.0, started=time.monotonic() - 61.0)
+    assert budget.seconds >= 61
+    assert not budget.left
+    assert budget.may_score
+
+
+@pytest.mark.parametrize("by", [Status.STOPPED, Status.CALLBACK])
+def test_who_says_so_first_is_told(by: Status) -> None:
+    budget = Budget(None, math.inf)
+    budget.stop(by)
+    budget.stop(Status.BUDGET)
+    assert budget.stopped is by
+    assert not budget.left
+    assert not budget.may_score

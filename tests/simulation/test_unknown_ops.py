@@ -1,0 +1,136 @@
+"""Networks with what the float twin does not know: it costs the proposals, with a note, or is told by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import nets
+from helpers.search import small_config
+from torch import Tensor, nn
+from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+from torch.fx import GraphModule
+from torch.nn import functional
+
+import cptv_ao
+from cptv_ao.evaluation.teacher import as_float
+
+
+class Resized(nn.Module):
+    """`resize_` is only met when the twin runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).resize_(16, 4))
+
+
+class Solid(nn.Module):
+    """Convolutions and pools of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv3d(3, 4, 3, padding=1), nn.BatchNorm3d(4), nn.MaxPool3d(2)
+        self.mean, self.head = nn.AdaptiveAvgPool3d(1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(functional.relu(self.norm(self.conv(x))))
+        return self.head(self.mean(functional.avg_pool3d(x, 2, 1)).flatten(1))
+
+
+@pytest.fixture
+def resized() -> tuple[nn.Module, GraphModule, list[Tensor]]:
+    model, batches = nets.seeded(Resized), list(nets.images(32, 8).split(8))
+    return model, nets.quantize(model, batches, weight_bits=3)[1], batches
+
+
+def refined(model: GraphModule, batches: list[Tensor], float_model: Any, **changes: Any) -> cptv_ao.Report:
+    config = small_config(gradient_steps=4, **changes)
+    cptv_ao.refine(model, batches, float_model=float_model, config=config, progress=False)
+    return cptv_ao.report(model)
+
+
+def test_an_op_that_is_met_at_run_time_costs_the_proposals(resized: Any) -> None:
+    model, converted, batches = resized
+    report = refined(converted, batches, model)
+    (note,) = (note for note in report.notes if "no proposals" in note)
+    assert note.startswith("no proposals from the float twin: resize_: the float twin does not know resize_")
+    assert report.stages == ()
+    assert (
+        "resize_: the float twin does not know"
+        in cptv_ao.diagnose(converted, batches, float_model=model, progress=False).notes[0]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:refine without float_model:cptv_ao.CptvWarning")
+@pytest.mark.parametrize(("given", "score_on"), [(False, "kernels"), (True, "simulation"), (False, "simulation")])
+def test_where_the_twin_is_indispensable_the_op_is_named(resized: Any, given: bool, score_on: str) -> None:
+    model, converted, batches = resized
+    before = copy.deepcopy(converted.state_dict())
+    with pytest.raises(cptv_ao.UnsupportedModelError, match=r"resize_: the float twin does not know resize_") as caught:
+        refined(converted, batches, model if given else None, score_on=score_on)
+    assert caught.value.node == "resize_"
+    assert given or "pass float_model=" in str(caught.value)
+    assert str(before) == str(converted.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:refine without float_model:cptv_ao.CptvWarning")
+def test_a_batch_that_the_model_cannot_take_is_no_unknown_op() -> None:
+    model, batches = (
+        nets.seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))),
+        list(nets.images(32, 8).split(8)),
+    )
+    _, converted = nets.quantize(model, batches)
+    with pytest.raises(cptv_ao.CalibrationDataError, match="inputs of shape"):
+        refined(converted, [batch[:, :7] for batch in batches], None)
+
+
+@pytest.mark.filterwarnings("ignore:refine without float_model:cptv_ao.CptvWarning")
+@pytest.mark.parametrize("given", [True, False])
+def test_three_dimensions(given: bool) -> None:
+    model, batches = nets.seeded(Solid), list(nets.images(32, 3, 4, 6, 6).split(8))
+    _, converted = nets.quantize(model, batches, weight_bits=3)
+    report = refined(converted, batches, model if given else None)
+    assert not [note for note in report.notes if "twin" in note]
+    assert report.after.search <= report.before.search
+
+
+class Trainable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.conv2 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        self.norm2, self.fc, self.head = nn.BatchNorm2d(4), nn.Linear(4, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+        return self.head(functional.relu(self.fc(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("of_a_copy", [True, False])
+def test_a_model_that_was_prepared_for_qat_is_a_float_model(of_a_copy: bool) -> None:
+    """Its layers are sequences with a norm inside that hold their weight themselves. convert_fx may have changed it."""
+    torch.backends.quantized.engine = "x86"
+    batches = list(nets.images(32, 3, 8, 8).split(8))
+    trained = prepare_qat_fx(nets.seeded(Trainable).train(), get_default_qat_qconfig_mapping("x86"), (batches[0],))
+    for batch in batches:
+        trained(batch)
+    trained.eval()
+    off = copy.deepcopy(trained)
+    off.apply(torch.ao.quantization.disable_fake_quant)
+    wanted = off(batches[0])
+    model = convert_fx(copy.deepcopy(trained) if of_a_copy else trained)
+    given = cptv_ao.find_sites(model)
+    report = refined(model, batches, trained, population=("output_error",))
+    assert {site.name for site in given.values() if site.kind == "weight"} == {
+        f"{name}.weight" for name in ("conv1", "conv2", "fc", "head")
+    }
+    assert report.after.search <= report.before.search
+    with torch.no_grad(), as_float(trained):
+        torch.testing.assert_close(trained(batches[0]), wanted)
+    with pytest.raises(cptv_ao.FloatModelMismatchError, match="or the prepared model"):
+        refined(model, batches, nets.seeded(Trainable))

@@ -1,0 +1,133 @@
+"""Equivalent forms of PT2E graphs: equal in float, narrower ranges, and taken back where something else is read."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import pt2e
+from helpers.attention import BATCHES, NOTE, Gated, apart, quantized, refine, steps
+from helpers.state import weights
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import cptv_ao
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import attach_float_weights
+from cptv_ao.core.batches import Batch
+from cptv_ao.simulation.twin import unquantized
+from cptv_ao.transforms.equalize import equalize
+from cptv_ao.transforms.pt2e_patterns import SharedInputs
+
+pt2e.torchao()
+
+FORMS = ("fused", "softmax", "three layers")
+
+
+def opened(graph: GraphModule, model: nn.Module) -> Backend:
+    backend = Backend(graph)
+    attach_float_weights(backend, model)
+    return backend
+
+
+def in_float(backend: Backend) -> Tensor:
+    return unquantized(backend)(BATCHES[1])
+
+
+def error(graph: GraphModule, model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(torch.stack([(graph(b) - model(b)).square().mean() for b in BATCHES]).mean())
+
+
+FIRST = Batch((BATCHES[0],), {}, 8)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_the_function_stays_and_the_steps_are_finer(form: str, fold: bool) -> None:
+    model = apart(form=form)
+    graph = quantized(model, fold=fold)
+    backend = opened(graph, model)
+    wanted, coarse = in_float(backend), steps(backend)
+    assert equalize(backend, [FIRST]) == [NOTE]
+    torch.testing.assert_close(in_float(backend), wanted, rtol=1e-4, atol=1e-4)
+    fine = steps(backend)
+    layer = "q" if form == "three layers" else "qkv"
+    moved = {f"{layer}.input", "proj.input", "fc1.input"}
+    assert {name for name in fine if fine[name] != coarse[name]} == moved
+    assert all(fine[name] < 0.8 * coarse[name] for name in moved)
+    assert equalize(opened(graph, model), [FIRST]) == [], "they are in the middle already"
+
+
+@torch.no_grad()
+def test_values_of_attention_that_something_else_reads_stay() -> None:
+    model = apart(Gated)
+    graph = quantized(model)
+    backend = opened(graph, model)
+    wanted, coarse = in_float(backend), steps(backend)
+    assert "proj.input" in [part.sites[0] for part in SharedInputs(backend).find()], "the graph alone does not tell"
+    assert equalize(backend, [FIRST]) == [NOTE.replace("3", "2")]
+    torch.testing.assert_close(in_float(backend), wanted, rtol=1e-4, atol=1e-4)
+    assert {name for name, step in steps(backend).items() if step != coarse[name]} == {"qkv.input", "fc1.input"}
+
+
+@torch.no_grad()
+def test_outliers_move_into_the_weights() -> None:
+    model = apart(outlier=60)
+    graph = quantized(model, 8)
+    backend, before = opened(graph, model), error(graph, model)
+    wanted = in_float(backend)
+    assert equalize(backend, [FIRST]) == ["1 outlier channels of 1 norms moved into the weights that read them", NOTE]
+    torch.testing.assert_close(in_float(opened(graph, model)), wanted, rtol=1e-4, atol=1e-4)
+    assert error(graph, model) < 0.3 * before
+
+
+def test_a_search_starts_there_and_keeps_its_word(tmp_path: Path) -> None:
+    model = apart(outlier=60)
+    graph = quantized(model)
+    fresh, other = copy.deepcopy(graph), copy.deepcopy(graph)
+    config: dict[str, Any] = {"gradient_steps": 20, "evaluations": 2, "loss": "mse", "holdout": 0}
+    before = error(graph, model)
+    refine(graph, model, **config)
+    refine(other, model, **config, equalize=False)
+    report = cptv_ao.report(graph)
+    assert NOTE in report.notes and NOTE not in cptv_ao.report(other).notes
+    assert report.before.search == pytest.approx(before, rel=1e-4)
+    assert report.after.search == pytest.approx(error(graph, model), rel=1e-4)
+    assert error(graph, model) < 0.8 * error(other, model)
+    cptv_ao.save_scales(graph, tmp_path / "refined")
+    cptv_ao.load_scales(fresh, tmp_path / "refined")
+    with torch.no_grad():
+        assert torch.equal(fresh(BATCHES[1]), graph(BATCHES[1]))
+    cptv_ao.diagnose(graph, BATCHES, float_model=model)
+    found = error(graph, model)
+    refine(graph, model, **config)
+    assert error(graph, model) <= found * (1 + 1e-6)
+    assert NOTE not in cptv_ao.report(graph).notes
+
+
+def test_what_was_given_comes_back_where_it_is_better() -> None:
+    """A loss by which only the model that was given is right."""
+    model = apart()
+    graph = quantized(model)
+    with torch.no_grad():
+        own = {model(b).numpy().tobytes(): graph(b) for b in BATCHES}
+
+    def loss(outputs: Tensor, teacher: Tensor) -> Tensor:
+        return (outputs - own[teacher.detach().numpy().tobytes()]).square().mean()
+
+    as_given = weights(graph)
+    refine(graph, model, loss=loss)
+    assert weights(graph) == as_given
+    assert cptv_ao.report(graph).before == cptv_ao.report(graph).after
+
+
+def test_diagnose_says_which_outliers_refine_moves() -> None:
+    model = apart(outlier=60)
+    found = cptv_ao.diagnose(quantized(model), BATCHES, float_model=model)
+    assert found.findings.smoothable == ("fc1.input", "qkv.input")
+    assert "which refine, given float_model, moves into the layers behind it" in found.advice[0]
