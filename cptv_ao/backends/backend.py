@@ -54,7 +54,6 @@ class Backend:
         weights: what is beside the scales of weights: codes, float weights, biases.
         rewrites: what an equal form changes beside scales.
         sums: pairs of sites, of the output and of an input of an add, whose scales the engine wants near each other.
-        opaque: why no float twin computes what the model does; empty where one may.
 
     Raises:
         UnsupportedModelError: the model is neither a lowered FX model nor a PT2E graph, or has no quantized op.
