@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
-from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.errors import CalibrationDataError, FloatModelMismatchError, NonFiniteError
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.evaluation.entry_cache import EntryCache
 from cptv_ao.fx.running import has_hooks, run
-from cptv_ao.fx.segments import Segments
+from cptv_ao.fx.segments import Segments, same_stamp
 
 DEFAULT_CACHE_BYTES = 2 << 30
 #: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n
@@ -72,6 +73,7 @@ class Evaluator:
         self._entered = False
         self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full
         self._parent: tuple[float, ...] | None = None
+        self._ran: _Ran | None = None
         #: races so far
         self.raced = 0
         self.images = sum(batch.images for batch in self._batches)
@@ -160,16 +162,42 @@ class Evaluator:
         with torch.inference_mode():
             return [self._output(i).clone() for i in range(len(self._batches)) if self._world.mine(i)]
 
+    def check(self) -> None:
+        """Run this rank's batches once, and look at what comes out. `score` then knows the losses of the scales that
+        are in the model now.
+
+        Raises:
+            FloatModelMismatchError: the model's output has another shape than the teacher's.
+            NonFiniteError: the model's output is NaN or infinite.
+        """
+        losses: dict[int, float] = {}
+        with torch.inference_mode():
+            for index in filter(self._world.mine, range(len(self._batches))):
+                losses[index] = self._loss_of(index, check=True)
+        self._ran = _Ran(self._pieces.stamp(None), losses)
+
     def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
         """The summed losses of these batches, each scored by the rank that holds it."""
+        ran = self._ran if self._ran is not None and same_stamp(self._ran.stamp, self._pieces.stamp(None)) else None
         table = torch.zeros(len(wave), dtype=torch.float64)
         with torch.inference_mode():
             for place, index in enumerate(wave):
                 if self._world.mine(index):
-                    images = self._batches[index].images
-                    table[place] = images * batch_loss(self._loss, partial(self._output, index), self._teacher[index])
-                    self.image_forwards += images
+                    loss = self._loss_of(index) if ran is None else ran.losses[index]
+                    table[place] = self._batches[index].images * loss
         return [float(loss) for loss in self._world.sum(table, check)]
+
+    def _loss_of(self, index: int, check: bool = False) -> float:
+        teacher = self._teacher[index]
+        self.image_forwards += self._batches[index].images
+
+        def output() -> Tensor:
+            found = self._output(index)
+            if check:
+                _expect_output(found, teacher, index)
+            return found
+
+        return batch_loss(self._loss, output, teacher)
 
     def _waves(self, parent: Sequence[float] | None, once: bool) -> list[list[int]]:
         """Batches in the order in which they are scored, cut where rejection is decided; `once`: never.
@@ -191,6 +219,24 @@ class Evaluator:
         output = self._entries.output(index) if self._entered else run(self._model, self._batches[index], index)
         self.forward_seconds += time.perf_counter() - started
         return compared(output, self._select)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """Losses by batch, of this rank, of what the model holds when its stamp is this one."""
+
+    stamp: list[Any]
+    losses: dict[int, float]
+
+
+def _expect_output(output: Tensor, teacher: Tensor, index: int) -> None:
+    if output.shape != teacher.shape:
+        raise FloatModelMismatchError(
+            f"float_model: expected outputs of shape {tuple(output.shape)} as the quantized model gives on batch "
+            f"{index}, got {tuple(teacher.shape)}"
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise NonFiniteError(f"the quantized model's output on calibration batch {index} holds NaN or inf")
 
 
 def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> float:

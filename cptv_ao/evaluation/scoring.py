@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.distributed import World
-from cptv_ao.core.errors import FloatModelMismatchError, NonFiniteError
+from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.outcome import Losses
 from cptv_ao.core.tensors import compared, first_floating
@@ -65,16 +65,7 @@ def check_losses(losses: Losses) -> Losses:
 def _evaluator(model: GraphModule, images: Images, config: RefineConfig, world: World) -> Evaluator:
     select, loss = config.output or first_floating, get_loss(config.loss, config.temperature)
     evaluator = Evaluator(model, images.batches, images.targets, loss, select, config.cache_bytes, world)
-    mine = [index for index in range(len(images.batches)) if world.mine(index)]
-    for index, output in zip(mine, evaluator.outputs(), strict=True):
-        target = images.targets[index]
-        if output.shape != target.shape:
-            raise FloatModelMismatchError(
-                f"float_model: expected outputs of shape {tuple(output.shape)} as the quantized model gives on batch "
-                f"{index}, got {tuple(target.shape)}"
-            )
-        if not bool(torch.isfinite(output).all()):
-            raise NonFiniteError(f"the quantized model's output on calibration batch {index} holds NaN or inf")
+    evaluator.check()
     return evaluator
 
 

@@ -91,12 +91,16 @@ class Segments:
 
         return tuple(packable(node) for node in self._live(at))
 
-    def stamp(self, at: int) -> list[Any]:
-        """What the live values at a cut depend on, to be compared with `same_stamp`: scales, weights, versions."""
-        return [
+    def stamp(self, at: int | None) -> list[Any]:
+        """What the live values at a cut depend on, to be compared with `same_stamp`: scales, weights, versions.
+
+        None: what the outputs depend on, with the code itself, which holds scales where they are literals.
+        """
+        code = [type(self._scope.root).forward] if at is None else []
+        return code + [
             part
             for node, held in self._held.items()
-            if (self._first_use[node] if _is_constant(node) else self._index[node]) < at
+            if at is None or (self._first_use[node] if _is_constant(node) else self._index[node]) < at
             for part in _stamp(self._scope.root, held)
         ]
 
