@@ -17,7 +17,7 @@ from cptv_ao.backends.pt2e import Pt2eForm, fused_weights
 from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
-from cptv_ao.core.weight_rounding import HALF_STEP
+from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
 from cptv_ao.fx.quantized_ops import of_node
 
 # Ops of PT2E graphs whose weights are those of modules.
@@ -192,16 +192,12 @@ def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
 def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
     """How many steps a weight is from its codes, at most; the codes at the ends may stand for anything beyond."""
     codes = quantized.int_repr().float()
-    shape = [1] * quantized.dim()
     if site.axis is None:
-        scale = torch.tensor(quantized.q_scale())
-        zero_point = torch.tensor(quantized.q_zero_point())
+        scale, zero_point = torch.tensor(quantized.q_scale()), torch.tensor(quantized.q_zero_point())
     else:
-        shape[site.axis] = -1
-        scale = quantized.q_per_channel_scales().reshape(shape)
-        zero_point = quantized.q_per_channel_zero_points().reshape(shape)
-    ratio = weight.to("cpu", torch.float32).reshape(codes.shape) / scale.float() + zero_point
-    off = ratio - codes
+        scale, zero_point = quantized.q_per_channel_scales(), quantized.q_per_channel_zero_points()
+    steps = weight_steps(weight.to("cpu", torch.float32).reshape(codes.shape), scale.float(), site.axis)
+    off = steps + along_axis(zero_point, site.axis, codes.dim()) - codes
     highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
     clipped = ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
     return float(off.abs().masked_fill_(clipped, 0.0).max())

@@ -21,6 +21,7 @@ from cptv_ao.backends.scale_slots import BufferScaleSlot, ScaleSlot, ScannedGrap
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
+from cptv_ao.core.weight_rounding import round_by_reciprocal
 from cptv_ao.fx.paths import fetch
 
 _NAMESPACE = "quantized_decomposed."
@@ -186,12 +187,7 @@ class Pt2eWeightSlot(WeightSlot):
 
     def _rounded(self, qparams: QParams) -> Tensor:
         assert self.float_weight is not None
-        shape = [1] * self.float_weight.dim()
-        if self.axis is not None:
-            shape[self.axis] = -1
-        inverse = (1 / qparams.scale.float()).reshape(shape)
-        codes = torch.round(self.float_weight.detach() * inverse) + qparams.zero_point.reshape(shape)
-        return codes.clamp(*self.limits).to(self._dtype)
+        return round_by_reciprocal(self.float_weight.detach(), qparams, self.axis, self.limits).to(self._dtype)
 
 
 def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> ScaleSite:

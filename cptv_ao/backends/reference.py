@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.weight_rounding import along_axis
 from cptv_ao.fx.quantized_ops import is_quantized, of_module
 
 _QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
@@ -149,16 +150,15 @@ def _replace(slot: TensorSlot, value: Tensor) -> None:
 
 
 def _settle(place: _Place, codes: Tensor) -> None:
-    """Move the float weights that would be rounded to other codes."""
+    """Move the float weights that would be rounded to other codes, by the very functions that lowering calls."""
     held = cast(TensorSlot, place.weight)
     weight, scale, zero_point = held.tensor, place.scale.tensor, place.zero_point.tensor
     if place.axis is None:
-        shape = [1] * weight.dim()
         quantized = torch.quantize_per_tensor(weight, float(scale), int(zero_point), torch.qint8)
     else:
-        shape = [-1 if d == place.axis else 1 for d in range(weight.dim())]
         quantized = torch.quantize_per_channel(weight, scale, zero_point, place.axis, torch.qint8)
-    value = (codes.to(weight.dtype) - zero_point.reshape(shape)) * scale.reshape(shape)
+    scale, zero_point = (along_axis(part, place.axis, weight.dim()) for part in (scale, zero_point))
+    value = (codes.to(weight.dtype) - zero_point) * scale
     _replace(held, torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
 
 

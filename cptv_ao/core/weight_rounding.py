@@ -1,4 +1,10 @@
-"""From a float weight to its codes: the one formula, and the shift that rounds to other codes than the nearest."""
+"""From a float weight to its codes: the one formula, and the shift that rounds to other codes than the nearest.
+
+    code = clamp(round(weight / scale + shift) + zero_point, qmin, qmax), rounded half to even
+
+Whatever puts a weight on a scale, or asks how far it is from one, does so with the functions of this room; what differs
+is the dtype that it computes in, which is that of what they are given.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +20,37 @@ from cptv_ao.core.sites import ScaleSite
 HALF_STEP = 0.5 + 2e-3
 
 
+def along_axis(values: Tensor, axis: int | None, dims: int) -> Tensor:
+    """What each channel of a weight has (C,), or all of it (), in a shape that meets its so many dimensions."""
+    return values.reshape([-1 if d == axis else 1 for d in range(dims)])
+
+
+def weight_steps(weight: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    """How many steps of its scale, () or (C,) along an axis, a weight is; not rounded."""
+    return weight / along_axis(scale, axis, weight.dim())
+
+
+def nearest_codes(steps: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The codes that are nearest to so many steps, as floats; `zero_point` in a shape that meets theirs."""
+    return (torch.round(steps) + zero_point).clamp_(qmin, qmax)
+
+
 def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:
     """Codes of a float weight at a scale: shifted, rounded half to even, clamped to the nominal range; int8, weight's
     shape."""
-    scale, zero_point = _along_axis(qparams, site, weight.dim())
-    steps = weight / scale
+    steps = weight_steps(weight, qparams.scale.to(torch.float32), site.axis)
     if (shift := qparams.shift_steps) is not None:
         steps += shift
-    codes = torch.round(steps) + zero_point
-    return codes.clamp_(site.qmin, site.qmax).to(torch.int8)
+    zero_point = along_axis(qparams.zero_point, site.axis, weight.dim())
+    return nearest_codes(steps, zero_point, site.qmin, site.qmax).to(torch.int8)
+
+
+def round_by_reciprocal(weight: Tensor, qparams: QParams, axis: int | None, limits: tuple[int, int]) -> Tensor:
+    """Codes as the quantize nodes of PT2E graphs make them, as floats: these multiply with 1 / scale, which rounds ties
+    to another code here and there than a division does."""
+    dims = weight.dim()
+    steps = weight * along_axis(1 / qparams.scale.float(), axis, dims)
+    return nearest_codes(steps, along_axis(qparams.zero_point, axis, dims), *limits)
 
 
 def count_shifted(weight: Tensor, qparams: QParams, site: ScaleSite) -> int:
@@ -36,19 +64,11 @@ def count_shifted(weight: Tensor, qparams: QParams, site: ScaleSite) -> int:
 def shift_of(weight: Tensor, codes: Tensor, qparams: QParams, site: ScaleSite) -> Tensor | None:
     """The least shift that rounds a float weight to codes that are at most a step away from it, or None where these
     are the nearest ones (ties may go either way). Codes that are clipped count as what they are clipped from."""
-    scale, zero_point = _along_axis(qparams, site, weight.dim())
-    steps = weight / scale + zero_point
+    zero_point = along_axis(qparams.zero_point, site.axis, weight.dim())
+    steps = weight_steps(weight, qparams.scale.to(torch.float32), site.axis) + zero_point
     missing = codes.clamp(site.qmin, site.qmax) - steps.clamp(site.qmin, site.qmax)
     if not bool((missing.abs() > HALF_STEP).any()):
         return None
     beyond = (missing.abs() - 0.5).clamp_min_(0.0)
     parts = torch.ceil(beyond * SHIFT_PARTS + (beyond > 0)).mul_(missing.sign())
     return parts.clamp_(-SHIFT_PARTS // 2, SHIFT_PARTS // 2).to(torch.int8)
-
-
-def _along_axis(qparams: QParams, site: ScaleSite, dims: int) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero_point in a shape that meets a weight of so many dimensions."""
-    shape = [1] * dims
-    if site.axis is not None:
-        shape[site.axis] = -1
-    return qparams.scale.to(torch.float32).reshape(shape), qparams.zero_point.reshape(shape)

@@ -84,7 +84,7 @@ def _repairs(findings: Findings) -> list[str]:
     if findings.unfused_norms:
         told.append(
             f"{_count(findings.unfused_norms, 'batch norm')} not fused with the convolution before: refine folds "
-            "those of lowered models into scales, but they go on running; prepare the model with cptv_ao.recipe"
+            "them into scales, but they go on running; prepare the model with cptv_ao.recipe"
         )
     if findings.saturating:
         told.append(

@@ -13,9 +13,7 @@ from cptv_ao.core.blocks import Block
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.ops import op_name, op_of
 from cptv_ao.fx.producers import producer
-from cptv_ao.fx.quantized_ops import of_node
 
-_ON_SCALE = {"quantizes", "dequantizes"}
 _NO_TENSOR = {"asks", "compares"}
 # Weights of 7 bits and less cannot overflow a sum of two products, 2 * 255 * 64 < 2^15.
 _NARROW_WEIGHT = 64
@@ -53,18 +51,9 @@ class Survey:
                     found[path] = node.name
         return found
 
-    def unfused_norms(self) -> tuple[str, ...]:
-        """Batch norms whose input is the output of a quantized convolution, with nothing but scales between."""
-        found = []
-        for node in self._nodes:
-            if self._effect(node) != "norm":
-                continue
-            source = node.args[0]
-            while isinstance(source, Node) and self._effect(source) in _ON_SCALE:
-                source = source.args[0]
-            if isinstance(source, Node) and source.name in self._weight and self._convolves(source):
-                found.append(_path(node))
-        return tuple(found)
+    def paths(self, names: Container[str]) -> tuple[str, ...]:
+        """Paths of the modules that these nodes were traced in, in graph order."""
+        return tuple(_path(node) for node in self._nodes if node.name in names)
 
     def in_float(self, floating: Container[str]) -> tuple[tuple[str, ...], dict[str, int]]:
         """Layers that compute in float, and how many other ops do, by kind.
@@ -135,13 +124,6 @@ class Survey:
         """What the op of a node does; `""` where that is not known."""
         op = op_of(node, self._modules)
         return "" if op is None else op.effect
-
-    def _convolves(self, node: Node) -> bool:
-        """Whether a node is a convolution with nothing behind it, quantized or of a PT2E graph."""
-        known, op = of_node(node, self._modules), op_of(node, self._modules)
-        if known is not None:
-            return known.product in {"conv", "transposed conv"} and not known.after
-        return op is not None and op.name == "conv"
 
 
 def _path(node: Node) -> str:

@@ -14,7 +14,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.channel_scaling import OUTLIER
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import HALF_STEP
+from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
 
 # Codes above this one overflow where kernels add pairs of products in 16 bits: 2 * 130 * 127 > 2^15.
 _NARROW = 129
@@ -124,10 +124,9 @@ def measured_weight(backend: Backend, site: ScaleSite) -> dict[str, Any]:
     if float_weight is None:
         return found
     qparams = backend.read(site.name)
-    shape = [-1 if d == site.axis else 1 for d in range(codes.dim())]
-    scale, zero_point = qparams.scale.reshape(shape), qparams.zero_point.reshape(shape)
+    scale, zero_point = (along_axis(part, site.axis, codes.dim()) for part in (qparams.scale, qparams.zero_point))
     wanted = float_weight.double()
-    off = wanted / scale + zero_point - codes
+    off = weight_steps(wanted, qparams.scale, site.axis) + zero_point - codes
     lowest, highest = codes.min(), codes.max()
     clipped = ((codes == highest) & (off > HALF_STEP)) | ((codes == lowest) & (off < -HALF_STEP))
     noise = float(((codes - zero_point) * scale - wanted).square().sum())

@@ -69,7 +69,7 @@ class Findings:
     """What the graph itself tells.
 
     Attributes:
-        unfused_norms: batch norms right behind a convolution that was not fused with them.
+        unfused_norms: batch norms in float between a quantized layer and its scale, which refine folds into the layer.
         float_layers: linear layers and convolutions that compute in float.
         float_ops: other ops that compute in float, by kind, with how many of each.
         unknown: quantized ops that were not understood, as of `find_sites`.

@@ -29,7 +29,7 @@ from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.kernel_agreement import disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
-from cptv_ao.transforms.equalize import smoothable
+from cptv_ao.transforms.equalize import foldable, smoothable
 
 _IMAGES = 128
 
@@ -148,7 +148,7 @@ def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Bat
         saturating = ()
     wide = survey.before_wide_weights()
     return Findings(
-        unfused_norms=survey.unfused_norms(),
+        unfused_norms=survey.paths(foldable(backend, batch)),
         float_layers=layers,
         float_ops=ops,
         unknown=backend.sites.unknown,

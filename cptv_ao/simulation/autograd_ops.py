@@ -8,7 +8,6 @@ scales follow from sums of `gradient * u`, so that no other pass over an activat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cptv_ao.core.weight_rounding import weight_steps
 from cptv_ao.simulation.qtensor import Limits, dot
 
 _aten = torch.ops.aten
@@ -48,12 +48,12 @@ class RoundWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, shape: Sequence[int], limits: Limits, shift: Tensor | None = None
+        ctx: Any, weight: Tensor, scale: Tensor, axis: int | None, limits: Limits, shift: Tensor | None = None
     ) -> Tensor:
-        steps = weight / scale.reshape(shape)
+        steps = weight_steps(weight, scale, axis)
         u = steps if shift is None else steps + shift
         ctx.save_for_backward(steps, u, scale)
-        ctx.shape, ctx.limits = shape, limits
+        ctx.axis, ctx.limits = axis, limits
         return limits.fit(u)
 
     @staticmethod
@@ -62,8 +62,7 @@ class RoundWeight(torch.autograd.Function):
         steps, u, scale = ctx.saved_tensors
         d_shift = ctx.limits.inside(gradient, u)
         product = d_shift * steps
-        kept = [d for d, size in enumerate(ctx.shape) if size != 1]
-        dims = [d for d in range(u.dim()) if d not in kept]
+        dims = [d for d in range(u.dim()) if d != ctx.axis]
         d_scale = -product.sum(dims).reshape(scale.shape) / scale
         return None, d_scale, None, None, d_shift if ctx.needs_input_grad[4] else None
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cptv_ao.core.qparams import SHIFT_PARTS, QParams
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.core.weight_rounding import along_axis, nearest_codes, weight_steps
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.autograd_ops import Add, Product, Quantize, QuantizedProduct, RoundWeight
 from cptv_ao.simulation.layer_norm import LayerNorm
@@ -69,11 +70,8 @@ class WeightQuantizer(SiteModule):
         self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None, shiftable: bool
     ) -> None:
         super().__init__(site, qparams)
-        self._shape = [1] * codes.dim()
-        if site.axis is not None:
-            self._shape[site.axis] = -1
         self._symmetric = not bool(self.zero_point.any())
-        self.register_buffer("codes", codes.to(torch.float32) - self.zero_point.reshape(self._shape))
+        self.register_buffer("codes", codes.to(torch.float32) - along_axis(self.zero_point, site.axis, codes.dim()))
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
         #: in steps, -0.5 to 0.5; see `QParams`
         self.register_buffer("shift", None)
@@ -103,7 +101,7 @@ class WeightQuantizer(SiteModule):
 
     def dequantize(self) -> Tensor:
         """The weight as a float tensor (C, ...)."""
-        value: Tensor = self() * self.scale.reshape(self._shape)
+        value: Tensor = self() * along_axis(self.scale, self.site.axis, self.codes.dim())
         return value
 
     def refresh(self) -> None:
@@ -114,21 +112,22 @@ class WeightQuantizer(SiteModule):
     def error(self, scale: Tensor) -> Tensor:
         """How far the float weight, rounded at a scale, is from itself (C, ...)."""
         assert self.weight is not None
-        zero_point, broad = self.zero_point.reshape(self._shape), scale.reshape(self._shape)
-        codes = torch.round(self.weight / broad)
-        codes = torch.clamp(codes, self.site.qmin - zero_point, self.site.qmax - zero_point)
-        return codes.mul_(broad).sub_(self.weight)
+        site, dims = self.site, self.weight.dim()
+        zero_point = along_axis(self.zero_point, site.axis, dims)
+        codes = nearest_codes(weight_steps(self.weight, scale, site.axis), zero_point, site.qmin, site.qmax)
+        return codes.sub_(zero_point).mul_(along_axis(scale, site.axis, dims)).sub_(self.weight)
 
     def _rounded(self) -> Tensor:
         site = self.site
         if self._symmetric:
             limits = Limits(site.qmin, site.qmax, self.rounding == "round")
         else:
-            limits = Limits.of(self.zero_point.reshape(self._shape), site.qmin, site.qmax, self.rounding)
+            zero_point = along_axis(self.zero_point, site.axis, self.codes.dim())
+            limits = Limits.of(zero_point, site.qmin, site.qmax, self.rounding)
         if self.rounding == "none":
             limits = Limits.of(self.scale, site.qmin, site.qmax, "none")
         shift = self.shift if self.rounding == "round" else None
-        codes: Tensor = RoundWeight.apply(self.weight, self.scale, self._shape, limits, shift)
+        codes: Tensor = RoundWeight.apply(self.weight, self.scale, site.axis, limits, shift)
         return codes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.channel_scaling import fold_factors
@@ -11,13 +12,30 @@ from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.lowered_patterns import UnfusedNorm
 
 
+def is_folded(backend: Backend, norm: UnfusedNorm) -> bool:
+    """Whether a norm is the identity, since it was moved into its layer before."""
+    found = _tensors(backend, norm)
+    identity = _identity(norm, found["running_mean"])
+    return all(torch.equal(value, identity[name]) for name, value in found.items())
+
+
+def _tensors(backend: Backend, norm: UnfusedNorm) -> dict[str, Tensor]:
+    return {name: fetch(backend.model, path).detach().float() for name, path in norm.tensors.items()}
+
+
+def _identity(norm: UnfusedNorm, like: Tensor) -> dict[str, Tensor]:
+    """What the tensors of a norm are that changes nothing."""
+    zero = torch.zeros_like(like)
+    return {"running_mean": zero, "running_var": zero + (1 - norm.eps), "weight": zero + 1, "bias": zero}
+
+
 def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
     """Move a norm into its layer, and let the scales on both sides of it move as one; False where it was there."""
-    found = {name: fetch(backend.model, path).detach().float() for name, path in norm.tensors.items()}
-    mean, zero = found["running_mean"], torch.zeros_like(found["running_mean"])
-    identity = {"running_mean": zero, "running_var": zero + (1 - norm.eps), "weight": zero + 1, "bias": zero}
-    done = all(torch.equal(value, identity[name]) for name, value in found.items())
+    done = is_folded(backend, norm)
     if not done:
+        found = _tensors(backend, norm)
+        mean, zero = found["running_mean"], torch.zeros_like(found["running_mean"])
+        identity = _identity(norm, mean)
         factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
         bias = backend.weights.bias(norm.weight)
         offset = (zero if bias is None else bias) - mean

@@ -27,7 +27,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.bn_folding import _fold
+from cptv_ao.transforms.bn_folding import _fold, is_folded
 from cptv_ao.transforms.channel_shift import centre
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
@@ -97,6 +97,14 @@ def smoothable(backend: Backend) -> set[str]:
     in_float = backend.form.simulates_itself
     norms = _norms(SharedInputs(backend).find()) if in_float else Patterns(backend).read_norms()
     return {name for norm in _shiftable(backend, norms) for name in norm.outputs}
+
+
+def foldable(backend: Backend, batch: Batch) -> list[str]:
+    """Names of the nodes of the batch norms that `equalize` folds."""
+    if backend.form.simulates_itself:  # norms are float there
+        return []
+    norms = _with_channels_first(backend, Patterns(backend).unfused_norms(), batch)
+    return [norm.node for norm in norms if not is_folded(backend, norm)]
 
 
 def replaceable(backend: Backend) -> dict[str, str]:

@@ -56,7 +56,7 @@ def test_codes_beyond_the_nominal_range_need_no_shift() -> None:
 def test_the_gradient_of_a_shift_is_that_of_the_weight_in_steps() -> None:
     weight, scale = torch.tensor([[0.3, -9.0, 0.9]]), torch.tensor([0.5], requires_grad=True)
     shift = torch.tensor([[0.2, 0.0, -0.4]], requires_grad=True)
-    codes = RoundWeight.apply(weight, scale, [-1, 1], Limits(-4, 3, True), shift)
+    codes = RoundWeight.apply(weight, scale, 0, Limits(-4, 3, True), shift)
     assert codes.tolist() == [[1.0, -4.0, 1.0]]
     (codes * torch.tensor([[1.0, 10.0, 100.0]])).sum().backward()
     assert shift.grad is not None
