@@ -111,6 +111,7 @@ def test_a_scale_that_moves_later_keeps_the_shift(vit_w2: Case) -> None:
     assert torch.equal(backend.weight(name).int_repr(), codes)
 
 
+@pytest.mark.slow
 def test_a_second_refine_starts_from_what_the_first_one_left(vit_w2: Case) -> None:
     first = cptv_ao.report(refined(vit_w2)).after
     second = cptv_ao.report(refined(vit_w2, learning_rate=0.003, seed=1))
@@ -119,6 +120,7 @@ def test_a_second_refine_starts_from_what_the_first_one_left(vit_w2: Case) -> No
     assert any(move.turned for move in second.moves) or not second.moves
 
 
+@pytest.mark.slow
 def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: Any) -> None:
     """On images that no search has seen: the mean of four draws, for a single one scatters by a quarter."""
 
@@ -133,6 +135,7 @@ def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: Any) -> None:
     assert sum(loss(seed, 0.1) for seed in range(4)) < 0.9 * sum(loss(seed, 0.0) for seed in range(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [True, False])
 def test_a_graph_that_rounds_its_weights_itself_rounds_to_the_nearest(
     folded: bool, digits: Any, vit: nn.Module
