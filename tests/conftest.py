@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from helpers.cases import Case, vit_case
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ranks are forked, which torch does not survive once a process has exported a model: their tests come first, with
-    pytest-xdist too if it leaves the order as it is (`--no-loadscope-reorder`)."""
+    pytest-xdist too if it leaves the order as it is (`--no-loadscope-reorder`). What lies in tests/slow is slow."""
     items.sort(key=lambda item: item.path.stem != "test_distributed")
+    for item in items:
+        if item.path.parent.name == "slow":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +89,12 @@ def _small() -> dict[str, Case]:
     return {name: make() for name, make in _SMALL.items()}
 
 
-@pytest.fixture(params=_SMALL)
+def _or_slow(*quick: str, others: Iterable[str]) -> list[Any]:
+    """Parameters, of which these alone are tried without `slow`."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name not in quick)]
+
+
+@pytest.fixture(params=_or_slow("conv", "functional", others=_SMALL))
 def small(request: pytest.FixtureRequest, _small: dict[str, Case]) -> Case:
     """Each of the small networks, at W3A8."""
     return _small[request.param].copy()
@@ -101,7 +110,7 @@ def functional(_small: dict[str, Case]) -> Case:
     return _small["functional"].copy()
 
 
-@pytest.fixture(params=["conv", "conv per tensor", "functional", "functional per tensor", "vit"])
+@pytest.fixture(params=_or_slow("conv", "functional", others=[*_SMALL, "vit"]))
 def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
     """Each of the small networks and the ViT, at W3A8."""
     return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.cases import Case
 from helpers.search import small_config
@@ -21,6 +22,7 @@ SCRIPT = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 sys.path[:0] = [{tests!r}, {examples!r}]
+import pytest
 import torch
 torch.set_num_threads(1)
 import cptv_ao
@@ -58,6 +60,7 @@ def run(path: Path, *, hash_seed: int) -> list[Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_same_scales_in_every_process_and_every_time(tmp_path: Path) -> None:
     first, one_hash, _ = run(tmp_path / "first", hash_seed=1)
     second, other_hash, _ = run(tmp_path / "second", hash_seed=2)

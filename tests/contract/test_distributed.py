@@ -58,6 +58,7 @@ def test_every_world_size_gives_the_same_scales(small: Case, tmp_path: Path, mon
     check_every_world_size(small, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -241,7 +242,10 @@ def test_a_callback_that_raises_ends_all_ranks(conv: Case, tmp_path: Path) -> No
     assert all("rank 0 failed, so all ranks end: Killed: enough" in failed.text for failed in found[1:])
 
 
-@pytest.mark.parametrize(("how", "told"), [(signal.SIGKILL, "rank 0 lost"), (signal.SIGSTOP, "rank 0 lost")])
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [(signal.SIGKILL, "rank 0 lost"), pytest.param(signal.SIGSTOP, "rank 0 lost", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_is_gone_or_hangs_leaves_nobody_waiting(conv: Case, tmp_path: Path, how: Any, told: str) -> None:
     given = conv.converted(conv.batches[0])
 
@@ -342,6 +346,7 @@ def test_what_the_ranks_tell_each_other(tmp_path: Path) -> None:
 # -- the example, as users start it -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_and_one_process_print_the_same(tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="its network is of timm's blocks")
     example = Path(__file__).parents[2] / "examples" / "distributed.py"

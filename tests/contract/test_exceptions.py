@@ -63,6 +63,7 @@ def test_in_the_callback(case: Case, event: int, error: type[BaseException]) -> 
     check_untouched(case, error, callback=after(event, error), config=small_config(evaluations=12))
 
 
+@pytest.mark.slow
 def test_in_the_callback_at_every_event(conv: Case) -> None:
     events: list[cptv_ao.Event] = []
     config = small_config(blocks=lambda sites: {s.name: s.kind for s in sites}, gradient_steps=2, evaluations=8)
@@ -211,6 +212,7 @@ class AtLine:
         sys.settrace(None)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_line(conv: Case, tmp_path: Path) -> None:
     config = small_config(evaluations=2, gradient_steps=4, population=("output_error",))
 

@@ -265,6 +265,7 @@ def test_a_state_dict_does_not_hold_its_activation_scales_and_the_report_says_so
     assert torch.equal(output(cptv_ao.load_scales(again, tmp_path / "scales")), output(folded))
 
 
+@pytest.mark.slow
 def test_the_refined_model_compiles(folded: GraphModule, float_model: nn.Module) -> None:
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # as torchao's documentation asks for
         report = refine(folded, float_model, accept_on=torch.compile, loss="mse")
@@ -298,6 +299,7 @@ def test_a_search_on_the_kernels_is_accepted_there(conv: Case) -> None:
         cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
 
 
+@pytest.mark.slow
 def test_activations_below_8_bits_are_real(vit: nn.Module, digits: workloads.Images) -> None:
     batches = digits.calibration(400, seed=0).split(50)
     model = workloads.quantize_exported(vit, batches, weight_bits=3, activation_bits=3)

@@ -21,6 +21,7 @@ from helpers.search import small_config
 import cptv_ao
 
 
+@pytest.mark.slow
 def test_a_refined_model_loads_where_we_are_not_installed(tmp_path: Path) -> None:
     from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 

@@ -42,6 +42,7 @@ def test_codes_with_keyword_inputs_and_of_a_reference_model() -> None:
     assert count_codes(reference, name, [data]) == count_codes(lower(reference), name, [data])
 
 
+@pytest.mark.slow
 def test_codes_of_a_pt2e_graph(conv: Case) -> None:
     pytest.importorskip("torchao")
     import workloads

@@ -87,10 +87,12 @@ def test_the_tail_equals_the_full_forward_for_every_block(case: Case) -> None:
     check_every_block(case, blocks_of(case, one_per_site=False))
 
 
+@pytest.mark.slow
 def test_the_tail_equals_the_full_forward_backwards(vit_w3: Case) -> None:
     check_every_block(vit_w3, blocks_of(vit_w3, one_per_site=False)[::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_tail_equals_the_full_forward_for_every_single_site(conv: Case, functional: Case, backwards: bool) -> None:
     """Cuts everywhere, also right before and right behind the in-place ReLU."""

@@ -265,6 +265,7 @@ def test_it_is_written_at_once(report: cptv_ao.Report, tmp_path: Path, monkeypat
     assert stat.S_IMODE((tmp_path / "public.html").stat().st_mode) == 0o644, "others may read it, as any new file"
 
 
+@pytest.mark.slow
 def test_the_example_writes_what_it_says(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("timm")

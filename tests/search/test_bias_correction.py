@@ -205,6 +205,7 @@ def test_files_hold_it(vit_w2: Case, twice: Case, tmp_path: Path) -> None:
         assert torch.equal(fresh(case.batches[0]), given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score_on", ["kernels", "simulation"])
 def test_a_killed_search_goes_on_with_it(vit_w2: Case, score_on: str, tmp_path: Path) -> None:
     """In the descent, whose proposals are corrected anew, and in the visits."""

@@ -39,7 +39,15 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"score_on": "simulation"}, {"search": "cma"}, {"block_order": "backward"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"score_on": "simulation"}, marks=pytest.mark.slow),
+        {"search": "cma"},
+        pytest.param({"block_order": "backward"}, marks=pytest.mark.slow),
+    ],
+)
 def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = small.copy()
     events = refine(whole, None, **changes)
@@ -95,7 +103,14 @@ def first(output: dict[str, torch.Tensor]) -> torch.Tensor:
     return output["logits"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"score_on": "simulation"}, {"rounding_rate": 0.0, "feature_weight": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"score_on": "simulation"}, marks=pytest.mark.slow),
+        pytest.param({"rounding_rate": 0.0, "feature_weight": 0.0}, marks=pytest.mark.slow),
+    ],
+)
 def test_no_step_of_the_descent_is_lost(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -293,6 +308,7 @@ def test_what_is_written_is_tensors_and_json(conv: Case, tmp_path: Path) -> None
     json.loads(header["__metadata__"]["cptv_ao"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and counts threads in /proc")
 def test_it_survives_sigkill() -> None:
     """Fifty by hand: `python tests/tools/kill.py --kills 50`."""

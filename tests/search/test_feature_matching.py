@@ -209,6 +209,7 @@ def test_they_count_as_much_beside_a_loss_of_other_units(vit_w2: Case, loss: Los
     assert far(wanted) < 0.3 * far(plain)
 
 
+@pytest.mark.slow
 def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> None:
     """On images that no search has seen: the mean of four draws, for a single one scatters by a quarter."""
 

@@ -10,47 +10,19 @@ import pytest
 import torch
 from helpers.cases import Case, backend_of
 from helpers.search import small_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.core.losses import kl
-from cptv_ao.core.qparams import QParams, same
-from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import round_weight, shift_of
+from cptv_ao.core.qparams import same
+from cptv_ao.core.weight_rounding import round_weight
 from cptv_ao.simulation.autograd_ops import RoundWeight
 from cptv_ao.simulation.qtensor import Limits
-
-SITE = ScaleSite("w", "weight", "Linear", "", (3,), 0, -4, 3, False, ("n",), "w")
 
 
 def refined(case: Case, **changes: Any) -> Any:
     config = small_config(**{"gradient_steps": 60, "learning_rate": 0.03, "rounding_rate": 0.3, **changes})
     return cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
-
-
-@settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), zero_point=st.integers(-1, 1))
-def test_a_shift_brings_back_any_codes_that_are_a_step_away(seed: int, zero_point: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(3, 40, generator=generator)
-    scale = 0.2 + torch.rand(3, generator=generator).double()
-    nearest = QParams(scale.float().double(), torch.full((3,), zero_point))
-    steps = weight / nearest.scale.float()[:, None] + zero_point
-    way = torch.rand(weight.shape, generator=generator) < 0.5
-    codes = torch.where(way, steps.floor(), steps.ceil()).clamp(SITE.qmin, SITE.qmax).to(torch.int8)
-    shift = shift_of(weight, codes, nearest, SITE)
-    assert shift is not None
-    assert torch.equal(round_weight(weight, replace(nearest, shift=shift), SITE), codes)
-    assert shift_of(weight, round_weight(weight, nearest, SITE), nearest, SITE) is None
-
-
-def test_codes_beyond_the_nominal_range_need_no_shift() -> None:
-    """convert_fx gives +4 at W3, which is clamped to 3 when it is written."""
-    weight = torch.tensor([[4.0, -4.0, 1.2], [0.4, 3.9, 0.0], [2.0, 1.0, -1.0]])
-    qparams = QParams(torch.ones(3).double(), torch.zeros(3).long())
-    assert shift_of(weight, weight.round().to(torch.int8), qparams, SITE) is None
 
 
 def test_the_gradient_of_a_shift_is_that_of_the_weight_in_steps() -> None:
@@ -111,6 +83,7 @@ def test_a_scale_that_moves_later_keeps_the_shift(vit_w2: Case) -> None:
     assert torch.equal(backend.weight(name).int_repr(), codes)
 
 
+@pytest.mark.slow
 def test_a_second_refine_starts_from_what_the_first_one_left(vit_w2: Case) -> None:
     first = cptv_ao.report(refined(vit_w2)).after
     second = cptv_ao.report(refined(vit_w2, learning_rate=0.003, seed=1))
@@ -119,6 +92,7 @@ def test_a_second_refine_starts_from_what_the_first_one_left(vit_w2: Case) -> No
     assert any(move.turned for move in second.moves) or not second.moves
 
 
+@pytest.mark.slow
 def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: Any) -> None:
     """On images that no search has seen: the mean of four draws, for a single one scatters by a quarter."""
 
@@ -133,6 +107,7 @@ def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: Any) -> None:
     assert sum(loss(seed, 0.1) for seed in range(4)) < 0.9 * sum(loss(seed, 0.0) for seed in range(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [True, False])
 def test_a_graph_that_rounds_its_weights_itself_rounds_to_the_nearest(
     folded: bool, digits: Any, vit: nn.Module

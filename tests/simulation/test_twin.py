@@ -158,6 +158,7 @@ print(disagreement(model, Twin(Backend(model)), [Batch((digits.test[:100],), {},
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("onednn" not in torch.backends.quantized.supported_engines, reason="needs the onednn engine")
 def test_disagreement_shows_saturation() -> None:
     """Without VNNI oneDNN adds pairs of 8-bit products in 16 bits, which 255 * 127 * 2 does not fit."""
@@ -239,6 +240,7 @@ def test_gradients_of_a_clamp_are_those_of_finite_differences(low: float, high: 
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_strided_pointwise_convolution_stays_in_its_memory() -> None:
     """In a process of its own: with channels last oneDNN corrupts the heap."""
     code = """

@@ -89,6 +89,7 @@ def test_a_network_without_outliers_is_left_as_it_is() -> None:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in ready.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_outlier_vit_is_quantized_as_well_as_one_without(vit: nn.Module, digits: Any) -> None:
     from workloads import logits, quantize, with_outliers
 

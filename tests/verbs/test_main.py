@@ -181,6 +181,7 @@ def test_a_file_named_like_a_module_that_is_loaded(here: Path, capsys: pytest.Ca
     assert "another module is called 'torch' already; rename the file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_example_of_the_help_works_when_pasted(folder: Path) -> None:
     told = output(folder, "--help")
     example = told[told.index("cat > tiny.py") : told.index("(-W ignore")]

@@ -16,6 +16,7 @@ from helpers.command_line import ROOT, output
 from cptv_ao.__main__ import main
 
 
+@pytest.mark.slow
 def test_json_goes_where_the_program_prints(folder: Path) -> None:
     """Behind the table, into a pipe as into a file."""
     given = ["diagnose", "factory.py:pair", "--data", "factory:batches", "--quiet", "--json"]
