@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -173,6 +173,34 @@ def split_batches(batches: list[Batch], fraction: float) -> Split:
         return Split((only.rows(0, cut),), (only.rows(cut, only.images),))
     held = min(len(batches) - 1, max(1, round(len(batches) * fraction)))
     return Split(tuple(batches[:-held]), tuple(batches[-held:]))
+
+
+def first_images(batches: Sequence[Batch], images: int) -> list[Batch]:
+    """The first so many images, or a few more where a batch cannot be cut."""
+    found: list[Batch] = []
+    for batch in batches:
+        if images <= 0:
+            break
+        found.append(batch.few(images))
+        images -= found[-1].images
+    return found
+
+
+def spread_images(batches: Sequence[Batch], images: int, whole: bool = False) -> list[Batch]:
+    """About so many images, of all batches alike, or of some of them that are spread over all; of two at least, where
+    there are as many.
+
+    Args:
+        whole: take batches as they are.
+    """
+    total = sum(batch.images for batch in batches)
+    if images >= total:
+        return list(batches)
+    whole = whole or any(batch.fixed for batch in batches)
+    each = total // len(batches) if whole else max(2, images // len(batches))
+    count = min(len(batches), max(2, round(images / each)))
+    chosen = [batches[len(batches) * index // count] for index in range(count)]
+    return chosen if whole else [batch.few(max(each, images // count)) for batch in chosen]
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

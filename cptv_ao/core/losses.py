@@ -61,6 +61,11 @@ def soft_infonce(candidate: Tensor, teacher: Tensor, *, temperature: float = 3.0
     return (wanted.exp() * (wanted - found)).sum(1).mean().clamp_min(0) * (2 * temperature)
 
 
+def is_per_image(loss: str | Loss) -> bool:
+    """Whether a loss is known to be a mean over the images, each on its own."""
+    return isinstance(loss, str) and loss in ("auto", "kl", "mse", "cosine")
+
+
 def _similarity(a: Tensor, b: Tensor) -> Tensor:
     return functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
 

@@ -32,8 +32,8 @@ from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.transforms.equalize import foldable, smoothable
 
 _IMAGES = 128
-
-
+# Those on which kernels are compared with exact arithmetic.
+_PROBE_IMAGES = 16
 # Share of large codes from which an activation counts as one of the full range: observers with reduce_range let a few
 # codes of rare images stand there.
 _HIGH = 2e-3
@@ -143,7 +143,9 @@ def _sites(backend: Backend, blocks: Sequence[Block], measured: _Measured) -> tu
 def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Batch, config: RefineConfig) -> Findings:
     layers, ops = survey.in_float(compared.floating)
     try:
-        saturating = () if backend.form.simulates_itself else tuple(disagreeing(backend, batch, config)[1])
+        saturating = (
+            () if backend.form.simulates_itself else tuple(disagreeing(backend, batch.few(_PROBE_IMAGES), config)[1])
+        )
     except UnsupportedModelError:
         saturating = ()
     wide = survey.before_wide_weights()

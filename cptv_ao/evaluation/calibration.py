@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError
 from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.cost import Cost
 from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
@@ -51,12 +52,19 @@ class Calibration:
         config: for the loss.
         search, holdout: images of all ranks.
         world: the ranks that share the batches.
+        cost: of a forward of the teacher.
     """
 
     config: RefineConfig
     search: Images
     holdout: Images = Images((), ())
     world: World = ALONE
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def images(self) -> int:
+        """Those that are searched on and held out."""
+        return sum(batch.images for part in (self.search, self.holdout) for batch in part.batches)
 
 
 def on_device(simulated: SimulatedBackend, images: Images) -> Images:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import first_images
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
@@ -61,7 +62,8 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
         scoring = _scoring(backend, calibration)
         return scoring is not None and not scoring.losses().worse_than(losses())
 
-    done = equalize(backend, calibration.search.batches, calibration.world, confirmed)
+    few = first_images(calibration.search.batches, calibration.cost.images(64, forwards=4, share=0.03))
+    done = equalize(backend, few, calibration.world, confirmed)
     if not done:
         return None
     given = _at(backend, state, judge.losses)

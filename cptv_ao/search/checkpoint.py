@@ -18,7 +18,7 @@ from cptv_ao.core.atomic_file import try_out
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import ScalesFileError
 from cptv_ao.core.tensor_file import parse_file, write_file
-from cptv_ao.search.state import Resumable, SearchState, from_file, to_file
+from cptv_ao.search.state import Resumable, SearchState, from_file, image_seconds, to_file
 
 # In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
 # the moments of Adam for each weight make large files.
@@ -71,6 +71,16 @@ class Checkpoint:
         """Whether there is a search to go on with."""
         return self._found is not None
 
+    @property
+    def image_seconds(self) -> float | None:
+        """What the search there measured of the float network, to plan by; None where there is none."""
+        if self._found is None:
+            return None
+        try:
+            return image_seconds(self._found[1])
+        except (KeyError, ValueError) as error:
+            raise self._fault(error) from error
+
     def resume(self, search: Resumable) -> SearchState | None:
         """Bring a search to where the file left it; None where there is none to go on with.
 
@@ -84,11 +94,14 @@ class Checkpoint:
             state = from_file(tensors, data)
             search.resume(state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); {_MEND}") from error
+            raise self._fault(error) from error
         # The scales are here again; their losses are what they are scored to be, whatever the file says.
         if fault := state.record.losses.fault(search.score_again()):
             raise ScalesFileError(f"{self._path}: {fault}; {_MEND}")
         return state
+
+    def _fault(self, error: Exception) -> ScalesFileError:
+        return ScalesFileError(f"{self._path}: not the checkpoint of a search ({error!r}); {_MEND}")
 
     @property
     def due(self) -> bool:

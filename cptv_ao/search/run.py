@@ -17,10 +17,14 @@ class Search:
         loop: scores, and keeps what is best.
         proposer: what is proposed; None: nothing.
         checkpoint: where it is saved, and gone on from; None: nowhere.
+        image_seconds: see `SearchState`.
     """
 
-    def __init__(self, loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self, loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None, image_seconds: float = 0.0
+    ) -> None:
         self._loop, self._proposer, self._checkpoint = loop, proposer, checkpoint
+        self._image_seconds = image_seconds
 
     def run(self) -> None:
         """Leave the best scales in the model.
@@ -40,7 +44,7 @@ class Search:
     def state(self) -> SearchState:
         """Where it is."""
         descent = None if self._proposer is None else self._proposer.state()
-        return replace(self._loop.state(), descent=descent)
+        return replace(self._loop.state(), descent=descent, image_seconds=self._image_seconds)
 
     def resume(self, state: SearchState) -> None:
         """Go to where it was, see `cptv_ao.search.state.Resumable`."""

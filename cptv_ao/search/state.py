@@ -104,6 +104,7 @@ class SearchState:
         now: of the sites that are not as where it started.
         best: the same of the best scales so far; None where these are those of the model that was given.
         descent: where the descent is; None where it has not begun, or is over.
+        image_seconds: of the float network, as the search measured them when it planned; 0 where no time is limited.
     """
 
     record: Record
@@ -111,6 +112,7 @@ class SearchState:
     now: Assignment
     best: Assignment | None
     descent: DescentState | None = None
+    image_seconds: float = 0.0
 
 
 class Resumable(Protocol):
@@ -133,6 +135,7 @@ class Resumable(Protocol):
 def to_file(state: SearchState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state as tensors and JSON data."""
     data = {**as_plain(state.record), "best_is_given": state.best is None, "random": state.random}
+    data["image_seconds"] = state.image_seconds
     tensors = _tensors("now", state.now) | _tensors("best", state.best or {})
     if state.descent is not None:
         own, data["descent"] = state.descent
@@ -154,7 +157,20 @@ def from_file(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> SearchS
     if data.get("descent") is not None:
         own = {key.removeprefix(_DESCENT): t for key, t in tensors.items() if key.startswith(_DESCENT)}
         descent = own, data["descent"]
-    return SearchState(record, data["random"], _assignment("now", tensors), best, descent)
+    now, planned = _assignment("now", tensors), image_seconds(data)
+    return SearchState(record, data["random"], now, best, descent, planned)
+
+
+def image_seconds(data: Mapping[str, Any]) -> float:
+    """What `to_file` was told of the float network's time.
+
+    Raises:
+        KeyError, ValueError: it is not that.
+    """
+    seconds = data["image_seconds"]
+    if type(seconds) is not float or not 0 <= seconds < math.inf:
+        raise ValueError(f"image_seconds: expected a finite number >= 0, got {seconds!r}")
+    return seconds
 
 
 def _tensors(prefix: str, scales: Assignment) -> dict[str, Tensor]:

@@ -20,19 +20,18 @@ from cptv_ao.simulation.twin import Twin
 
 # Relative difference of the outputs from which it is worth a word: roundings alone stay well below.
 _TOLERATED = 0.03
-_IMAGES = 16
 _NAMES = 3
 
 
-def agreement_notes(backend: Backend, batch: Batch, config: RefineConfig) -> list[str]:
+def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[str]:
     """What a report says of saturation: nothing where kernels and exact arithmetic agree, or no twin is known.
 
     Args:
         backend: of the lowered model, as it was given.
-        batch: some search images.
+        few: some search images.
     """
     try:
-        gap, found = disagreeing(backend, batch, config)
+        gap, found = disagreeing(backend, few, config)
     except UnsupportedModelError:
         return []
     if gap <= _TOLERATED:
@@ -50,7 +49,7 @@ def agreement_notes(backend: Backend, batch: Batch, config: RefineConfig) -> lis
     return [told + "; the search ran on exact arithmetic, which does not see it"]
 
 
-def disagreeing(backend: Backend, batch: Batch, config: RefineConfig) -> tuple[float, list[str]]:
+def disagreeing(backend: Backend, few: Batch, config: RefineConfig) -> tuple[float, list[str]]:
     """How far kernels are from exact arithmetic on the outputs, and the sites that the kernels saturate on.
 
     The sites are looked for only where the gap is more than roundings make.
@@ -59,7 +58,6 @@ def disagreeing(backend: Backend, batch: Batch, config: RefineConfig) -> tuple[f
         UnsupportedModelError: no twin is known.
     """
     select = config.output or first_floating
-    few = batch.few(_IMAGES)
     twin = Twin(backend).checked(few)
     gap = disagreement(backend.model, twin, [few], select)
     return gap, sorted(saturating_inputs(backend.model, twin, few)) if gap > _TOLERATED else []

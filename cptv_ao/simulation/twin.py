@@ -56,6 +56,8 @@ class Twin:
         self._sites = builder.sites
         by_id = {id(module): path for path, module in self.module.named_modules()}
         self._weighted = [m for m in self.module.modules() if isinstance(m, (QuantizedLayer, FloatLayer))]
+        #: about what the graph of one image holds, in bytes; known once the twin is `checked`
+        self.graph_bytes = 0.0
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
 
     def checked(self, batch: Batch) -> Twin:
@@ -71,9 +73,11 @@ class Twin:
         few = batch.few(_FEW)
         device = self.device if self._sites else torch.device("cpu")
         given = replace(few, args=moved(few.args, device), kwargs=moved(few.kwargs, device))
+        checker = Checker(self.module)
         try:
             with torch.no_grad():
-                Checker(self.module).run(*ordered(self.module, given))
+                checker.run(*ordered(self.module, given))
+            self.graph_bytes = checker.bytes / max(few.images, 1)
         except UnsupportedModelError:
             run(self._model, few, 0)  # not for want of an op, where the kernels fail too
             raise

@@ -19,16 +19,19 @@ from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import OpenedModel
 from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch, read_batches, split_batches
+from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_interrupt
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
+from cptv_ao.core.losses import is_per_image
 from cptv_ao.core.objective import settled
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
+from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float
@@ -40,7 +43,7 @@ from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint
 from cptv_ao.search.loop import Loop
 from cptv_ao.search.outcome import outcome_of
-from cptv_ao.search.progress import advancing, steps
+from cptv_ao.search.progress import SearchProgress, bar_total
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
@@ -54,6 +57,7 @@ class _Asked:
 
     config: RefineConfig
     world: World
+    budget: Budget
     listeners: tuple[Callback, ...]
     progress: bool
     checkpoint: str | os.PathLike[str] | None
@@ -125,12 +129,13 @@ def refine(
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
     check_device(config.device)
     with World.of(config.distributed) as world, plain_torch():
+        budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
         if checkpoint is not None and world.rank == 0:
             check_path(checkpoint)
         opened = OpenedModel.of(model if inplace else copy.deepcopy(model), float_model, config)
         sources, given, searched = FloatSources.of(opened, float_model), opened.given, opened.backend.model
         listeners = (callback,) if callback is not None and world.rank == 0 else ()
-        asked = _Asked(_allowed(config, opened), world, listeners, progress and world.rank == 0, checkpoint)
+        asked = _Asked(_allowed(config, opened), world, budget, listeners, progress and world.rank == 0, checkpoint)
         with restored_on_error(given, opened.backend), eval_mode(searched, float_model):
             batches = read_batches(calib_loader, opened.backend.form.takes_fixed_batch(searched))
             report = _refine(opened.backend, batches, sources, asked)
@@ -143,35 +148,49 @@ def refine(
 
 def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked: _Asked) -> Outcome:
     """The method: what is known of the model, what it is scored on, where it is searched, the search, the verdict."""
-    _attach_weights(backend, sources)
-    checkpoint = _checkpoint(backend, batches, asked)
+    config, budget = asked.config, asked.budget
+    blocks = len(find_blocks(backend.sites.values(), config.blocks))
+    unit = "step" if config.max_seconds is None else "s"
+    with progress_bar("refine", bar_total(config, blocks), asked.progress, unit) as bar:
+        progress = SearchProgress(bar, budget)
+        _attach_weights(backend, sources)
+        checkpoint = _checkpoint(backend, batches, asked)
+        progress.stage("outputs of the float network")
+        calibration, told = _calibration(backend, batches, sources, asked, checkpoint)
+        progress.begun(calibration, sum(batch.images for batch in batches))
 
-    calibration, told = _calibration(backend, batches, sources, asked)
-    config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
-    kernels = SplitEvaluators(backend.model, calibration)
-    notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
-    if notes:
-        warnings.warn("; ".join(notes), CptvWarning, stacklevel=3)
-    notes += [*told, *agreement_notes(backend, calibration.search.batches[0], config)]
+        config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
+        kernels = SplitEvaluators(backend.model, calibration)
+        notes = [*_unknown(backend), *told, *agreement_notes(backend, _few(calibration), config)]
+        shipped = what_ships(backend, calibration)
+        equalizes, judge = config.equalize and config.searches_all, kernels if shipped is None else shipped
+        progress.stage("equal forms")
+        form = equalized_baseline(backend, judge, calibration) if equalizes else None  # better to quantize
+        target = open_target(backend, kernels, form, calibration, shipped)
+        space = SearchSpace.of(target.store, config)
 
-    budget = Budget(config.max_evaluations, config.max_seconds, asked.world)  # its seconds count from here
-    shipped = what_ships(backend, calibration)
-    equalizes, judge = config.equalize and config.searches_all, kernels if shipped is None else shipped
-    form = equalized_baseline(backend, judge, calibration) if equalizes else None  # equal in float, better to quantize
-    target = open_target(backend, kernels, form, calibration, shipped)
-    space = SearchSpace.of(target.store, config)
-
-    with progress_bar("refine", steps(config, space), asked.progress) as advance:
-        listeners = (*asked.listeners, advancing(advance, config.max_seconds))
-        loop = Loop(space, target.scoring, config, budget, listeners, target.given)
+        loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
         check_losses(loop.start)
         proposer = _proposer(target, space, config, budget, notes)
         with stop_on_interrupt(budget.stop):
-            Search(loop, proposer, checkpoint).run()
+            Search(loop, proposer, checkpoint, calibration.cost.seconds).run()
 
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
     forwards = target.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
+
+
+def _unknown(backend: Backend) -> list[str]:
+    """What is said of nodes that nobody knows."""
+    notes = [f"not understood, left alone: {node}" for node in backend.sites.unknown]
+    if notes:
+        warnings.warn("; ".join(notes), CptvWarning, stacklevel=4)
+    return notes
+
+
+def _few(calibration: Calibration) -> Batch:
+    """Images on which kernels are compared with exact arithmetic."""
+    return calibration.search.batches[0].few(calibration.cost.images(16, forwards=6, share=0.01))
 
 
 def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:
@@ -195,19 +214,29 @@ def _attach_weights(backend: Backend, sources: FloatSources) -> None:
 
 
 def _calibration(
-    backend: Backend, batches: list[Batch], sources: FloatSources, asked: _Asked
+    backend: Backend,
+    batches: list[Batch],
+    sources: FloatSources,
+    asked: _Asked,
+    checkpoint: Checkpoint | None,
 ) -> tuple[Calibration, list[str]]:
-    """The images of the loader, split in two, what the teacher makes of them, and how that is compared; and notes."""
+    """The images that the search pays for, split in two, what the teacher makes of them, and how that is compared; and
+    notes."""
     config, world = asked.config, asked.world
-    teacher = sources.teacher_for(backend, batches[0])
+    teacher, planned = (
+        sources.teacher_for(backend, batches[0]),
+        None if checkpoint is None else checkpoint.image_seconds,
+    )
     with as_float(teacher):
-        split = split_batches(counted(batches, teacher, config.output or first_floating, world), config.holdout)
+        known = counted(batches, teacher, config.output or first_floating, world)
+        cost = cost_of(teacher, known[0], config.max_seconds, world, planned)
+        split = split_batches(affordable(known, cost, not is_per_image(config.loss)), config.holdout)
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
     config, notes = settled(config, images.targets[0])
     if images.batches[0].fixed and not backend.form.takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
-    return Calibration(config, images, held_out, world), notes
+    return Calibration(config, images, held_out, world, cost), notes
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Checkpoint | None:

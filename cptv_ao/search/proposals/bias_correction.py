@@ -20,19 +20,20 @@ from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 
-# Images whose means are compared.
-_IMAGES = 200
 #: Forwards that an image costs: one in float, and one in which each layer runs once more when it is corrected.
 FORWARDS = 3
 
 
-def corrections(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> tuple[dict[str, Tensor], int]:
+def corrections(
+    twin: Twin, names: Collection[str], batches: Sequence[Batch], most: int = 200
+) -> tuple[dict[str, Tensor], int]:
     """Correct the biases of layers at the scales that are in the twin.
 
     Args:
         twin: written: the corrections of these layers.
         names: of the weight sites whose layers may get another bias; those that run more than once do not.
         batches: search images, of which the first ones are used.
+        most: images whose means are compared, about.
 
     Returns:
         What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
@@ -44,7 +45,7 @@ def corrections(twin: Twin, names: Collection[str], batches: Sequence[Batch]) ->
     images = 0
     with torch.no_grad():
         for batch in batches:
-            if images >= _IMAGES:
+            if images >= most:
                 break
             images += batch.images
             _correct(twin, layers, batch, batch.images / images)

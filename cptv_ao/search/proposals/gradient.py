@@ -8,8 +8,7 @@ it where the kernels confirm it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,16 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
-from cptv_ao.core.losses import Loss
-from cptv_ao.core.objective import differentiable
 from cptv_ao.core.plain import from_plain
 from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import Select, compared
-from cptv_ao.fx.running import own_inputs
-from cptv_ao.search.proposals.feature_matching import LayerInputTargets, distance
+from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
-from cptv_ao.simulation.twin import LayerInputs, Twin
+from cptv_ao.simulation.twin import Twin
 
-# Numbers of the input from which a part is worth a forward of its own (7 images of 224 x 224): what the parts are
-# depends on the batch alone, never on how many ranks there are.
-_PART_NUMBERS = 2**20
+# Share of a descent that is only its beginning.
+_YOUNG = 0.25
 # Share of the learning rate that is left after the descent was sent back.
 _BACK_OFF = 0.5
 
@@ -41,36 +35,17 @@ _BACK_OFF = 0.5
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """Of a part of a batch: its outputs (N, C), and its share of the distance of the layer inputs ()."""
-
-    outputs: Tensor
-    features: Tensor
-
-    def gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float) -> Tensor:
-        """With respect to all leaves, one after another, where the loss pulls so much at outputs and features."""
-        ends, pulls = [self.outputs], [pull]
-        if self.features.requires_grad:
-            ends, pulls = [*ends, self.features], [*pulls, torch.full_like(self.features, feature_pull)]
-        found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
-        return torch.cat([gradient.reshape(-1) for gradient in found])
-
-
 class GradientDescent:
     """Adam on the scales and zero_points of the twin.
 
     Args:
         twin: the twin of the model with the scales to start from.
         groups: the tied groups that are searched, by the name of their leader.
-        loss, select: as for the evaluator; a loss that cannot be differentiated is not followed.
+        objective: what is followed.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
             those of many codes slower.
         rounding_rate: multiple of the learning rate at which the shifts of the weights move; 0: weights are rounded as
             they are.
-        feature_weight: what the distance of the layer inputs from those of the float network counts beside the loss, in
-            losses, both as they are in the first step.
-        cache_bytes: what may be kept of the layer inputs in float.
         rng: draws the order of the batches.
         world: the ranks that share the images of a step.
     """
@@ -79,34 +54,28 @@ class GradientDescent:
         self,
         twin: Twin,
         groups: Mapping[str, tuple[ScaleSite, ...]],
-        loss: Loss,
-        select: Select,
+        objective: Objective,
         *,
         activation_rate: float = 1.0,
         rounding_rate: float = 0.0,
-        feature_weight: float = 0.0,
-        cache_bytes: int = 0,
         rng: np.random.Generator,
         world: World = ALONE,
     ) -> None:
-        known = set(twin.names)
+        known, shifts = set(twin.names), rounding_rate > 0
         twin.reround_weights()
-        self._twin, self._loss, self._select, self._rng, self._world = twin, loss, select, rng, world
-        self._feature_weight, self._features = feature_weight, LayerInputTargets(twin, cache_bytes)
-        shifts = rounding_rate > 0
-        self._groups = [
-            LearnableQParams.of(twin, g, shifts) for g in groups.values() if all(site.name in known for site in g)
-        ]
+        simulated = [group for group in groups.values() if all(site.name in known for site in group)]
+        self._twin, self._rng = twin, rng
+        self._groups = [LearnableQParams.of(twin, group, shifts) for group in simulated]
+        self._gradient = BatchGradient(twin, self._groups, objective, world)
         rates = self._parameters(activation_rate, rounding_rate)
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
-        self._course = DescentProgress()
-        self._images = 0
-        self._follows = True  # the loss, beside the layer inputs
+        self._progress = DescentProgress()
+        self._young = False
 
     @property
     def image_forwards(self) -> int:
         """Images that went through the twin on this rank; forward and backward count as three."""
-        return 3 * self._images + self._features.image_forwards
+        return self._gradient.image_forwards
 
     def go_back_to(self, scales: Callable[[str], QParams]) -> None:
         """Go on from other scales (by site name), at half the learning rate."""
@@ -115,7 +84,7 @@ class GradientDescent:
                 group.set(scales(group.sites[0].name))
         for state in self._adam.state.values():
             state["exp_avg"].zero_()  # where it was heading; how large gradients are still holds
-        self._course.caution *= _BACK_OFF
+        self._progress.caution *= _BACK_OFF
 
     def rescale(self, factors: Mapping[str, float]) -> None:
         """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
@@ -133,54 +102,60 @@ class GradientDescent:
         going: Callable[[], bool] = lambda: True,
         on_pause: Callable[[bool], None] | None = None,
     ) -> Iterator[tuple[str, Callable[[], Assignment]]]:
-        """Descend; yield what is to be tried on the kernels, with its name, `schedule.proposals` times, and at the end.
+        """Descend; yield what is to be tried on the kernels, with its name, at the marks of the schedule and at the
+        end.
 
         `on_step` is given the loss of each step's batch; `going` is asked before each step whether to go on, and
         `on_pause` called, when `state` says all that there is: with True at the start, behind what was yielded, and
         where it does not go on.
         """
-        course = self._course
-        self._follows = differentiable(self._loss, teacher[0])
-        if not (self._follows or self._feature_weight):
+        at = self._progress
+        if not self._gradient.follows(teacher[0]):
             return
-        while (progress := schedule.progress(course.steps)) < 1.0:
+        while (progress := schedule.progress(at.steps)) < 1.0:
             goes_on = going()
             if on_pause is not None:
-                on_pause(course.steps == course.proposed_at or not goes_on)
+                on_pause(at.steps == at.proposed_at or not goes_on)
             if not goes_on:
                 break
-            if not course.order:
-                course.order = [int(i) for i in self._rng.permutation(len(batches))]
-            index = course.order.pop()
+            if not at.order:
+                at.order = [int(i) for i in self._rng.permutation(len(batches))]
+            index = at.order.pop()
             for group in self._adam.param_groups:
-                group["lr"] = schedule.rate(progress) * group["factor"] * course.caution
+                group["lr"] = schedule.rate(progress) * group["factor"] * at.caution
             loss = self._step(index, batches[index], teacher[index])
             if on_step is not None:
                 on_step(loss)
-            if schedule.progress(course.steps) >= (course.proposals + 1) / schedule.proposals:
-                yield course.proposed(), self.assignment
+            if (passed := schedule.marks_passed(at.steps)) > at.proposals:
+                self._young = schedule.progress(at.steps) < _YOUNG
+                yield at.proposed(passed), self.assignment
         else:
-            course.over = True
-        if course.steps > course.proposed_at:  # the seconds were over before
-            yield course.proposed(), self.assignment
+            at.over = True
+        if at.steps > at.proposed_at:  # the seconds were over before
+            yield at.proposed(at.proposals + 1), self.assignment
 
     @property
     def steps(self) -> int:
         """So far."""
-        return self._course.steps
+        return self._progress.steps
+
+    @property
+    def young(self) -> bool:
+        """Whether less than a quarter of it was over when something was last proposed."""
+        return self._young
 
     @property
     def over(self) -> bool:
         """Whether the schedule has come to its end, and nothing has stopped it before."""
-        return self._course.over
+        return self._progress.over
 
     def state(self) -> State:
         """Where the descent is between two steps, for `set_state`."""
-        tensors = {f"steps/{name}": values["scale"] for name, values in self._features.steps.items()}
+        tensors = {f"steps/{name}": values["scale"] for name, values in self._gradient.features.steps.items()}
         for index, leaf in enumerate(self._leaves):
             tensors[f"leaf/{index}"] = leaf.detach()
             tensors |= {f"adam/{index}/{name}": value for name, value in self._adam.state.get(leaf, {}).items()}
-        return tensors, {"course": asdict(self._course), "random": self._rng.bit_generator.state}
+        return tensors, {"course": asdict(self._progress), "random": self._rng.bit_generator.state}
 
     def set_state(self, state: State) -> None:
         """Go on from what `state` returned for the same model, config and images.
@@ -189,9 +164,9 @@ class GradientDescent:
             KeyError, TypeError, ValueError: it is not that.
         """
         tensors, data = state
-        self._course = from_plain(DescentProgress, data["course"])
+        self._progress = from_plain(DescentProgress, data["course"])
         self._rng.bit_generator.state = data["random"]
-        for name, values in self._features.steps.items():
+        for name, values in self._gradient.features.steps.items():
             values["scale"].copy_(_like(values["scale"], tensors[f"steps/{name}"]))
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
@@ -221,72 +196,19 @@ class GradientDescent:
         return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
 
     def _step(self, index: int, batch: Batch, teacher: Tensor) -> float:
-        """Each part of the batch runs on one rank; the loss is that of the whole batch, on every rank.
-
-        Gradients are summed part by part in a fixed order, so they do not depend on which rank had which part.
-        """
+        """Move the leaves by what one batch says; its loss, the same on every rank."""
         leaves = self._leaves
+        pull = self._progress.feature_pull if self._progress.steps else None
+        loss, gradient, self._progress.feature_pull = self._gradient.of(index, batch, teacher, leaves, pull)
         sizes = [leaf.numel() for leaf in leaves]
-        parts = _parts(batch)
-        graphs: dict[int, _Graph] = {}
-        outputs = torch.zeros_like(teacher)
-        for number, (part, rows) in enumerate(parts):
-            if self._world.mine(number):
-                graphs[number] = self._forward((index, number), part, part.images / batch.images)
-                outputs[rows] = graphs[number].outputs.detach()
-        loss, pull = self._pulled(self._world.sum(outputs), teacher)
-        if self._feature_weight and self._course.steps == 0:
-            excess = float(loss - self._loss(teacher, teacher)) if self._follows else 1.0
-            apart = [float(graphs[i].features.detach()) if i in graphs else 0.0 for i in range(len(parts))]
-            self._balance(excess, apart)
-        total = outputs.new_zeros(sum(sizes))
-        for first in range(0, len(parts), self._world.size):
-            around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
-            mine = [i for i in around if i in graphs]
-            found = {i: graphs.pop(i).gradient(leaves, pull[parts[i][1]], self._course.feature_pull) for i in mine}
-            for number in around:
-                total += self._world.sum(found[number] if number in found else torch.zeros_like(total))
         # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
-        for leaf, gradient in zip(leaves, torch.split(total.nan_to_num_(0.0, 0.0, 0.0), sizes), strict=True):
-            leaf.grad = gradient.reshape(leaf.shape)
+        for leaf, own in zip(leaves, torch.split(gradient.nan_to_num_(0.0, 0.0, 0.0), sizes), strict=True):
+            leaf.grad = own.reshape(leaf.shape)
         self._adam.step()
         for group in self._groups:
             group.confine()
-        self._course.steps += 1
-        return float(loss)
-
-    def _pulled(self, outputs: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient with respect to the outputs; none where it has none."""
-        if not self._follows:
-            return self._loss(outputs, teacher), torch.zeros_like(outputs)
-        outputs.requires_grad_()
-        with torch.enable_grad():
-            loss = self._loss(outputs, teacher)
-        return loss.detach(), torch.autograd.grad(loss, outputs)[0]
-
-    def _forward(self, key: tuple[int, int], part: Batch, share: float) -> _Graph:
-        """Of a part that is so much of its batch."""
-        self._images += part.images
-        wanted = self._features.wanted(key, part) if self._feature_weight else None
-        watching: AbstractContextManager[LayerInputs]
-        watching = nullcontext({}) if wanted is None else self._twin.seeing_inputs()
-        args, kwargs = own_inputs(part)
-        with torch.enable_grad():
-            values = {site.name: group.values() for group in self._groups for site in group.sites}
-            with watching as inputs:
-                outputs = compared(self._twin.call(values, *args, **kwargs), self._select)
-            features = outputs.new_zeros(()) if wanted is None else distance(inputs, wanted) * share
-        return _Graph(outputs, features)
-
-    def _balance(self, excess: float, features: Sequence[float]) -> None:
-        """Let the features count so many times the loss, both as they are now.
-
-        Args:
-            excess: of the loss over that of the teacher's own outputs.
-            features: of each part; 0 where another rank has it.
-        """
-        apart = float(self._world.sum(torch.tensor(features)).sum())
-        self._course.feature_pull = self._feature_weight * abs(excess) / apart if apart > 0 else 0.0
+        self._progress.steps += 1
+        return loss
 
 
 def _like(tensor: Tensor, saved: Tensor) -> Tensor:
@@ -296,9 +218,3 @@ def _like(tensor: Tensor, saved: Tensor) -> Tensor:
             f"{tuple(saved.shape)}"
         )
     return saved
-
-
-def _parts(batch: Batch) -> list[tuple[Batch, slice]]:
-    """The parts of a batch that may run on a rank of their own, with their rows of the output."""
-    numbers = sum(value.numel() for value in batch.tensors.values())
-    return batch.parts(round(numbers / _PART_NUMBERS))

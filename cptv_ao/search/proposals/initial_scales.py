@@ -15,9 +15,8 @@ from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.twin import Twin
 
-# Multiples of a weight scale that are tried per channel, and images that they are tried on.
+# Multiples of a weight scale that are tried per channel.
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
-_IMAGES = 64
 # After reduce_range half the scale uses the whole container, twice the scale leaves it.
 HALF_CONTAINER = REDUCED_QMAX / 255
 
@@ -41,18 +40,17 @@ def individuals(
         groups: the tied groups that are searched.
         limited: leaders of the groups whose codes must stay below 128, or kernels saturate.
         now: reads the scales that are in the model.
-        batch: search images.
+        batch: search images, of which 64 say enough.
     """
     weights = [name for name, group in groups.items() if group[0].kind == "weight"]
     if weights and "output_error" in chosen:
         yield "weight scales of least output error", partial(output_error_scales, twin, weights, batch)
-    if "ranges" not in chosen:
-        return
+    ranges = "ranges" in chosen
     free = [site for lead, group in groups.items() if lead not in limited for site in group if site.affine]
-    narrow = [site for lead in limited for site in groups[lead]]
-    if free:
+    if ranges and free:
         yield "whole range where no kernel saturates", partial(_all_rescaled, free, HALF_CONTAINER, now)
-    if narrow:
+    narrow = [site for lead in limited for site in groups[lead]]
+    if ranges and narrow:
         yield "half the range where kernels saturate", partial(_all_rescaled, narrow, 1 / HALF_CONTAINER, now)
 
 
@@ -67,7 +65,7 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     matrix of the inputs, without forming it).
     """
     with torch.no_grad(), twin.in_float(twin.names):
-        inputs = twin.layer_inputs(batch.few(_IMAGES))
+        inputs = twin.layer_inputs(batch)
     return {
         layer.weight.site.name: _least_error(layer, value if isinstance(value, Tensor) else value.dequantize())
         for layer, value in inputs.items()

@@ -14,12 +14,13 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.losses import get_loss
+from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.search.budget import Budget
+from cptv_ao.search.proposals.batch_gradient import Objective
 from cptv_ao.search.proposals.bias_correction import FORWARDS, corrections
 from cptv_ao.search.proposals.gradient import GradientDescent, State
 from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, Proposal, individuals
@@ -31,8 +32,12 @@ from cptv_ao.simulation.twin import Twin
 _DESCENT_SHARE = 0.85
 # Images on which saturation is looked for.
 _PROBE_IMAGES = 16
-# Images of one step of the descent: larger batches of the loader are cut.
-_STEP_IMAGES = 100
+# Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
+# dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
+_STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
+# Shares of a descent after which it is tried on the kernels; where seconds are counted, also while it is young: what it
+# has by then may be all that there is time for, and is no reason to send it back.
+_MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.0625, 0.125)
 
 
 class Proposer:
@@ -55,7 +60,9 @@ class Proposer:
         # What is searched: a search on the twin leaves the kernels once it knows where they saturate.
         self._store: ScaleStore = backend
         self._config, self._world = calibration.config, calibration.world
-        self._batches, self._teacher = _steps(calibration.search)
+        self._cost = calibration.cost
+        self._images = calibration.search.batches[0]
+        self._batches, self._teacher = _steps(calibration.search, _step_images(calibration))
         self._twin = Twin(backend).checked(self._batches[0])
         self._twin.reround_weights()
         #: images run through the twin so far by this rank; forward and backward count as three
@@ -109,7 +116,8 @@ class Proposer:
         limited = self._limited()
         self._limit(limited)
         self._enter()
-        for individual in individuals(population, self._twin, self._groups, limited, now, self._batches[0]):
+        batch = self._images.few(self._cost.images(64, forwards=24, share=0.04, least=1))
+        for individual in individuals(population, self._twin, self._groups, limited, now, batch):
             if self._budget.left:
                 yield individual
         if "biases" in population and self._correctable() and self._budget.left:
@@ -131,7 +139,8 @@ class Proposer:
         self._follow()
         for name, qparams in assignment.items():
             self._twin.set(name, qparams)
-        found, images = corrections(self._twin, self._correctable(), self._batches)
+        most = self._cost.images(200, forwards=FORWARDS, share=0.02, least=8)
+        found, images = corrections(self._twin, self._correctable(), self._batches, most)
         self.image_forwards += FORWARDS * images
         held = {name: assignment.get(name, self._store.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}
@@ -155,9 +164,9 @@ class Proposer:
             for name, qparams in scales.items():
                 backend.write(name, qparams)
             self._follow()
-            batch = self._batches[0]
+            few = self._images.few(self._cost.images(_PROBE_IMAGES, forwards=6, share=0.01))
             twin.reround_weights(False)
-            found = saturating_inputs(backend.model, twin, batch.few(_PROBE_IMAGES))
+            found = saturating_inputs(backend.model, twin, few)
         finally:
             backend.restore_all(before)
         twin.reround_weights()
@@ -188,12 +197,15 @@ class Proposer:
         return GradientDescent(
             self._twin,
             self._groups,
-            get_loss(config.loss, config.temperature),
-            config.output or first_floating,
+            Objective(
+                get_loss(config.loss, config.temperature),
+                config.output or first_floating,
+                is_per_image(config.loss),
+                config.feature_weight,
+                config.cache_bytes,
+            ),
             activation_rate=config.activation_rate,
             rounding_rate=config.rounding_rate,
-            feature_weight=config.feature_weight,
-            cache_bytes=config.cache_bytes,
             rng=np.random.default_rng(config.seed),
             world=self._world,
         )
@@ -216,7 +228,7 @@ class Proposer:
             before = self._scales()
             yield name, partial(self._corrected, scales) if self._corrects else scales
             self._follow()
-            if torch.equal(self._scales(), before):
+            if torch.equal(self._scales(), before) and not descent.young:
                 descent.go_back_to(self._store.read)
                 self._limit(narrowed)
         if descent.over:
@@ -227,19 +239,26 @@ class Proposer:
         share = _DESCENT_SHARE if config.passes else 1.0
         seconds = math.inf if limit is None else share * max(limit - self._began, 1e-3)
         started = self._budget.started + self._began
-        return Schedule(config.gradient_steps, config.learning_rate, seconds, world=self._world, started=started)
+        marks = _MARKS if limit is None else _YOUNG + _MARKS
+        return Schedule(config.gradient_steps, config.learning_rate, seconds, marks, self._world, started)
 
     def _scales(self) -> Tensor:
         """All searched scales that are in the model, one after another."""
         return torch.cat([self._store.read(lead).scale.reshape(-1) for lead in self._groups])
 
 
-def _steps(images: Images) -> tuple[list[Batch], list[Tensor]]:
-    """The batches of the steps: those of the loader, cut where they are large."""
+def _step_images(calibration: Calibration) -> int:
+    if not is_per_image(calibration.config.loss):
+        return _STEP_IMAGES
+    return max(_STEP_LEAST, min(_STEP_IMAGES, round(_STEP_FLOPS / calibration.cost.flops)))
+
+
+def _steps(images: Images, most: int) -> tuple[list[Batch], list[Tensor]]:
+    """The batches of the steps: those of the loader, cut where they are larger."""
     parts: list[Batch] = []
     targets: list[Tensor] = []
     for batch, target in zip(images.batches, images.targets, strict=True):
-        for part, rows in batch.parts(round(batch.images / _STEP_IMAGES)):
+        for part, rows in batch.parts(round(batch.images / most)):
             parts.append(part)
             targets.append(target[rows])
     return parts, targets

@@ -13,12 +13,15 @@ _WARM_UP = 0.1
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a descent lasts: `steps` steps, or `seconds` if these are over first, with `proposals` on the way."""
+    """How long a descent lasts: `steps` steps, or `seconds` if these are over first, with proposals on the way.
+
+    `marks`: shares of it after which what was found is tried on the kernels.
+    """
 
     steps: int
     learning_rate: float
     seconds: float = math.inf
-    proposals: int = 4
+    marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     world: World = ALONE
     started: float = field(default_factory=time.monotonic)
 
@@ -28,6 +31,11 @@ class Schedule:
         if math.isinf(self.seconds):
             return done
         return max(done, self.world.first(time.monotonic() - self.started) / self.seconds)
+
+    def marks_passed(self, step: int) -> int:
+        """How many marks lie behind so many steps; the ranks must ask together."""
+        progress = self.progress(step)
+        return sum(progress >= mark for mark in self.marks)
 
     def rate(self, progress: float) -> float:
         """Learning rate: linear warm-up, then a cosine down to zero (Loshchilov & Hutter 2017)."""
@@ -43,7 +51,7 @@ class DescentProgress:
     Attributes:
         steps: so far.
         order: batches of the steps that are next, the last one first.
-        proposals, proposed_at: how many were made, and after how many steps the last one was.
+        proposals, proposed_at: marks of the schedule that are behind the last one, and after how many steps it was.
         caution: what is left of the learning rate after it was sent back.
         feature_pull: what the distance of the features counts.
         over: whether the schedule has come to its end.
@@ -57,7 +65,7 @@ class DescentProgress:
     feature_pull: float = 0.0
     over: bool = False
 
-    def proposed(self) -> str:
-        """Count a proposal; its name."""
-        self.proposals, self.proposed_at = self.proposals + 1, self.steps
+    def proposed(self, marks: int) -> str:
+        """Remember a proposal behind so many marks; its name."""
+        self.proposals, self.proposed_at = marks, self.steps
         return f"gradient, {self.steps} steps"
