@@ -25,7 +25,8 @@ from cptv_ao.backends.scale_slots import (
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable, output_name, weight_name
-from cptv_ao.fx.ops import op_name, op_of, packet_of
+from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.ops import op_name, op_of
 from cptv_ao.fx.paths import ModulePaths, fetch
 from cptv_ao.fx.producers import producer
 from cptv_ao.fx.quantized_ops import Quantized, is_observer, is_quantized_op, of_module, of_node, quantized_inside

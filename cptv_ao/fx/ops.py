@@ -20,6 +20,8 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional
 
+from cptv_ao.fx.decomposed_ops import calls, packet_of
+
 #: What an op does to the codes and the qparams of its first input.
 #:     moves: selects and reorders codes (ReLU and max pools among them); the qparams stay
 #:     averages, mean: averages codes; the qparams stay
@@ -223,12 +225,6 @@ def _packets(op: Op) -> tuple[Any, ...]:
     return tuple(getattr(torch.ops.aten, name) for name in op.aten if hasattr(torch.ops.aten, name))
 
 
-_DECOMPOSED = {
-    "quantized_decomposed::quantize_per_tensor": "quantize",
-    "quantized_decomposed::quantize_per_channel": "quantize",
-    "quantized_decomposed::dequantize_per_tensor": "dequantize",
-    "quantized_decomposed::dequantize_per_channel": "dequantize",
-}
 _BY_NAME = {op.name: op for op in _OPS}
 _BY_TARGET: dict[Any, Op] = {target: op for op in _OPS for target in (*op.functions, *_packets(op))}
 _BY_METHOD = {method: op for op in _OPS for method in op.methods}
@@ -248,20 +244,16 @@ def op_of(node: Node, modules: Mapping[str, nn.Module]) -> Op | None:
 def of_function(target: Any) -> Op | None:
     """What a function or an op of torch.ops is."""
     packet = packet_of(target)
-    if packet is not None and (name := _DECOMPOSED.get(packet._qualified_op_name)) is not None:
-        return _BY_NAME[name]
+    if calls(target, "quantize_per_tensor", "quantize_per_channel"):
+        return _BY_NAME["quantize"]
+    if calls(target, "dequantize_per_tensor", "dequantize_per_channel"):
+        return _BY_NAME["dequantize"]
     return _BY_TARGET.get(target if packet is None else packet)
 
 
 def of_module(module: nn.Module) -> Op | None:
     """What a float module is."""
     return by_type(module, _BY_TYPE)
-
-
-def packet_of(target: Any) -> torch._ops.OpOverloadPacket | None:
-    """The op of torch.ops that is called, whichever its overload; None of other functions."""
-    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-    return packet if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
 def op_name(node: Node) -> str:
