@@ -6,8 +6,7 @@ An op that is not in the table is not understood. Methods are known by their nam
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -272,33 +271,3 @@ def by_type(module: nn.Module, table: Mapping[type[nn.Module], _Row]) -> _Row | 
             plain = own is known and "forward" not in vars(module)
             return table[kind] if plain else None
     return None
-
-
-# What a value can be asked for without its numbers.
-_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-
-
-def read_once(nodes: Iterable[Node]) -> set[str]:
-    """Targets of the tensors and modules that one node alone has."""
-    targets = Counter(str(node.target) for node in nodes if node.op in {"get_attr", "call_module"})
-    return {target for target, count in targets.items() if count == 1}
-
-
-def own_path(value: Any, once: Container[str]) -> str | None:
-    """Path of the tensor that a value is, where one node alone reads it; None of any other value.
-
-    Args:
-        value: argument of a node.
-        once: as `read_once` gives it.
-    """
-    if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
-        return None
-    return str(value.target) if str(value.target) in once else None
-
-
-def reads(user: Node) -> bool:
-    """Whether a node reads the numbers of its first input, not just its shape."""
-    if user.target is getattr:
-        return user.args[1] not in _ATTRIBUTES
-    op = op_of(user, {})
-    return op is None or op.effect != "asks"

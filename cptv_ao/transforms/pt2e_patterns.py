@@ -21,7 +21,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.decomposed_ops import packet_of
-from cptv_ao.fx.ops import own_path, read_once, reads
+from cptv_ao.fx.readers import own_path, read_once, reads
 from cptv_ao.transforms.lowered_patterns import ReadNorm
 
 _aten = torch.ops.aten
