@@ -22,10 +22,11 @@ from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.core.weight_rounding import round_by_reciprocal
+from cptv_ao.fx.decomposed_ops import calls, calls_default, is_decomposed
 from cptv_ao.fx.paths import fetch
 
-_NAMESPACE = "quantized_decomposed."
-_PER_TENSOR, _PER_CHANNEL = "dequantize_per_tensor.default", "dequantize_per_channel.default"
+# Ops that put a value, or a weight, on a scale.
+_QUANTIZE = ("quantize_per_tensor", "quantize_per_channel", "quantize_per_channel_group", "quantize_per_token")
 
 
 class Pt2eForm(GraphForm):
@@ -34,7 +35,7 @@ class Pt2eForm(GraphForm):
     simulates_itself = enforces_ranges = scales_in_code = True
 
     def fits(self, model: nn.Module) -> bool:
-        return isinstance(model, GraphModule) and any(_is_op(node, "") for node in model.graph.nodes)
+        return isinstance(model, GraphModule) and any(is_decomposed(node) for node in model.graph.nodes)
 
     def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> ScannedGraph:
         return _scan(model)
@@ -73,7 +74,7 @@ def _scan(model: GraphModule) -> ScannedGraph:
             sites[name] = ScaleSite(
                 name, "activation", "quantize_per_tensor", _scope(node), (), None, qmin, qmax, True, (node.name,), tied
             )
-        elif _is_op(node, "") and node not in known and not (_is_weight(node) or _computed(node)):
+        elif is_decomposed(node) and node not in known and not (_is_weight(node) or _computed(node)):
             unknown.append(f"{node.name} ({node.target})")
     _fix_shared_codes(sites, weights)
     return ScannedGraph(SiteTable(tuple(sites.values()), tuple(unknown)), activations, weights)
@@ -108,7 +109,7 @@ class LiteralScaleSlot:
 
     def __init__(self, model: GraphModule, node: Node, *others: Node) -> None:
         self._model, self._node = model, node
-        self._nodes = [node, *others, *(user for user in node.users if _is_op(user, "dequantize_per_tensor"))]
+        self._nodes = [node, *others, *(user for user in node.users if calls(user.target, "dequantize_per_tensor"))]
 
     def read(self) -> QParams:
         scale, zero_point = self._node.args[1:3]
@@ -139,7 +140,7 @@ class Pt2eWeightSlot(WeightSlot):
         self._codes: TensorSlot | None = None if quantize is not None else held
         self.float_weight = held.tensor if quantize is not None else None
         self.axis: int | None = None
-        if _is_op(node, _PER_CHANNEL):
+        if calls_default(node, "dequantize_per_channel"):
             scale, zero_point = (
                 TensorSlot.of(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node)
             )
@@ -220,36 +221,27 @@ def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str
     return {node.name: name for group, name in zip(_weights(model), names, strict=True) for node in group}
 
 
-def is_quantization(node: Node) -> bool:
-    """Whether a node quantizes or dequantizes, or computes a scale."""
-    return _is_op(node, "")
-
-
-def _is_op(node: Node, name: str) -> bool:
-    return node.op == "call_function" and str(node.target).startswith(_NAMESPACE + name)
-
-
 def _constant(node: Node) -> str | None:
     """Target of the weight that a quantize or dequantize node is about; None for an activation."""
     source = node.args[0]
-    while isinstance(source, Node) and _is_op(source, "quantize_per_"):
+    while isinstance(source, Node) and calls(source.target, *_QUANTIZE):
         source = source.args[0]
     return str(source.target) if isinstance(source, Node) and source.op == "get_attr" else None
 
 
 def _dequantizes_weight(node: Node) -> bool:
     """Whether a dequantize node gives a weight, on a scale that the graph holds."""
-    if _is_op(node, _PER_CHANNEL):
+    if calls_default(node, "dequantize_per_channel"):
         scales = node.args[1:3]
         return _constant(node) is not None and all(isinstance(s, Node) and s.op == "get_attr" for s in scales)
-    return _is_op(node, _PER_TENSOR) and _constant(node) is not None and _is_literal(node)
+    return calls_default(node, "dequantize_per_tensor") and _constant(node) is not None and _is_literal(node)
 
 
 def _quantizes_activation(node: Node) -> bool:
     """Whether a quantize node has the scale of an activation, which dequantize nodes on that very scale alone read."""
-    if not _is_op(node, "quantize_per_tensor.default") or _is_weight(node) or not _is_literal(node):
+    if not calls_default(node, "quantize_per_tensor") or _is_weight(node) or not _is_literal(node):
         return False
-    return all(_is_op(user, _PER_TENSOR) and user.args[1:5] == node.args[1:5] for user in node.users)
+    return all(calls_default(user, "dequantize_per_tensor") and user.args[1:5] == node.args[1:5] for user in node.users)
 
 
 def _is_literal(node: Node) -> bool:
@@ -258,11 +250,11 @@ def _is_literal(node: Node) -> bool:
 
 def _computed(node: Node) -> bool:
     """Whether a node quantizes with a scale that another one computes (which is told)."""
-    return _is_op(node, "") and any(isinstance(part, Node) and part.op != "get_attr" for part in node.args[1:3])
+    return is_decomposed(node) and any(isinstance(part, Node) and part.op != "get_attr" for part in node.args[1:3])
 
 
 def _is_weight(node: Node) -> bool:
-    return _is_op(node, "quantize_per_") and _constant(node) is not None
+    return calls(node.target, *_QUANTIZE) and _constant(node) is not None
 
 
 def _scope(node: Node) -> str:
@@ -270,9 +262,9 @@ def _scope(node: Node) -> str:
     for user in node.users:
         stack: Mapping[str, Any] = user.meta.get("nn_module_stack") or {}
         paths = [str(path) for path, _ in stack.values()]
-        if paths and not _is_op(user, ""):
+        if paths and not is_decomposed(user):
             return paths[-1]
-        found = _scope(user) if _is_op(user, "") else ""
+        found = _scope(user) if is_decomposed(user) else ""
         if found:
             return found
     return ""

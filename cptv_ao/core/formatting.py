@@ -9,15 +9,17 @@ from typing import TypeGuard
 UNKNOWN = "-"
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table: the first column to the left, the others to the right, a rule under the heads, which the
+def table(rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
+    """The lines of a table: so many columns to the left, the others to the right, a rule under the heads, which the
     first row holds."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        cells = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    lines.insert(1, "-" * len(lines[0]))
     return lines
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from cptv_ao.core.formatting import table
+
 SiteKind = Literal["weight", "activation"]
 
 
@@ -103,9 +105,7 @@ class SiteTable(Mapping[str, ScaleSite]):
             shape = "per tensor" if not site.shape else f"{site.shape[0]} channels"
             zero_point = "moves" if site.affine else "fixed"
             rows.append((site.name, site.kind, site.op, shape, f"{site.qmin}..{site.qmax}", zero_point, moves))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = table(rows, left=len(rows[0]))
         scales = sum(site.numel for site in self._sites.values())
         lines.append(f"{len(self)} sites, {scales} scales, {len(self.groups())} groups that can move")
         if self.weight_only:

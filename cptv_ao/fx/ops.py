@@ -6,8 +6,7 @@ An op that is not in the table is not understood. Methods are known by their nam
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -19,6 +18,8 @@ import torch.ao.nn.quantized.reference as nnqr
 from torch import nn
 from torch.fx import Node
 from torch.nn import functional
+
+from cptv_ao.fx.decomposed_ops import calls, packet_of
 
 #: What an op does to the codes and the qparams of its first input.
 #:     moves: selects and reorders codes (ReLU and max pools among them); the qparams stay
@@ -223,12 +224,6 @@ def _packets(op: Op) -> tuple[Any, ...]:
     return tuple(getattr(torch.ops.aten, name) for name in op.aten if hasattr(torch.ops.aten, name))
 
 
-_DECOMPOSED = {
-    "quantized_decomposed::quantize_per_tensor": "quantize",
-    "quantized_decomposed::quantize_per_channel": "quantize",
-    "quantized_decomposed::dequantize_per_tensor": "dequantize",
-    "quantized_decomposed::dequantize_per_channel": "dequantize",
-}
 _BY_NAME = {op.name: op for op in _OPS}
 _BY_TARGET: dict[Any, Op] = {target: op for op in _OPS for target in (*op.functions, *_packets(op))}
 _BY_METHOD = {method: op for op in _OPS for method in op.methods}
@@ -248,20 +243,16 @@ def op_of(node: Node, modules: Mapping[str, nn.Module]) -> Op | None:
 def of_function(target: Any) -> Op | None:
     """What a function or an op of torch.ops is."""
     packet = packet_of(target)
-    if packet is not None and (name := _DECOMPOSED.get(packet._qualified_op_name)) is not None:
-        return _BY_NAME[name]
+    if calls(target, "quantize_per_tensor", "quantize_per_channel"):
+        return _BY_NAME["quantize"]
+    if calls(target, "dequantize_per_tensor", "dequantize_per_channel"):
+        return _BY_NAME["dequantize"]
     return _BY_TARGET.get(target if packet is None else packet)
 
 
 def of_module(module: nn.Module) -> Op | None:
     """What a float module is."""
     return by_type(module, _BY_TYPE)
-
-
-def packet_of(target: Any) -> torch._ops.OpOverloadPacket | None:
-    """The op of torch.ops that is called, whichever its overload; None of other functions."""
-    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-    return packet if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
 def op_name(node: Node) -> str:
@@ -280,33 +271,3 @@ def by_type(module: nn.Module, table: Mapping[type[nn.Module], _Row]) -> _Row | 
             plain = own is known and "forward" not in vars(module)
             return table[kind] if plain else None
     return None
-
-
-# What a value can be asked for without its numbers.
-_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-
-
-def read_once(nodes: Iterable[Node]) -> set[str]:
-    """Targets of the tensors and modules that one node alone has."""
-    targets = Counter(str(node.target) for node in nodes if node.op in {"get_attr", "call_module"})
-    return {target for target, count in targets.items() if count == 1}
-
-
-def own_path(value: Any, once: Container[str]) -> str | None:
-    """Path of the tensor that a value is, where one node alone reads it; None of any other value.
-
-    Args:
-        value: argument of a node.
-        once: as `read_once` gives it.
-    """
-    if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
-        return None
-    return str(value.target) if str(value.target) in once else None
-
-
-def reads(user: Node) -> bool:
-    """Whether a node reads the numbers of its first input, not just its shape."""
-    if user.target is getattr:
-        return user.args[1] not in _ATTRIBUTES
-    op = op_of(user, {})
-    return op is None or op.effect != "asks"

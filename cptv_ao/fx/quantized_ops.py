@@ -23,7 +23,8 @@ from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.fx import GraphModule, Node
 
-from cptv_ao.fx.ops import by_type, op_name, packet_of
+from cptv_ao.fx.decomposed_ops import is_of, packet_of
+from cptv_ao.fx.ops import by_type, op_name
 
 #: How a quantized op keeps its scales.
 #:     static: a packed weight, and an output scale of its own
@@ -117,7 +118,13 @@ _OPS: dict[Any, Quantized] = {
 }
 
 # Namespaces of torch.ops that compute with quantized values, and functions that make such.
-_NAMESPACES = {"quantized", "quantized_decomposed", "onednn", "sparse", "_quantized"}
+_NAMESPACES = (
+    torch.ops.quantized,
+    torch.ops.quantized_decomposed,
+    torch.ops.onednn,
+    torch.ops.sparse,
+    torch.ops._quantized,
+)
 _MAKERS = {torch.quantize_per_channel, torch.quantize_per_tensor, torch.quantize_per_tensor_dynamic}
 
 
@@ -143,8 +150,7 @@ def is_quantized_op(node: Node) -> bool:
     """Whether a node calls a quantized function, known or not, or one that makes quantized values."""
     if node.op != "call_function":
         return False
-    packet = packet_of(node.target)
-    return node.target in _MAKERS if packet is None else packet._qualified_op_name.split("::")[0] in _NAMESPACES
+    return is_of(node.target, *_NAMESPACES) or node.target in _MAKERS
 
 
 def quantized_inside(path: str, module: nn.Module) -> Iterator[str]:

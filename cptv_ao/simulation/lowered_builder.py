@@ -20,7 +20,8 @@ from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.fx.ops import by_type, of_function, of_module, op_name, op_of, packet_of
+from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.ops import by_type, of_function, of_module, op_name, op_of
 from cptv_ao.fx.paths import fetch
 from cptv_ao.fx.producers import producer
 from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_node, quantized_inside

@@ -14,7 +14,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import is_quantization, weight_sites
+from cptv_ao.backends.pt2e import weight_sites
+from cptv_ao.fx.decomposed_ops import is_decomposed
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.autograd_ops import Convolution, Linear, Product
 from cptv_ao.simulation.builder import Builder
@@ -110,7 +111,7 @@ class Pt2eBuilder(Builder):
             self._call(node, self._quantizer(self._activation[node.name]), node.args[:1])
         elif node.name in self._weight_of:
             self._call(node, DequantizedWeight(self._weight(self._weight_of[node.name])), ())
-        elif is_quantization(node):
+        elif is_decomposed(node):
             self._add_quantization(node)
         elif (product := self._product(node)) is not None:
             value, weight, *rest = node.args
@@ -131,7 +132,7 @@ class Pt2eBuilder(Builder):
             self._call(node, Dequantize(), node.args[:1])
         elif node.users and all(user.name in self._weight_of for user in node.users):
             return  # puts a weight on its scale: its dequantize nodes stand for that
-        elif isinstance(source, Node) and source.args and is_quantization(source):
+        elif isinstance(source, Node) and source.args and is_decomposed(source):
             self._call(node, Rounded(node.target), (source.args[0], *node.args))
         else:
             self._copy(node)

@@ -21,8 +21,10 @@ from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.fx.ops import op_of, own_path, packet_of, read_once, reads
+from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.quantized_ops import of_node
+from cptv_ao.fx.readers import own_path, read_once, reads
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")

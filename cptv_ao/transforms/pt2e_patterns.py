@@ -10,22 +10,28 @@ attention add up to one. So it can be given back in the biases on the right.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
-from cptv_ao.fx.ops import op_name, own_path, read_once, reads
+from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.readers import own_path, read_once, reads
 from cptv_ao.transforms.lowered_patterns import ReadNorm
 
+_aten = torch.ops.aten
 # Ops that move values of channels about, or pick some.
-_PICKS = {"getitem", "aten.chunk", "aten.select", "aten.slice", "aten.split", "aten.split_with_sizes", "aten.unbind"}
+_PICKS: set[Any] = {
+    operator.getitem, _aten.chunk, _aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.unbind,
+}  # fmt: skip
 _MOVES = _PICKS | {
-    "aten.alias", "aten.clone", "aten.contiguous", "aten.dropout", "aten.expand", "aten.flatten", "aten.permute",
-    "aten.reshape", "aten.squeeze", "aten.transpose", "aten.unflatten", "aten.unsqueeze", "aten.view",
+    _aten.alias, _aten.clone, _aten.contiguous, _aten.dropout, _aten.expand, _aten.flatten, _aten.permute,
+    _aten.reshape, _aten.squeeze, _aten.transpose, _aten.unflatten, _aten.unsqueeze, _aten.view,
 }  # fmt: skip
 
 
@@ -103,7 +109,7 @@ class SharedInputs:
         source = self._source(value)
         if source is None or not read or len(read) < len(readers):
             return None
-        norm = op_name(source) == "aten.layer_norm"
+        norm = _op(source) is _aten.layer_norm
         weight = own_path(_argument(source, 2), self._once) if norm else None
         bias = own_path(_argument(source, 3 if norm else 2), self._once)
         if bias is None or (norm and (weight is None or len(source.args[1]) != 1)):  # type: ignore[arg-type]
@@ -119,7 +125,7 @@ class SharedInputs:
     def _reader(self, layer: Node, dequantized: Node) -> Reader | None:
         """A linear layer that reads a dequantized value, with a weight and a bias of its own."""
         weight = self._weight(layer)
-        if op_name(layer) != "aten.linear" or layer.args[0] is not dequantized or weight is None:
+        if _op(layer) is not _aten.linear or layer.args[0] is not dequantized or weight is None:
             return None
         given = _argument(layer, 2)
         bias = own_path(given, self._once)
@@ -136,21 +142,26 @@ class SharedInputs:
         """The norm or linear layer whose channels a value has; what is on the way moves them, or mixes positions."""
         node: Any = value
         while isinstance(node, Node):
-            name = op_name(node)
-            if name == "aten.layer_norm":
+            op = _op(node)
+            if op is _aten.layer_norm:
                 return node if node is value else None
             users = [user for user in node.users if reads(user)]
-            if node is not value and len(users) > 1 and not all(op_name(user) in _PICKS for user in users):
+            if node is not value and len(users) > 1 and not all(_op(user) in _PICKS for user in users):
                 return None
-            if name == "aten.linear":
+            if op is _aten.linear:
                 return node
-            if name == "aten.scaled_dot_product_attention":
+            if op is _aten.scaled_dot_product_attention:
                 node = node.args[2]
-            elif name in {"aten.matmul", "aten.bmm"}:
+            elif op in {_aten.matmul, _aten.bmm}:
                 node = node.args[1] if _is_softmax(node.args[0]) else None
             else:
-                node = node.args[0] if name in _MOVES else None
+                node = node.args[0] if op in _MOVES else None
         return None
+
+
+def _op(node: Node) -> Any:
+    """The function or op that a node calls, whichever its overload."""
+    return packet_of(node.target) or node.target
 
 
 def _argument(node: Node, place: int) -> Any:
@@ -159,6 +170,6 @@ def _argument(node: Node, place: int) -> Any:
 
 
 def _is_softmax(node: Any) -> bool:
-    while isinstance(node, Node) and op_name(node) in _MOVES - _PICKS:
+    while isinstance(node, Node) and _op(node) in _MOVES - _PICKS:
         node = node.args[0]
-    return isinstance(node, Node) and op_name(node) in {"aten.softmax", "aten._softmax"}
+    return isinstance(node, Node) and _op(node) in {_aten.softmax, _aten._softmax}

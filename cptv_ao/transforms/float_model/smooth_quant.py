@@ -17,8 +17,8 @@ from torch.fx import Graph, Node
 from torch.nn import functional
 
 from cptv_ao.core.channel_scaling import outlier_exponents
-from cptv_ao.fx.ops import own_path, read_once
 from cptv_ao.fx.paths import fetch
+from cptv_ao.fx.readers import own_path, read_once
 
 
 def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:

@@ -1,0 +1,40 @@
+"""Who reads what in a graph: which node alone has a tensor, and which reads the numbers of a value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable
+from typing import Any
+
+from torch.fx import Node
+
+from cptv_ao.fx.ops import op_of
+
+# What a value can be asked for without its numbers.
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+
+
+def read_once(nodes: Iterable[Node]) -> set[str]:
+    """Targets of the tensors and modules that one node alone has."""
+    targets = Counter(str(node.target) for node in nodes if node.op in {"get_attr", "call_module"})
+    return {target for target, count in targets.items() if count == 1}
+
+
+def own_path(value: Any, once: Container[str]) -> str | None:
+    """Path of the tensor that a value is, where one node alone reads it; None of any other value.
+
+    Args:
+        value: argument of a node.
+        once: as `read_once` gives it.
+    """
+    if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
+        return None
+    return str(value.target) if str(value.target) in once else None
+
+
+def reads(user: Node) -> bool:
+    """Whether a node reads the numbers of its first input, not just its shape."""
+    if user.target is getattr:
+        return user.args[1] not in _ATTRIBUTES
+    op = op_of(user, {})
+    return op is None or op.effect != "asks"
