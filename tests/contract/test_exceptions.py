@@ -263,7 +263,10 @@ def _attending() -> Case:
     return Case(model, graph, graph, list(attention.BATCHES))
 
 
-@pytest.mark.parametrize("make", [_uneven, _reference, _attending])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(_uneven, marks=pytest.mark.slow), _reference, pytest.param(_attending, marks=pytest.mark.slow)],
+)
 def test_ctrl_c_inside_an_equivalent_form(make: Callable[[], Case]) -> None:
     """Also while a form is half written: all is as it was, and the next search ends where one without it does."""
     case = make()

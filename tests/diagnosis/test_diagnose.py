@@ -206,6 +206,7 @@ def test_a_block_by_hand(vit_w3: Case) -> None:
     assert given.share == pytest.approx(float((whole - without) / whole), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_block_in_float_is_what_torch_leaves_in_float(vit_w2: Case, vit: nn.Module) -> None:
     """The oracle is a conversion in which the qconfig of the block is None."""
     given = block(diagnosed(vit_w2), "blocks.1")

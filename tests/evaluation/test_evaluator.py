@@ -101,6 +101,7 @@ def test_the_tail_equals_the_full_forward_for_every_single_site(conv: Case, func
         check_every_block(each, blocks[::-1] if backwards else blocks)
 
 
+@pytest.mark.slow
 def test_the_tail_equals_the_full_forward_of_deit() -> None:
     """timm's functional norm1 belongs to its block although no module of the graph says so."""
     timm = pytest.importorskip("timm")

@@ -68,6 +68,7 @@ def test_without_it_all_codes_are_the_nearest(vit_w3: Case) -> None:
     assert all(move.turned == 0 for move in cptv_ao.report(model).moves)
 
 
+@pytest.mark.slow
 def test_a_scale_that_moves_later_keeps_the_shift(vit_w2: Case) -> None:
     """A block visit moves scales of a model whose weights were rounded by the descent."""
     refined(vit_w2, passes=0)

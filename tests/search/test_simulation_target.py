@@ -237,6 +237,7 @@ print(note)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("onednn" not in torch.backends.quantized.supported_engines, reason="needs the onednn engine")
 def test_saturation_is_found() -> None:
     """Without VNNI oneDNN adds pairs of 8-bit products in 16 bits."""

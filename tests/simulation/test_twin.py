@@ -101,6 +101,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "engine"),
     [*((name, "x86") for name in MODELS), *((name, "qnnpack") for name in MODELS), ("deit_tiny", "fbgemm")],

@@ -289,6 +289,7 @@ def test_without_a_float_model_norms_are_folded_and_outliers_stay(unfused: Case)
     assert "2 batch norms folded" in notes and "outlier" not in notes
 
 
+@pytest.mark.slow
 def test_an_outlier_vit_loses_next_to_nothing(vit: nn.Module, digits: Any) -> None:
     from workloads import logits, quantize, with_outliers
 

@@ -35,6 +35,7 @@ def test_inspect(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert table[table.index("blocks.1") :][:4] == ["blocks.1", "2", "1", "17"]
 
 
+@pytest.mark.slow
 def test_diagnose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as the call; a pair or --float, a module's name or a file's, an object or a function."""
     spaces = load(folder, monkeypatch)
