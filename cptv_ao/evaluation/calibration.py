@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -45,6 +45,19 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Images that a descent may learn from, more than are scored: there is no time to run the teacher on all of them.
+
+    Attributes:
+        batches: of the loader, without held-out ones.
+        teach: runs the teacher on a part of them: its output (N, C), the same on all ranks.
+    """
+
+    batches: tuple[Batch, ...]
+    teach: Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What the models of one search are scored on, and how.
 
@@ -53,6 +66,7 @@ class Calibration:
         search, holdout: images of all ranks.
         world: the ranks that share the batches.
         cost: of a forward of the teacher.
+        pool: more images to learn from; None where all are scored.
     """
 
     config: RefineConfig
@@ -60,6 +74,7 @@ class Calibration:
     holdout: Images = Images((), ())
     world: World = ALONE
     cost: Cost = field(default_factory=Cost)
+    pool: Pool | None = None
 
     @property
     def images(self) -> int:

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cptv_ao.core.batches import Batch, spread_images
+from cptv_ao.core.batches import Batch, Split, spread_images
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.fx.running import run
 
 # Images that are timed.
-_FEW = 4
+_FEW = 2
 # Share of the seconds of a limited search that the float outputs of its images may take, and images without which no
 # loss says anything.
 _SCORED, _LEAST = 0.05, 10
@@ -83,16 +83,22 @@ def _seconds(teacher: nn.Module, few: Batch) -> float:
     return (time.monotonic() - started) / few.images
 
 
-def affordable(batches: Sequence[Batch], cost: Cost, whole: bool) -> list[Batch]:
+def affordable(split: Split, cost: Cost, whole: bool) -> Split:
     """Of the images that were given, those that a search scores: all, or as many as a share of its seconds pays for.
 
     Args:
         whole: take batches as they are, for a loss that compares images.
     """
     if cost.limit is None or not cost.seconds:
-        return list(batches)
-    pays = int(_SCORED * cost.limit / cost.seconds)
-    return spread_images(batches, max(pays, _LEAST), whole)
+        return split
+    images = sum(batch.images for batch in (*split.search, *split.holdout))
+    share = max(int(_SCORED * cost.limit / cost.seconds), _LEAST) / images
+
+    def few(part: Sequence[Batch]) -> tuple[Batch, ...]:
+        worth = round(share * sum(batch.images for batch in part))
+        return tuple(spread_images(part, max(2, worth), whole))
+
+    return Split(few(split.search), few(split.holdout))
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

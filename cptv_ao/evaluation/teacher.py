@@ -81,6 +81,13 @@ def _identity(value: Tensor) -> Tensor:
     return value
 
 
+def taught(teacher: nn.Module, batch: Batch, select: Select, world: World) -> Tensor:
+    """The output (N, C) of a float or prepared model on some images, the same on all ranks."""
+    with as_float(teacher):
+        (output,) = teacher_outputs(teacher, [batch], select)
+    return world.from_first(output)
+
+
 def teacher_outputs(
     teacher: Callable[..., Any], batches: Sequence[Batch], select: Select = first_floating, world: World = ALONE
 ) -> list[Tensor]:

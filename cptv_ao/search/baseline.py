@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import first_images
@@ -16,6 +16,8 @@ from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators
 from cptv_ao.transforms.equalize import equalize
+
+_Measured = TypeVar("_Measured")
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,17 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
 
     @cache
     def losses() -> Losses:
-        return _at(backend, state, lambda: SplitEvaluators(backend.model, calibration).losses())
+        return at_state(backend, state, lambda: SplitEvaluators(backend.model, calibration).losses())
 
     def confirmed() -> bool:
         scoring = _scoring(backend, calibration)
         return scoring is not None and not scoring.losses().worse_than(losses())
 
     few = first_images(calibration.search.batches, calibration.cost.images(64, forwards=4, share=0.03))
+    given = judge.losses()
     done = equalize(backend, few, calibration.world, confirmed)
     if not done:
         return None
-    given = _at(backend, state, judge.losses)
     scoring = _scoring(backend, calibration)
     if scoring is None:
         backend.restore_all(state)
@@ -74,13 +76,13 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
     return Baseline(given, state, tuple(done), scoring)
 
 
-def _at(backend: Backend, state: Mapping[str, Any], measured: Callable[[], Losses]) -> Losses:
+def at_state(backend: Backend, state: Mapping[str, Any], measured: Callable[[], _Measured]) -> _Measured:
     """What is measured of a model in a state that it was in."""
     now = backend.snapshot()
     backend.restore_all(state)
-    losses = measured()
+    found = measured()
     backend.restore_all(now)
-    return losses
+    return found
 
 
 def _scoring(backend: Backend, calibration: Calibration) -> SplitEvaluators | None:

@@ -30,14 +30,14 @@ from cptv_ao.core.objective import settled
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
+from cptv_ao.evaluation.calibration import Calibration, Images, Pool, check_negatives
 from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
-from cptv_ao.evaluation.teacher import FloatSources, as_float
+from cptv_ao.evaluation.teacher import FloatSources, as_float, taught
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
-from cptv_ao.search.baseline import equalized_baseline
+from cptv_ao.search.baseline import at_state, equalized_baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint
@@ -161,7 +161,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
 
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
         kernels = SplitEvaluators(backend.model, calibration)
-        notes = [*_unknown(backend), *told, *agreement_notes(backend, _few(calibration), config)]
+        notes, before = [*_unknown(backend), *told], backend.snapshot()
         shipped = what_ships(backend, calibration)
         equalizes, judge = config.equalize and config.searches_all, kernels if shipped is None else shipped
         progress.stage("equal forms")
@@ -175,6 +175,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         with stop_on_interrupt(budget.stop):
             Search(loop, proposer, checkpoint, calibration.cost.seconds).run()
 
+    notes += at_state(backend, before, lambda: agreement_notes(backend, _few(calibration), config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
     forwards = target.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
@@ -230,13 +231,16 @@ def _calibration(
     with as_float(teacher):
         known = counted(batches, teacher, config.output or first_floating, world)
         cost = cost_of(teacher, known[0], config.max_seconds, world, planned)
-        split = split_batches(affordable(known, cost, not is_per_image(config.loss)), config.holdout)
+        whole = split_batches(known, config.holdout)
+        split = affordable(whole, cost, not is_per_image(config.loss))
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
     config, notes = settled(config, images.targets[0])
     if images.batches[0].fixed and not backend.form.takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
-    return Calibration(config, images, held_out, world, cost), notes
+    select = config.output or first_floating
+    pool = None if split == whole else Pool(whole.search, lambda batch: taught(teacher, batch, select, world))
+    return Calibration(config, images, held_out, world, cost, pool), notes
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Checkpoint | None:

@@ -21,6 +21,7 @@ from cptv_ao.core.tensors import Select, compared
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, distance
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
+from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import LayerInputs, Twin
 
 # What the graph of a part may hold, in bytes: of a ViT-S at 224 x 224 that is 2 images, which is what the float network
@@ -86,9 +87,10 @@ class BatchGradient:
         """Images that went through the twin on this rank; forward and backward count as three."""
         return self._forwards + self.features.image_forwards
 
-    def follows(self, teacher: Tensor) -> bool:
-        """Whether there is anything to follow on outputs like these."""
-        return self._follows(teacher) or self._objective.feature_weight > 0
+    def follows(self, images: StepImages) -> bool:
+        """Whether there is anything to follow on these."""
+        objective = self._objective
+        return objective.per_image or objective.feature_weight > 0 or self._follows(images.at(0)[1])
 
     def of(
         self, index: int, batch: Batch, teacher: Tensor, leaves: Sequence[Tensor], feature_pull: float | None

@@ -7,7 +7,7 @@ it where the kernels confirm it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,7 @@ from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
+from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import Twin
 
 # Share of a descent that is only its beginning.
@@ -95,8 +96,7 @@ class GradientDescent:
 
     def run(
         self,
-        batches: Sequence[Batch],
-        teacher: Sequence[Tensor],
+        images: StepImages,
         schedule: Schedule,
         on_step: Callable[[float], None] | None = None,
         going: Callable[[], bool] = lambda: True,
@@ -110,7 +110,7 @@ class GradientDescent:
         where it does not go on.
         """
         at = self._progress
-        if not self._gradient.follows(teacher[0]):
+        if not self._gradient.follows(images):
             return
         while (progress := schedule.progress(at.steps)) < 1.0:
             goes_on = going()
@@ -119,11 +119,11 @@ class GradientDescent:
             if not goes_on:
                 break
             if not at.order:
-                at.order = [int(i) for i in self._rng.permutation(len(batches))]
+                at.order = [int(i) for i in self._rng.permutation(len(images))]
             index = at.order.pop()
             for group in self._adam.param_groups:
                 group["lr"] = schedule.rate(progress) * group["factor"] * at.caution
-            loss = self._step(index, batches[index], teacher[index])
+            loss = self._step(index, *images.at(index))
             if on_step is not None:
                 on_step(loss)
             if (passed := schedule.marks_passed(at.steps)) > at.proposals:

@@ -13,31 +13,31 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
-from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.batch_gradient import Objective
 from cptv_ao.search.proposals.bias_correction import FORWARDS, corrections
 from cptv_ao.search.proposals.gradient import GradientDescent, State
 from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, Proposal, individuals
 from cptv_ao.search.proposals.schedule import Schedule
+from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85
-# Images on which saturation is looked for.
-_PROBE_IMAGES = 16
+# Images on which saturation is looked for, on which errors of weights are weighed, and whose means biases are for.
+_PROBE_IMAGES, _TOLD_BY, _MEANS = 16, 64, 200
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
 # dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
 _STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
 # Shares of a descent after which it is tried on the kernels; where seconds are counted, also while it is young: what it
 # has by then may be all that there is time for, and is no reason to send it back.
-_MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.0625, 0.125)
+_MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.1,)
 
 
 class Proposer:
@@ -62,8 +62,8 @@ class Proposer:
         self._config, self._world = calibration.config, calibration.world
         self._cost = calibration.cost
         self._images = calibration.search.batches[0]
-        self._batches, self._teacher = _steps(calibration.search, _step_images(calibration))
-        self._twin = Twin(backend).checked(self._batches[0])
+        self._steps = StepImages(calibration, _step_images(calibration))
+        self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
         #: images run through the twin so far by this rank; forward and backward count as three
         self.image_forwards = 0
@@ -86,6 +86,8 @@ class Proposer:
             self._began = self._world.first(self._budget.seconds)
             self._descent = self._new_descent()
         yield from self._descend(self._descent, on_step, on_pause)
+        if self._corrects and self._dear and self._budget.left:
+            yield "biases corrected", partial(self._corrected, dict)
 
     def state(self) -> State | None:
         """Where the descent is, for `resume`; None where it has not begun, or has come to its end."""
@@ -105,7 +107,7 @@ class Proposer:
         self._enter()
         self._descent = self._new_descent()
         self._descent.set_state(state)
-        batches = range(len(self._batches))
+        batches = range(len(self._steps))
         if not 0 <= self._began < math.inf or any(index not in batches for index in state[1]["course"]["order"]):
             raise ValueError(f"expected seconds >= 0 and an order of {len(batches)} batches")
 
@@ -116,8 +118,9 @@ class Proposer:
         limited = self._limited()
         self._limit(limited)
         self._enter()
-        batch = self._images.few(self._cost.images(64, forwards=24, share=0.04, least=1))
-        for individual in individuals(population, self._twin, self._groups, limited, now, batch):
+        batch = self._images.few(self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=1))
+        found = list(individuals(population, self._twin, self._groups, limited, now, batch))
+        for individual in reversed(found) if self._dear else found:  # first what costs nothing
             if self._budget.left:
                 yield individual
         if "biases" in population and self._correctable() and self._budget.left:
@@ -133,14 +136,19 @@ class Proposer:
         """Whether the kernels have accepted corrected biases."""
         return any(self._store.read(name).correction is not None for name in self._correctable())
 
+    @property
+    def _dear(self) -> bool:
+        """Whether a correction of the biases takes so long that it is not made anew with each proposal."""
+        return self._cost.images(_MEANS, forwards=FORWARDS, share=0.02, least=0) < _MEANS
+
     def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
         """Scales with the biases that fit them; the twin has both until it follows the model again."""
         assignment = scales()
         self._follow()
         for name, qparams in assignment.items():
             self._twin.set(name, qparams)
-        most = self._cost.images(200, forwards=FORWARDS, share=0.02, least=8)
-        found, images = corrections(self._twin, self._correctable(), self._batches, most)
+        most = self._cost.images(_MEANS, forwards=FORWARDS, share=0.02, least=8)
+        found, images = corrections(self._twin, self._correctable(), self._steps.batches, most)
         self.image_forwards += FORWARDS * images
         held = {name: assignment.get(name, self._store.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}
@@ -213,9 +221,7 @@ class Proposer:
     def _descend(
         self, descent: GradientDescent, on_step: Callable[[float], None], on_pause: Callable[[bool], None]
     ) -> Iterator[Proposal]:
-        proposals = descent.run(
-            self._batches, self._teacher, self._schedule(), on_step, lambda: self._budget.left, on_pause
-        )
+        proposals = descent.run(self._steps, self._schedule(), on_step, lambda: self._budget.left, on_pause)
         counted = descent.image_forwards
         for name, scales in proposals:
             self.image_forwards += descent.image_forwards - counted
@@ -226,7 +232,7 @@ class Proposer:
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
             descent.rescale(narrower)
             before = self._scales()
-            yield name, partial(self._corrected, scales) if self._corrects else scales
+            yield name, partial(self._corrected, scales) if self._corrects and not self._dear else scales
             self._follow()
             if torch.equal(self._scales(), before) and not descent.young:
                 descent.go_back_to(self._store.read)
@@ -251,14 +257,3 @@ def _step_images(calibration: Calibration) -> int:
     if not is_per_image(calibration.config.loss):
         return _STEP_IMAGES
     return max(_STEP_LEAST, min(_STEP_IMAGES, round(_STEP_FLOPS / calibration.cost.flops)))
-
-
-def _steps(images: Images, most: int) -> tuple[list[Batch], list[Tensor]]:
-    """The batches of the steps: those of the loader, cut where they are larger."""
-    parts: list[Batch] = []
-    targets: list[Tensor] = []
-    for batch, target in zip(images.batches, images.targets, strict=True):
-        for part, rows in batch.parts(round(batch.images / most)):
-            parts.append(part)
-            targets.append(target[rows])
-    return parts, targets

@@ -36,8 +36,8 @@ class SimulatedProposer(Proposer):
 
     def _enter(self) -> None:
         simulated = self._simulated
-        self._batches = [simulated.batch(batch) for batch in self._batches]
-        self._teacher = [target.to(simulated.twin.device) for target in self._teacher]
+        self._steps.to(simulated.twin.device)
+        self._images = simulated.batch(self._images)
         self._twin.to(simulated.twin.device)
         self._store = simulated
 

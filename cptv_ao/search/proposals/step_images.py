@@ -1,0 +1,53 @@
+"""The images of the steps of a descent, and what the teacher makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.tensors import moved
+from cptv_ao.evaluation.calibration import Calibration
+
+
+class StepImages:
+    """Batches for steps: those of the loader, cut where they are larger than a step takes.
+
+    Targets that nobody knows yet are asked for when a step first needs them.
+
+    Args:
+        calibration: whose search images they are, or those of its pool, where it has one.
+        most: images of a step.
+    """
+
+    def __init__(self, calibration: Calibration, most: int) -> None:
+        search, pool = calibration.search, calibration.pool
+        self.batches: list[Batch] = []
+        self._targets: list[Tensor | None] = []
+        self._teach = None if pool is None else pool.teach
+        self._device = torch.device("cpu")
+        known = [None] * len(pool.batches) if pool is not None else search.targets
+        for batch, target in zip(search.batches if pool is None else pool.batches, known, strict=True):
+            for part, rows in batch.parts(round(batch.images / most)):
+                self.batches.append(part)
+                self._targets.append(None if target is None else target[rows])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def at(self, index: int) -> tuple[Batch, Tensor]:
+        """A batch and the teacher's outputs (N, C) on it."""
+        batch, target = self.batches[index], self._targets[index]
+        if target is None:
+            assert self._teach is not None
+            target = self._targets[index] = self._teach(batch)
+        return batch, target.to(self._device)
+
+    def to(self, device: torch.device) -> None:
+        """Give all images and targets on a device."""
+        self._device = device
+        self.batches = [
+            replace(batch, args=moved(batch.args, device), kwargs=moved(batch.kwargs, device)) for batch in self.batches
+        ]
