@@ -84,6 +84,11 @@ class Split:
     search: tuple[Batch, ...]
     holdout: tuple[Batch, ...]
 
+    @property
+    def images(self) -> int:
+        """Of both."""
+        return sum(batch.images for batch in (*self.search, *self.holdout))
+
 
 def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None = None) -> list[Batch]:
     """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.

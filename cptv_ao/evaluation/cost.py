@@ -91,8 +91,7 @@ def affordable(split: Split, cost: Cost, whole: bool) -> Split:
     """
     if cost.limit is None or not cost.seconds:
         return split
-    images = sum(batch.images for batch in (*split.search, *split.holdout))
-    share = max(int(_SCORED * cost.limit / cost.seconds), _LEAST) / images
+    share = max(int(_SCORED * cost.limit / cost.seconds), _LEAST) / split.images
 
     def few(part: Sequence[Batch]) -> tuple[Batch, ...]:
         worth = round(share * sum(batch.images for batch in part))

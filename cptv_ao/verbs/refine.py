@@ -239,7 +239,7 @@ def _calibration(
     if images.batches[0].fixed and not backend.form.takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
     select = config.output or first_floating
-    pool = None if split == whole else Pool(whole.search, lambda batch: taught(teacher, batch, select, world))
+    pool = None if split.images == whole.images else Pool(whole.search, lambda batch: taught(teacher, batch, select, world))
     return Calibration(config, images, held_out, world, cost, pool), notes
 
 
