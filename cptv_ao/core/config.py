@@ -69,7 +69,7 @@ class RefineConfig:
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
             have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
         cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate. Before,
-            in the gradient steps, the same for layer inputs of the float network, which are else computed each time.
+            in the gradient steps, a quarter of it for layer inputs of the float network, else computed each time.
         distributed: None: where a `torch.distributed` process group is initialised, all its ranks search together and
             each must call `refine`; True: raise where there is none; False: this process searches on its own.
         seed: of the search; no global generator is read or changed.

@@ -210,7 +210,7 @@ class Proposer:
                 config.output or first_floating,
                 is_per_image(config.loss),
                 config.feature_weight,
-                config.cache_bytes,
+                config.cache_bytes // 4,
             ),
             activation_rate=config.activation_rate,
             rounding_rate=config.rounding_rate,
