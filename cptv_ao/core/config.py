@@ -27,9 +27,10 @@ class RefineConfig:
     """How `refine` searches. Frozen and validated; `RefineConfig()` is the recommended setting.
 
     Attributes:
-        loss: `auto`: `kl`, or `mse` where the output is one number per image, which `kl` cannot see; another name; or a
-            function `(candidate (N, C), teacher (N, C)) -> scalar`, float32 tensors, that is never negative. One that
-            cannot be differentiated is followed by the block visits; the gradient steps follow the layer inputs alone.
+        loss: `auto`: `kl` for logits, which come out of a layer with a weight; `cosine` for embeddings, which do not;
+            `mse` for maps, sequences and one number per image. Another name; or a function `(candidate (N, C), teacher
+            (N, C)) -> scalar`, float32 tensors, that is never negative. One that cannot be differentiated is followed
+            by the block visits; the gradient steps follow the layer inputs alone.
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
@@ -42,8 +43,9 @@ class RefineConfig:
             through, outlier channels of layer norms move into the weights that read them (if their float weights are
             known). In PT2E graphs these too, and the channels of what linear layers read move to the middle of their
             ranges, by biases. Only where `include` and `kinds` leave nothing out; never of reference models.
-        gradient_steps: Adam steps on the float twin, of about 100 images, that propose scales before the block visits;
-            0 for none. Proposals enter only where the model's own kernels confirm them.
+        gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none. A step is
+            of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP. Proposals enter
+            only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
@@ -51,7 +53,7 @@ class RefineConfig:
         feature_weight: what the gradient steps follow beside the loss: noise to signal of the layer inputs, the squared
             error against those of the float network over their square, mean over the weighted layers. It counts so
             many times the loss, both as they are at the start; 0: the loss alone.
-        passes: sweeps over all blocks.
+        passes: sweeps over all blocks; they end early once the visits have gained nothing in 200 TFLOP of forwards.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
         kinds: which scales are searched: weights, activations (with their zero_points), or both.
@@ -74,7 +76,8 @@ class RefineConfig:
             each must call `refine`; True: raise where there is none; False: this process searches on its own.
         seed: of the search; no global generator is read or changed.
         max_evaluations: stop after this many candidates; None for no limit.
-        max_seconds: stop after this many seconds of search; None for no limit.
+        max_seconds: stop after this many seconds of the whole call; None for no limit. A search that has few scores as
+            many of the images as they pay for, and learns from all.
         epsilon: half-width of the uniform noise of the `paper` search.
     """
 

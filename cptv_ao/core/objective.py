@@ -5,20 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.config import LossName, RefineConfig
 from cptv_ao.core.losses import Loss, get_loss
 
+#: What `auto` makes of an output. Logits are what a softmax takes; an embedding says where an image lies, and its
+#: numbers are no choice among classes; of a map or of tokens each place counts.
+OutputKind = Literal["logits", "embedding", "map"]
+_AUTO: dict[OutputKind, tuple[LossName, str]] = {
+    "logits": ("kl", ""),
+    "embedding": (
+        "cosine",
+        "loss: cosine, for the output comes out of no layer with a weight, as embeddings do; loss='kl' if these are "
+        "the logits of classes",
+    ),
+    "map": (
+        "mse",
+        "loss: mse, for the output is a map or a sequence, of which each place counts; loss='kl' compares it as the "
+        "logits of one choice",
+    ),
+}
 
-def settled(config: RefineConfig, teacher: Tensor) -> tuple[RefineConfig, list[str]]:
+
+def settled(config: RefineConfig, teacher: Tensor, kind: OutputKind = "logits") -> tuple[RefineConfig, list[str]]:
     """The config with the loss that is used, and what is to be said of it.
 
     Args:
         config: as it was given.
         teacher: the teacher's outputs on a batch (N, C).
+        kind: what they are.
 
     Raises:
         TypeError: a function returns something else than a number.
@@ -28,8 +47,10 @@ def settled(config: RefineConfig, teacher: Tensor) -> tuple[RefineConfig, list[s
         return config, _checked(config, teacher)
     single = teacher.shape[1] == 1
     if config.loss == "auto":
-        told = ["loss: mse, for the output is one number per image, which kl cannot see"] if single else []
-        return replace(config, loss="mse" if single else "kl"), told
+        if single:
+            return replace(config, loss="mse"), ["loss: mse, for the output is one number per image"]
+        loss, told = _AUTO[kind]
+        return replace(config, loss=loss), [told] if told else []
     if single and config.loss != "mse":
         raise ValueError(
             f"RefineConfig.loss: expected a loss that sees an output of one number per image, got {config.loss!r}, "

@@ -25,6 +25,7 @@ from cptv_ao.diagnosis.meters import Fidelity, measured_weight
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.kernel_agreement import disagreeing
@@ -57,7 +58,8 @@ def _diagnosis(
         batches = _few(counted(batches, teacher, config.output or first_floating))
         check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
-        config, told = settled(replace(config, gradient_steps=0), images.targets[0])
+        kind = output_kind(backend.model, teacher, batches[0], config)
+        config, told = settled(replace(config, gradient_steps=0), images.targets[0], kind)
         kernels = SplitEvaluators(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)

@@ -23,6 +23,9 @@ from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.evaluator import Evaluator, batch_loss
 from cptv_ao.fx.running import run
 
+# What block visits may cost without a gain, in floating point operations of the float network.
+_IDLE = 2e14
+
 
 class SplitEvaluators:
     """Evaluators of one model on the search images and, where there are any, on the held-out ones.
@@ -34,6 +37,8 @@ class SplitEvaluators:
 
     def __init__(self, model: GraphModule, calibration: Calibration) -> None:
         config, world = calibration.config, calibration.world
+        #: images that visits may score on without a gain before they are given up
+        self.idle_images = _IDLE / calibration.cost.flops
         self.search = _evaluator(model, calibration.search, config, world)
         self.holdout = _evaluator(model, calibration.holdout, config, world) if calibration.holdout.batches else None
 

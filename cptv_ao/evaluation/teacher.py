@@ -81,7 +81,7 @@ def _identity(value: Tensor) -> Tensor:
     return value
 
 
-def taught(teacher: nn.Module, batch: Batch, select: Select, world: World) -> Tensor:
+def taught(teacher: nn.Module, select: Select, world: World, batch: Batch) -> Tensor:
     """The output (N, C) of a float or prepared model on some images, the same on all ranks."""
     with as_float(teacher):
         (output,) = teacher_outputs(teacher, [batch], select)

@@ -183,11 +183,15 @@ def _is_constant(node: Node) -> bool:
     return node.op == "get_attr" or (node.op == "call_module" and not node.all_input_nodes)
 
 
+# What any module holds; the rest is its own: scales, packed weights, how the twin rounds.
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def same_stamp(a: list[Any], b: list[Any]) -> bool:
     """Whether nothing was written between two stamps."""
     if len(a) != len(b):
         return False
-    return all(x is y or (isinstance(x, (int, float)) and x == y) for x, y in zip(a, b, strict=True))
+    return all(x is y or (isinstance(x, (int, float, str)) and x == y) for x, y in zip(a, b, strict=True))
 
 
 def packed(value: Any) -> Any:
@@ -224,7 +228,7 @@ def _stamp(root: Any, held: Any) -> list[Any]:
     for module in held.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             parts += [] if tensor is None else [tensor, *_stamp(root, tensor)]
-        parts += [v for v in vars(module).values() if isinstance(v, (int, float, torch.ScriptObject))]
+        parts += [value for name, value in vars(module).items() if name not in _EVERY_MODULE]
     return parts
 
 

@@ -65,7 +65,7 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
         return scoring is not None and not scoring.losses().worse_than(losses())
 
     few = first_images(calibration.search.batches, calibration.cost.images(64, forwards=4, share=0.03))
-    given = judge.losses()
+    given = None if isinstance(judge, Shipped) else judge.losses()  # which are known: it has just been made
     done = equalize(backend, few, calibration.world, confirmed)
     if not done:
         return None
@@ -73,6 +73,8 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
     if scoring is None:
         backend.restore_all(state)
         return None
+    if given is None:
+        given = at_state(backend, state, judge.losses)
     return Baseline(given, state, tuple(done), scoring)
 
 

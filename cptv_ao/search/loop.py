@@ -54,7 +54,7 @@ class Loop:
         given: Baseline | None = None,
     ) -> None:
         self.space, self._store, self._world = space, space.store, budget.world
-        self._search, self._holdout = scoring.search, scoring.holdout
+        self._search, self._holdout, self._idle_images = scoring.search, scoring.holdout, scoring.idle_images
         self._config, self._listeners = config, tuple(listeners)
         self._rng: np.random.Generator = np.random.default_rng(config.seed)
         self._step_sizes: dict[str, dict[str, float]] = {}
@@ -160,21 +160,36 @@ class Loop:
         self._search.plan(space.nodes for space in self.space.blocks.values())
         for pass_index in range(self._position.passes, self._config.passes):
             for index in range(self._position.blocks, len(order)):
-                if not self.budget.left:
+                if not self.budget.left or self._gives_up:
                     break
-                self._visit(*order[index], pass_index)
-                self._position = replace(self._position, blocks=index + 1, gained=self._keep() or self._position.gained)
+                evaluations = self._visit(*order[index], pass_index)
+                at, gained = self._position, self._keep()
+                idle = 0 if gained else at.idle + evaluations * self._search.images
+                self._position = Position(pass_index, index + 1, gained or at.gained, idle)
                 on_block()
             self._tell("pass", f"pass {pass_index + 1}", pass_index, self.loss)
-            if not self.budget.left:
+            if not self.budget.left or self._gives_up:
                 break
-            if self._config.search == "evolution" and not self._position.gained:
+            if self._evolves and not self._position.gained:
                 break  # a whole pass gained nothing that the held-out images confirm
-            self._position = Position(pass_index + 1, 0, False)
+            self._position = Position(pass_index + 1, idle=self._position.idle)
         self._store.restore_all(self._best_state)
 
-    def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> None:
-        """One visit: the strategy proposes, the kernels decide; the best scales stay in the model."""
+    @property
+    def _evolves(self) -> bool:
+        return self._config.search == "evolution"
+
+    @property
+    def _gives_up(self) -> bool:
+        """Whether the visits have cost too much since they last gained something."""
+        return self._evolves and self._position.idle > self._idle_images
+
+    def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> int:
+        """One visit: the strategy proposes, the kernels decide; the best scales stay in the model.
+
+        Returns:
+            The number of evaluations.
+        """
         space.refresh()
         self._search.enter(space.nodes)
         before = self.loss
@@ -209,6 +224,7 @@ class Loop:
         self._search.leave()
         self.results.append(BlockResult(name, pass_index, count, accepted, before, self.loss))
         self._tell("block", name, pass_index, self.loss)
+        return count
 
     def _score(self, vector: Vector, threshold: float, race: bool = False) -> float:
         """The loss of what was just written; inf where it is rejected or no number."""

@@ -39,7 +39,8 @@ class SearchProgress:
             given: images in the loader.
         """
         cost = calibration.cost
-        told = f"refine: {calibration.images} of {given} images" if calibration.images < given else f"{given} images"
+        count = f"{calibration.images} of {given}" if calibration.images < given else str(calibration.images)
+        told = f"refine: {count} images"
         told += f", {cost.flops / 1e9:.3g} GFLOP a forward"
         if cost.seconds:
             told += f", {number(cost.seconds)} s in float on this machine"

@@ -21,11 +21,18 @@ _DESCENT = "descent/"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: whole passes, blocks of the pass after them, and whether that pass has gained anything."""
+    """Where a run is.
+
+    Attributes:
+        passes, blocks: whole passes, and blocks of the pass after them.
+        gained: whether that pass has gained anything.
+        idle: images that were scored since something was gained.
+    """
 
     passes: int = 0
     blocks: int = 0
     gained: bool = False
+    idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class Record:
         Raises:
             ValueError: naming what could not be, beside what its scales score.
         """
-        counts = (self.position.passes, self.position.blocks, self.evaluations, self.raced)
+        at = self.position
+        counts = (at.passes, at.blocks, at.idle, self.evaluations, self.raced)
         steps = [step for steps in self.step_sizes.values() for step in steps.values()]
         if min(counts) < 0 or not 0 <= self.seconds < math.inf or not all(0 < step < math.inf for step in steps):
             raise ValueError("expected counts and seconds >= 0, and step sizes > 0")

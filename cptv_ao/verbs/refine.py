@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, Pool, check_negatives
 from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float, taught
 from cptv_ao.reporting.report import put_on
@@ -224,22 +226,21 @@ def _calibration(
     """The images that the search pays for, split in two, what the teacher makes of them, and how that is compared; and
     notes."""
     config, world = asked.config, asked.world
-    teacher, planned = (
-        sources.teacher_for(backend, batches[0]),
-        None if checkpoint is None else checkpoint.image_seconds,
-    )
+    select = config.output or first_floating
+    teacher = sources.teacher_for(backend, batches[0])
+    planned = None if checkpoint is None else checkpoint.image_seconds
     with as_float(teacher):
-        known = counted(batches, teacher, config.output or first_floating, world)
+        known = counted(batches, teacher, select, world)
         cost = cost_of(teacher, known[0], config.max_seconds, world, planned)
         whole = split_batches(known, config.holdout)
         split = affordable(whole, cost, not is_per_image(config.loss))
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-    config, notes = settled(config, images.targets[0])
-    if images.batches[0].fixed and not backend.form.takes_fixed_batch(backend.model):
+        kind = output_kind(backend.model, teacher, known[0], config)
+    config, notes = settled(config, images.targets[0], kind)
+    if known[0].fixed and not backend.form.takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
-    select = config.output or first_floating
-    pool = None if split.images == whole.images else Pool(whole.search, lambda batch: taught(teacher, batch, select, world))
+    pool = Pool(whole.search, partial(taught, teacher, select, world)) if split.images < whole.images else None
     return Calibration(config, images, held_out, world, cost, pool), notes
 
 

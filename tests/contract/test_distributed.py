@@ -51,7 +51,7 @@ def refine(case: Case, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the batches of the descent, as large images would be."""
-    monkeypatch.setattr("cptv_ao.search.proposals.gradient._PART_NUMBERS", 256)
+    monkeypatch.setattr("cptv_ao.search.proposals.batch_gradient._PART_BYTES", 1)
 
 
 def test_every_world_size_gives_the_same_scales(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,8 @@ def test_the_callback_and_the_bar_are_those_of_rank_0(
     found = together(2, work, tmp_path)
     assert found[0] > 0
     assert found[1] == 0
-    bars = [line for line in capfd.readouterr().err.split("\n") if line.rstrip().split("\r")[-1].startswith("refine:")]
+    last = [line.rstrip().split("\r")[-1] for line in capfd.readouterr().err.split("\n")]
+    bars = [line for line in last if line.startswith("refine:") and "step/s" in line]
     assert len(bars) == 1
 
 
@@ -197,12 +198,12 @@ def spoil_score(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def spoil_step(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from cptv_ao.search.proposals.gradient import GradientDescent
+    from cptv_ao.search.proposals.batch_gradient import BatchGradient
 
     def forward(*_: Any) -> Any:
         raise Killed("out of memory")
 
-    patch.setattr(GradientDescent, "_forward", forward)
+    patch.setattr(BatchGradient, "_forward", forward)
     return {}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch, leaves, mapped, read_batches, split_batches
+from cptv_ao.core.batches import Batch, first_images, leaves, mapped, read_batches, split_batches, spread_images
 from cptv_ao.core.errors import CalibrationDataError
 
 
@@ -82,3 +82,30 @@ def test_leaves_are_changed_where_they_stand() -> None:
     nested = {"a": [1, (2, 3)], "b": 4}
     assert dict(leaves(nested)) == {("a", 0): 1, ("a", 1, 0): 2, ("a", 1, 1): 3, ("b",): 4}
     assert mapped(nested, lambda path, value: value * len(path)) == {"a": [2, (6, 9)], "b": 4}
+
+
+def test_the_first_images_of_batches() -> None:
+    batches = [Batch((images(4, 4 * k),), {}, 4) for k in range(3)]
+    found = first_images(batches, 6)
+    assert torch.cat([batch.args[0] for batch in found]).flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert sum(batch.images for batch in first_images(batches, 100)) == 12
+    fixed = [Batch((images(4),), {}, 4, fixed=True)] * 3
+    assert sum(batch.images for batch in first_images(fixed, 6)) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(100, [10] * 6), (60, [10] * 6), (30, [5] * 6), (12, [2] * 6), (4, [2, 2])]
+)
+def test_images_are_spread_over_all_batches(count: int, sizes: list[int]) -> None:
+    batches = [Batch((images(10, 10 * k),), {}, 10) for k in range(6)]
+    found = spread_images(batches, count)
+    assert [batch.images for batch in found] == sizes
+    firsts = [int(batch.args[0][0]) // 10 for batch in found]
+    assert firsts == sorted(set(firsts)) and firsts[0] == 0, "of other batches each"
+
+
+def test_whole_batches_are_spread_where_they_must_stay_whole() -> None:
+    batches = [Batch((images(10, 10 * k),), {}, 10) for k in range(6)]
+    assert [int(batch.args[0][0]) for batch in spread_images(batches, 30, whole=True)] == [0, 20, 40]
+    assert [batch.images for batch in spread_images(batches, 1, whole=True)] == [10, 10], "two at least"
+    assert spread_images([], 5) == []

@@ -31,6 +31,15 @@ def test_auto_sees_the_output(teacher: Tensor, wanted: str) -> None:
     assert bool(told) == (wanted == "mse")
 
 
+@pytest.mark.parametrize(("kind", "wanted"), [("logits", "kl"), ("embedding", "cosine"), ("map", "mse")])
+def test_auto_suits_what_the_output_is(kind: Any, wanted: str) -> None:
+    config, told = settled(RefineConfig(loss="auto"), TEACHER, kind)
+    assert config.loss == wanted
+    assert bool(told) == (kind != "logits"), "what is not the usual is said"
+    assert settled(RefineConfig(loss="auto"), SINGLE, kind)[0].loss == "mse", "of one number nothing else sees anything"
+    assert settled(RefineConfig(loss="infonce"), TEACHER, kind) == (RefineConfig(loss="infonce"), [])
+
+
 def test_a_loss_that_cannot_see_the_output_is_refused() -> None:
     for name in ("kl", "cosine"):
         with pytest.raises(ValueError, match="expected a loss that sees an output of one number per image"):

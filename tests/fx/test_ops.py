@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, Watcher
-from cptv_ao.fx.ops import of_function, of_module, op_name, op_of, read_once, reads
+from cptv_ao.fx.ops import of_function, of_module, op_name, op_of
 from cptv_ao.fx.paths import ModulePaths, fetch
 from cptv_ao.fx.producers import producer
+from cptv_ao.fx.readers import read_once, reads
 
 
 def traced(module: nn.Module) -> GraphModule:

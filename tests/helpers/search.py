@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 
 from cptv_ao import RefineConfig
 from cptv_ao.core import losses
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.search.proposals.batch_gradient import Objective
+from cptv_ao.search.proposals.step_images import StepImages
 
+#: what the descents of the tests follow
+KL = Objective(losses.kl, first_floating, per_image=True)
 LOSSES = ["kl", "infonce", "soft_infonce", "mse", "cosine"]
 
 
@@ -25,3 +33,10 @@ def loss_of(model: Any, teacher: Any, batches: list[Tensor]) -> float:
     with torch.inference_mode():
         values = [float(losses.kl(model(b).flatten(1), teacher(b).flatten(1))) * len(b) for b in batches]
     return sum(values) / sum(len(b) for b in batches)
+
+
+def step_images(batches: Sequence[Batch], teacher: Sequence[Tensor]) -> StepImages:
+    """Batches as they are, one a step."""
+    return StepImages(
+        Calibration(RefineConfig(), Images(tuple(batches), tuple(teacher))), max(b.images for b in batches)
+    )

@@ -11,7 +11,7 @@ import torch
 import workloads
 from helpers import nets, pt2e
 from helpers.cases import Case
-from helpers.search import small_config
+from helpers.search import small_config, step_images
 from torch import Tensor, nn
 
 import cptv_ao
@@ -22,6 +22,7 @@ from cptv_ao.core.losses import Loss, kl
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.teacher import teacher_outputs
+from cptv_ao.search.proposals.batch_gradient import Objective
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Targets, _target, distance
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
 from cptv_ao.simulation.twin import LayerInputs, Twin
@@ -177,9 +178,10 @@ def descend(case: Case, loss: Loss = kl, **changes: Any) -> GradientDescent:
     """Two looks at each batch."""
     twin, batches = twin_of(case.converted, case.float_model), [batch_of(x) for x in case.batches]
     groups = {name: (site,) for name, site in cptv_ao.find_sites(case.converted).items() if site.kind == "weight"}
-    descent = GradientDescent(twin, groups, loss, first_floating, rng=np.random.default_rng(0), **changes)
-    schedule = Schedule(2 * len(batches), 0.03, proposals=1)
-    *_, _ = descent.run(batches, teacher_outputs(case.float_model, batches), schedule)
+    objective = Objective(loss, first_floating, loss is kl, **changes)
+    descent = GradientDescent(twin, groups, objective, rng=np.random.default_rng(0))
+    schedule = Schedule(2 * len(batches), 0.03, marks=(1.0,))
+    *_, _ = descent.run(step_images(batches, teacher_outputs(case.float_model, batches)), schedule)
     return descent
 
 

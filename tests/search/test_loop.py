@@ -41,6 +41,7 @@ class FakeEvaluator:
     store: FakeStore
     loss: Score
     raced: int = 0
+    images: int = 10
     kept: int = 0
     asked: list[Any] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
@@ -67,7 +68,12 @@ class FakeEvaluator:
 
 
 def opened(
-    scored: Score, holdout: Score | None = None, budget: Budget | None = None, listeners: Any = (), **changes: Any
+    scored: Score,
+    holdout: Score | None = None,
+    budget: Budget | None = None,
+    listeners: Any = (),
+    idle_images: float = math.inf,
+    **changes: Any,
 ) -> tuple[FakeStore, Loop, FakeEvaluator]:
     store = FakeStore.of(activation("in"), weight("w", 3), activation("out"))
     settings: dict[str, Any] = {
@@ -77,7 +83,9 @@ def opened(
     }
     config = RefineConfig(**(settings | changes))
     evaluator = FakeEvaluator(store, scored)
-    scoring: Any = SimpleNamespace(search=evaluator, holdout=holdout and FakeEvaluator(store, holdout))
+    scoring: Any = SimpleNamespace(
+        search=evaluator, holdout=holdout and FakeEvaluator(store, holdout), idle_images=idle_images
+    )
     loop = Loop(SearchSpace.of(store, config), scoring, config, budget or Budget(None, None), listeners)
     return store, loop, evaluator
 
@@ -203,3 +211,22 @@ def test_a_loss_of_the_users_own_is_always_scored_in_full(loss: Any, in_full: bo
     evaluator.thresholds.clear()
     run(loop)
     assert {math.isinf(threshold) for threshold in evaluator.thresholds} == {in_full}
+
+
+def test_visits_that_gain_nothing_for_long_are_given_up() -> None:
+    still = {"passes": 3, "evaluations": 4}  # nothing is better than anything
+    _, patient, _ = opened(lambda _: 1.0, **still)
+    run(patient)
+    assert [result.name for result in patient.results] == ["first", "second"], "a pass without a gain is the last one"
+    _, hurried, _ = opened(lambda _: 1.0, idle_images=39, **still)
+    run(hurried)
+    assert [result.name for result in hurried.results] == ["first"], "4 evaluations of 10 images"
+    _, paper, _ = opened(lambda _: 1.0, idle_images=39, search="paper", **still)
+    run(paper)
+    assert len(paper.results) == 6, "which says how often it visits"
+
+
+def test_a_gain_begins_the_count_anew() -> None:
+    _, loop, _ = opened(near(0.1), idle_images=1, passes=2)
+    run(loop)
+    assert len(loop.results) > 1 and loop.results[0].after < loop.results[0].before

@@ -12,7 +12,7 @@ import torch
 import workloads
 from helpers import nets
 from helpers.cases import Case, backend_of
-from helpers.search import small_config
+from helpers.search import KL, small_config, step_images
 from torch import Tensor, nn
 
 import cptv_ao
@@ -78,11 +78,10 @@ def test_a_descent_lowers_the_loss_on_the_kernels(vit_w2: Case) -> None:
     teacher = teacher_outputs(vit_w2.float_model, batches)
     evaluator = Evaluator(vit_w2.converted, batches, teacher, kl)
     before = evaluator.score()
-    descent = GradientDescent(
-        Twin(backend), backend.movable(), kl, first_floating, activation_rate=3.0, rng=np.random.default_rng(0)
-    )
+    rng = np.random.default_rng(0)
+    descent = GradientDescent(Twin(backend), backend.movable(), KL, activation_rate=3.0, rng=rng)
     losses: list[float] = []
-    *_, (name, scales) = descent.run(batches, teacher, Schedule(20, 0.03, proposals=2), losses.append)
+    *_, (name, scales) = descent.run(step_images(batches, teacher), Schedule(20, 0.03, marks=(0.5, 1.0)), losses.append)
     assert name == "gradient, 20 steps"
     assert len(losses) == descent.steps == 20
     space = ScaleSpace(backend, backend.movable())
@@ -98,8 +97,9 @@ def test_weights_of_many_codes_move_slower(vit: nn.Module, digits: workloads.Ima
     backend = backend_of(Case(vit, prepared, converted, [images]))
     batches = [Batch((images,), {}, len(images))]
     rng = np.random.default_rng(0)
-    descent = GradientDescent(Twin(backend), backend.movable(), kl, first_floating, activation_rate=3.0, rng=rng)
-    next(iter(descent.run(batches, teacher_outputs(vit, batches), Schedule(2, 0.03, proposals=2))))
+    descent = GradientDescent(Twin(backend), backend.movable(), KL, activation_rate=3.0, rng=rng)
+    images_of = step_images(batches, teacher_outputs(vit, batches))
+    next(iter(descent.run(images_of, Schedule(2, 0.03, marks=(0.5, 1.0)))))
     moved = {"weight": 0.0, "activation": 0.0}
     for name, qparams in descent.assignment().items():
         step = (qparams.scale / backend.read(name).scale).log().abs().max()
@@ -115,12 +115,13 @@ def test_what_the_descent_sees_is_what_it_proposes(conv: Case) -> None:
     images = conv.batches[0]
     batches, teacher = [Batch((images,), {}, len(images))], [conv.float_model(images).detach()]
     rng = np.random.default_rng(0)
-    descent = GradientDescent(Twin(backend), backend.movable(), kl, first_floating, activation_rate=10.0, rng=rng)
+    descent = GradientDescent(Twin(backend), backend.movable(), KL, activation_rate=10.0, rng=rng)
     other = Twin(backend)
     other.reround_weights()
     seen: list[float] = []
     proposed = []
-    for _ in descent.run(batches, teacher, Schedule(30, 0.03, proposals=30), seen.append):
+    marks = tuple((step + 1) / 30 for step in range(30))
+    for _ in descent.run(step_images(batches, teacher), Schedule(30, 0.03, marks=marks), seen.append):
         for name, qparams in descent.assignment().items():
             other.set(name, qparams)
         proposed.append(float(kl(first_floating(other(images)), teacher[0])))

@@ -32,5 +32,5 @@ def test_steps_are_the_measure_until_seconds_are() -> None:
 def test_a_proposal_is_named_after_the_steps_before_it() -> None:
     progress = DescentProgress()
     progress.steps = 7
-    assert progress.proposed() == "gradient, 7 steps"
+    assert progress.proposed(1) == "gradient, 7 steps"
     assert (progress.proposals, progress.proposed_at) == (1, 7)

@@ -166,10 +166,10 @@ class BatchGradient:
         """The loss, and its gradient with respect to the outputs; none where it has none."""
         if not follows:
             return self._objective.loss(outputs, teacher), torch.zeros_like(outputs)
-        outputs.requires_grad_()
+        followed = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self._objective.loss(outputs, teacher)
-        return loss.detach(), torch.autograd.grad(loss, outputs)[0]
+            loss = self._objective.loss(followed, teacher)
+        return loss.detach(), torch.autograd.grad(loss, followed)[0]
 
     def _forward(self, key: tuple[int, int], part: Batch, share: float, graph: bool = True) -> _Graph:
         """Of a part that is so much of its batch."""

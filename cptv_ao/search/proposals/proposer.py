@@ -30,8 +30,9 @@ from cptv_ao.simulation.twin import Twin
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85
-# Images on which saturation is looked for, on which errors of weights are weighed, and whose means biases are for.
-_PROBE_IMAGES, _TOLD_BY, _MEANS = 16, 64, 200
+# Images on which saturation is looked for, on which errors of weights are weighed, and whose means biases are for: at
+# most, and where there is no time for the least of them, nothing is corrected.
+_PROBE_IMAGES, _TOLD_BY, _MEANS, _LEAST_MEANS = 16, 64, 200, 8
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
 # dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
 _STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
@@ -118,12 +119,16 @@ class Proposer:
         limited = self._limited()
         self._limit(limited)
         self._enter()
-        batch = self._images.few(self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=1))
+        worth = self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=0)
+        if not worth:
+            population = tuple(individual for individual in population if individual != "output_error")
+        batch = self._images.few(max(worth, 1))
         found = list(individuals(population, self._twin, self._groups, limited, now, batch))
         for individual in reversed(found) if self._dear else found:  # first what costs nothing
             if self._budget.left:
                 yield individual
-        if "biases" in population and self._correctable() and self._budget.left:
+        worth = self._means >= _LEAST_MEANS
+        if worth and "biases" in population and self._correctable() and self._budget.left:
             yield "biases corrected", partial(self._corrected, dict)
 
     def _correctable(self) -> list[str]:
@@ -139,7 +144,12 @@ class Proposer:
     @property
     def _dear(self) -> bool:
         """Whether a correction of the biases takes so long that it is not made anew with each proposal."""
-        return self._cost.images(_MEANS, forwards=FORWARDS, share=0.02, least=0) < _MEANS
+        return self._means < _MEANS
+
+    @property
+    def _means(self) -> int:
+        """Images whose means are worth comparing."""
+        return self._cost.images(_MEANS, forwards=FORWARDS, share=0.02, least=0)
 
     def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
         """Scales with the biases that fit them; the twin has both until it follows the model again."""
@@ -147,8 +157,7 @@ class Proposer:
         self._follow()
         for name, qparams in assignment.items():
             self._twin.set(name, qparams)
-        most = self._cost.images(_MEANS, forwards=FORWARDS, share=0.02, least=8)
-        found, images = corrections(self._twin, self._correctable(), self._steps.batches, most)
+        found, images = corrections(self._twin, self._correctable(), self._steps.batches, self._means)
         self.image_forwards += FORWARDS * images
         held = {name: assignment.get(name, self._store.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}

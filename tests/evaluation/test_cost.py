@@ -1,0 +1,51 @@
+"""What a forward costs, and how many images that leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cptv_ao.core.batches import Batch, Split
+from cptv_ao.evaluation.cost import Cost, affordable, cost_of
+
+
+def batch(images: int, fixed: bool = False) -> Batch:
+    return Batch((torch.randn(images, 3, 8, 8),), {}, images, fixed)
+
+
+def test_products_and_convolutions_are_counted_per_image() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    wanted = 2 * (64 * 4 * 27 + 256 * 10)
+    assert cost_of(model, batch(6), None).flops == wanted
+    assert cost_of(model, batch(6, fixed=True), None).flops == wanted, "of a batch that cannot be cut, too"
+
+
+def test_time_is_measured_only_where_it_is_limited() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    assert cost_of(model, batch(4), None).seconds == 0.0
+    assert cost_of(model, batch(4), 60.0).seconds > 0.0
+    assert cost_of(model, batch(4), 60.0, seconds=0.25).seconds == 0.25, "what was measured before is planned by again"
+    assert cost_of(nn.Flatten(), batch(4), None).flops == 1.0, "nothing that is counted"
+
+
+def test_a_stage_runs_on_what_it_may_cost() -> None:
+    cheap, dear = Cost(1e6), Cost(1e11)
+    assert cheap.images(64, forwards=4, share=0.1) == 64
+    assert dear.images(64, forwards=1, share=0.1) == 5
+    assert dear.images(64, forwards=5, share=0.1) == 2, "the least, without which it says nothing"
+    assert dear.images(1, forwards=5, share=0.1) == 1
+    limited = Cost(1e6, seconds=0.1, limit=100.0)
+    assert limited.images(64, forwards=4, share=0.1) == 25, "10 of 100 seconds, .4 an image"
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_limited_search_scores_what_its_seconds_pay_for(fixed: bool) -> None:
+    split = Split(tuple(batch(10, fixed) for _ in range(8)), tuple(batch(10, fixed) for _ in range(2)))
+    assert affordable(split, Cost(), False) is split
+    few = affordable(split, Cost(1.0, seconds=0.1, limit=100.0), False)  # 50 of 100
+    assert few.images == (60 if fixed else 50), "two batches at least are held out"
+    assert sum(b.images for b in few.holdout) == (20 if fixed else 10)
+    assert {b.images for b in few.search} == ({10} if fixed else {5})
+    least = affordable(split, Cost(1.0, seconds=0.1, limit=1e-3), True)
+    assert [b.images for b in (*least.search, *least.holdout)] == [10] * 4, "two whole batches of each"

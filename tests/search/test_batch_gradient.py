@@ -1,0 +1,90 @@
+"""The gradient of a batch is the same, whatever the parts that it is computed in."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import Case, backend_of
+from torch import Tensor
+
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.losses import cosine, get_loss, kl
+from cptv_ao.core.tensors import first_floating
+from cptv_ao.search.proposals import batch_gradient
+from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
+from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
+from cptv_ao.simulation.twin import Twin
+
+
+def found(case: Case, objective: Objective, pull: float | None = None) -> tuple[float, Tensor, float, int]:
+    """Loss, gradient and pull of the features on a batch of 4, and the image forwards that they took."""
+    backend, images = backend_of(case), case.batches[0]
+    batch = Batch((images,), {}, len(images))
+    twin = Twin(backend).checked(batch)
+    twin.reround_weights()
+    groups = [LearnableQParams.of(twin, group, True) for group in backend.movable().values()]
+    leaves = [leaf for g in groups for leaf in (g.log_scale, g.offset, g.shift) if leaf is not None]
+    with torch.no_grad():
+        teacher = case.float_model(images)
+        gradient = BatchGradient(twin, groups, objective)
+        return *gradient.of(0, batch, teacher, leaves, pull), gradient.image_forwards
+
+
+def near(gradient: Tensor, wanted: Tensor) -> bool:
+    """A code that lies on a tie may fall to the other side where products are added up in another order."""
+    return float((gradient - wanted).norm()) < 0.01 * float(wanted.norm())
+
+
+def each_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_gradient, "_PART_BYTES", 1)
+
+
+@pytest.mark.parametrize("loss", [kl, cosine])
+def test_a_mean_over_images_needs_one_pass(conv: Case, monkeypatch: pytest.MonkeyPatch, loss: Any) -> None:
+    whole = found(conv, Objective(loss, first_floating, per_image=True))
+    each_image_alone(monkeypatch)
+    parts = found(conv, Objective(loss, first_floating, per_image=True))
+    assert parts[0] == pytest.approx(whole[0], rel=1e-3)
+    assert near(parts[1], whole[1])
+    assert parts[3] == whole[3] == 3 * 4
+
+
+@pytest.mark.parametrize("name", ["infonce", "kl"])
+def test_a_loss_that_is_not_known_to_be_one_takes_two(conv: Case, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The negatives of an image are in other parts."""
+    objective = Objective(get_loss(name, 3.0), first_floating)
+    whole = found(conv, objective)
+    each_image_alone(monkeypatch)
+    parts = found(conv, objective)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-3)
+    assert near(parts[1], whole[1])
+    assert (whole[3], parts[3]) == (3 * 4, 4 * 4)
+
+
+def test_features_are_balanced_once_on_the_whole_batch(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Objective(kl, first_floating, per_image=True, feature_weight=3.0)
+    whole = found(conv, objective)
+    each_image_alone(monkeypatch)
+    parts = found(conv, objective)
+    assert parts[2] == pytest.approx(whole[2], rel=0.01) and whole[2] > 0
+    assert near(parts[1], whole[1])
+    later = found(conv, objective, whole[2])
+    assert near(later[1], whole[1])
+    assert later[3] < parts[3], "later steps need no look at all parts first"
+
+
+def test_the_graph_of_one_part_is_held_at_a_time(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    each_image_alone(monkeypatch)
+    alive: list[int] = []
+    gradient = batch_gradient._Graph.gradient
+
+    def seen(self: Any, *args: Any) -> Tensor:
+        alive.append(sum(type(one) is batch_gradient._Graph for one in gc.get_objects()))
+        return gradient(self, *args)
+
+    monkeypatch.setattr(batch_gradient._Graph, "gradient", seen)
+    found(conv, Objective(kl, first_floating, per_image=True, feature_weight=1.0), 1.0)
+    assert alive == [1] * 4

@@ -1,0 +1,70 @@
+"""What a refine says of how far it is."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cptv_ao import RefineConfig
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.events import Event
+from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.evaluation.cost import Cost
+from cptv_ao.search.budget import Budget
+from cptv_ao.search.progress import SearchProgress, bar_total
+
+
+class Shown:
+    """A bar that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[str, int]] = []
+        self.lines: list[str] = []
+
+    def __call__(self, told: str, steps: int = 1, /) -> None:
+        self.moves.append((told, steps))
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def event(kind: Any) -> Event:
+    model: Any = SimpleNamespace()
+    return Event(kind, "blocks.0", 0, 1, 0.5, 0.25, 1.0, model)
+
+
+def test_without_a_limit_steps_and_candidates_move_it() -> None:
+    shown = Shown()
+    progress = SearchProgress(shown, Budget())
+    progress.stage("equal forms")
+    for kind in ("step", "candidate", "block"):
+        progress(event(kind))
+    assert [steps for _, steps in shown.moves] == [0, 1, 1, 0]
+    assert "loss 0.25" in shown.moves[1][0]
+    assert bar_total(RefineConfig(gradient_steps=10, passes=2, evaluations=3), blocks=5) == 40
+
+
+def test_with_a_limit_its_seconds_do_from_the_start_of_the_call() -> None:
+    shown = Shown()
+    budget = Budget(None, 60.0, started=time.monotonic() - 40.5)
+    progress = SearchProgress(shown, budget)
+    progress.stage("equal forms")
+    progress(event("step"))
+    assert [steps for _, steps in shown.moves] == [40, 0]
+    assert "19 s left" in shown.moves[0][0]
+    assert bar_total(RefineConfig(max_seconds=59.6), blocks=5) == 60
+
+
+@pytest.mark.parametrize(("given", "said"), [(4, "refine: 4 images"), (400, "refine: 4 of 400 images")])
+def test_the_first_line_says_what_it_works_with(given: int, said: str) -> None:
+    shown, batch = Shown(), Batch((torch.zeros(4, 3),), {}, 4)
+    calibration = Calibration(
+        RefineConfig(), Images((batch,), (torch.zeros(4, 2),)), cost=Cost(11e9, seconds=0.083, limit=60.0)
+    )
+    SearchProgress(shown, Budget(None, 60.0)).begun(calibration, given)
+    (line,) = shown.lines
+    assert line.startswith(said) and "11 GFLOP" in line and "0.083 s" in line

@@ -1,0 +1,55 @@
+"""The batches of the steps of a descent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cptv_ao import RefineConfig
+from cptv_ao.core.batches import Batch
+from cptv_ao.evaluation.calibration import Calibration, Images, Pool
+from cptv_ao.search.proposals.step_images import StepImages
+
+
+def batch(first: int, images: int) -> Batch:
+    return Batch((torch.arange(first, first + images).float()[:, None],), {}, images)
+
+
+def double(part: Batch) -> Tensor:
+    return 2 * part.args[0]
+
+
+def test_large_batches_are_cut_with_their_targets() -> None:
+    batches = (batch(0, 10), batch(10, 3))
+    images = StepImages(Calibration(RefineConfig(), Images(batches, tuple(map(double, batches)))), 5)
+    assert [images.at(i)[0].images for i in range(len(images))] == [5, 5, 3]
+    for index in range(len(images)):
+        part, target = images.at(index)
+        assert torch.equal(target, double(part))
+
+
+def test_a_pool_is_taught_where_it_is_needed_and_once() -> None:
+    asked: list[int] = []
+
+    def teach(part: Batch) -> Tensor:
+        asked.append(part.images)
+        return double(part)
+
+    scored = batch(0, 2)
+    calibration = Calibration(
+        RefineConfig(), Images((scored,), (double(scored),)), pool=Pool((batch(0, 4), batch(4, 6)), teach)
+    )
+    images = StepImages(calibration, 2)
+    assert len(images) == 5 and asked == []
+    for index in (3, 3, 1):
+        part, target = images.at(index)
+        assert torch.equal(target, double(part))
+    assert asked == [2, 2]
+
+
+@pytest.mark.parametrize("most", [1, 100])
+def test_a_batch_that_cannot_be_cut_stays_whole(most: int) -> None:
+    whole = Batch((torch.zeros(6, 1),), {}, 6, fixed=True)
+    images = StepImages(Calibration(RefineConfig(), Images((whole,), (torch.zeros(6, 1),))), most)
+    assert len(images) == 1 and images.at(0)[0] is whole
