@@ -9,6 +9,10 @@ from cptv_ao.core.progress import Bar
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 
+# What is done before the first result, in forwards of one image, beside those of the images that are scored; and how
+# many times as long a search is worth its preparation.
+_BEFORE_FIRST, _WORTH = 40, 5
+
 
 def bar_total(config: RefineConfig, blocks: int) -> int:
     """Seconds where they are limited; else steps of the descent and evaluations of the block visits, at most."""
@@ -32,19 +36,30 @@ class SearchProgress:
         """Say what is done now, before there is a loop."""
         self._move(told, 0)
 
-    def begun(self, calibration: Calibration, given: int) -> None:
-        """Say what the search works with, once it is known.
+    def begun(self, calibration: Calibration, given: int) -> list[str]:
+        """Say what the search works with, once it is known, and when its first result is due.
 
         Args:
             given: images in the loader.
+
+        Returns:
+            What the report is to say of it: whether the seconds are too few.
         """
-        cost = calibration.cost
+        cost, limit = calibration.cost, self._budget.max_seconds
         count = f"{calibration.images} of {given}" if calibration.images < given else str(calibration.images)
-        told = f"refine: {count} images"
-        told += f", {cost.flops / 1e9:.3g} GFLOP a forward"
-        if cost.seconds:
-            told += f", {number(cost.seconds)} s in float on this machine"
+        told = f"refine: {count} images are scored, {cost.flops / 1e9:.3g} GFLOP a forward"
+        if limit is None:
+            self._bar.say(told)
+            return []
+        due = self._budget.seconds + cost.seconds * (calibration.images + _BEFORE_FIRST)
+        told += f", {number(cost.seconds)} s in float; the first result is due after {due:.0f} of {limit:g} s"
         self._bar.say(told)
+        if due < limit:
+            return []
+        return [
+            f"max_seconds={limit:g} is too short for this model on this machine: the first scales are tried after "
+            f"about {due:.0f} s; {_WORTH * due:.0f} s are worth it"
+        ]
 
     def __call__(self, event: Event) -> None:
         self._move(f"{event.name} loss {number(event.best)}", int(event.kind in ("candidate", "step")))

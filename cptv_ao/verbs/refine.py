@@ -159,7 +159,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         checkpoint = _checkpoint(backend, batches, asked)
         progress.stage("outputs of the float network")
         calibration, told = _calibration(backend, batches, sources, asked, checkpoint)
-        progress.begun(calibration, sum(batch.images for batch in batches))
+        told += progress.begun(calibration, sum(batch.images for batch in batches))
 
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
         kernels = SplitEvaluators(backend.model, calibration)

@@ -1,0 +1,139 @@
+"""What a real pretrained ViT gets back, over the seconds of the whole call: `python examples/benchmarks/real_vit.py`.
+
+DINOv2 ViT-S/14 at 224 (`examples/dinov2.py` says what to install): 400 calibration crops, 300 test crops of other
+photographs, which choose nothing. Each cell is a file in `results/real_vit`, written as soon as it is there, so that an
+interrupted run goes on where it stopped; the table and the curves come from them. `--only` picks rows, `--seconds`
+limits; `nncf` among the limits is NNCF's quantization of the same float network at its own pace (extra `rivals`), which
+leaves norms, GELU, softmax and the residual stream in float. Run it alone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import markdown
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from dinov2 import Photographs, backbone, fidelity, photographs
+from workloads import logits, quantize, quantize_exported, quietly
+
+import cptv_ao
+from cptv_ao.core.events import Event
+
+CELLS = Path(__file__).parent / "results" / "real_vit"
+# As many crops as observers need; a search gets all.
+_OBSERVED = 200
+
+Quantize = Callable[[nn.Module, list[Tensor]], GraphModule]
+ROWS: dict[str, Quantize] = {
+    "W8A8": lambda model, batches: quantize(model, batches)[1],
+    "W8A8 full range": lambda model, batches: quantize(model, batches, reduce_range=False)[1],
+    "W4A8": lambda model, batches: quantize(model, batches, weight_bits=4)[1],
+    "PT2E W8A8": quantize_exported,
+    "PT2E W4A8": lambda model, batches: quantize_exported(model, batches, weight_bits=4),
+    "PT2E W4A4": lambda model, batches: quantize_exported(model, batches, weight_bits=4, activation_bits=4),
+}
+LIMITS = ("0", "60", "300", "none", "nncf")
+
+
+def measured(row: str, limit: str, data: Photographs, threads: int) -> dict[str, Any]:
+    """One cell: what is left of the embeddings' geometry, in how many seconds, and every accepted gain on the way."""
+    float_model, teacher = backbone(), logits(backbone(), data.test, 20)
+    curve: list[tuple[float, float]] = []
+    if limit == "nncf":
+        model, seconds = _nncf(data)
+    else:
+        model = ROWS[row](backbone(), list(data.calibration[:_OBSERVED].split(20)))
+        started = time.monotonic()
+
+        def see(event: Event) -> None:
+            if event.kind in ("proposal", "block") and (not curve or event.best < curve[-1][1]):
+                curve.append((round(time.monotonic() - started, 1), event.best))
+
+        if limit != "0":
+            config = cptv_ao.RefineConfig(max_seconds=None if limit == "none" else float(limit))
+            batches = data.calibration.split(20)
+            cptv_ao.refine(model, batches, float_model=float_model, config=config, callback=see, progress=False)
+        seconds = time.monotonic() - started
+    found = fidelity(logits(model, data.test, 20), teacher, data.source)
+    return {
+        "row": row,
+        "limit": limit,
+        "seconds": round(seconds, 1),
+        **{name: round(value, 4) for name, value in found.items()},
+        "curve": curve,
+        "stages": list(cptv_ao.report(model).stages) if limit not in ("0", "nncf") else [],
+        "threads": threads,
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "day": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def _nncf(data: Photographs) -> tuple[nn.Module, float]:
+    import nncf
+
+    images = [image[None] for image in data.calibration[:_OBSERVED]]
+    started = time.monotonic()
+    model = nncf.quantize(
+        backbone(), nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images)
+    )
+    return model, time.monotonic() - started
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Cosine to float / nearest neighbours that are float's, and the seconds of the call."""
+    by_key = {(cell["row"], cell["limit"]): cell for cell in cells}
+    limits = [limit for limit in LIMITS if any(key[1] == limit for key in by_key)]
+    names = {"0": "start", "none": "no limit", "nncf": "NNCF"}
+    lines = [["DINOv2 ViT-S/14", *(names.get(limit, f"{limit} s") for limit in limits)]]
+    for row in ROWS:
+        if any(key[0] == row for key in by_key):
+            lines.append([row, *(_shown(by_key.get((row, limit))) for limit in limits)])
+    return markdown(lines)
+
+
+def _shown(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    told = f"{cell['cosine']:.4f} / {100 * cell['neighbours']:.1f} %"
+    return told if cell["limit"] == "0" else f"{told} ({cell['seconds']:.0f} s)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seconds", nargs="*", default=list(LIMITS[:-1]), choices=LIMITS)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    CELLS.mkdir(parents=True, exist_ok=True)
+    data = photographs()
+    for limit in args.seconds:
+        for row in args.only:
+            path = CELLS / f"{row.replace(' ', '_')}_{limit}.json"
+            if path.exists() or (limit == "nncf" and row != "W8A8"):
+                continue
+            with quietly():
+                cell = measured(row, limit, data, args.threads)
+            path.write_text(json.dumps(cell, indent=1) + "\n")
+            print(row, limit, _shown(cell), flush=True)
+    print(table([json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()
