@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
-from workloads import logits, options, quantize, quietly
+from workloads import logits, options, quietly
 
 import cptv_ao
 
@@ -103,10 +103,22 @@ def fidelity(outputs: Tensor, teacher: Tensor, source: Tensor) -> dict[str, floa
     }
 
 
-def quantized(model: nn.Module, images: Tensor, weight_bits: int = 8) -> GraphModule:
-    """Stock `prepare_fx -> convert_fx` with the defaults of x86."""
-    _, converted = quantize(copy.deepcopy(model), list(images.split(20)), weight_bits=weight_bits)
-    return converted
+def quantized(model: nn.Module, images: Tensor, weight_bits: int = 8, reduce_range: bool = True) -> GraphModule:
+    """Stock `prepare_fx -> convert_fx` with the defaults of x86; `reduce_range` is one of them."""
+    from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver, QConfig, get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    half = 2 ** (weight_bits - 1)
+    weight = PerChannelMinMaxObserver.with_args(
+        dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-half, quant_max=half - 1
+    )
+    activation = HistogramObserver.with_args(reduce_range=reduce_range)
+    mapping = get_default_qconfig_mapping("x86").set_global(QConfig(activation=activation, weight=weight))
+    prepared = prepare_fx(copy.deepcopy(model), mapping, (images[:1],))
+    with torch.no_grad():
+        for batch in images.split(20):
+            prepared(batch)
+    return convert_fx(prepared)
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -18,11 +18,15 @@ from cptv_ao.fx.running import run
 
 # Images that are timed.
 _FEW = 2
-# Share of the seconds of a limited search that the float outputs of its images may take, and images without which no
-# loss says anything.
-_SCORED, _LEAST = 0.05, 10
+# Share of the seconds of a limited search in which its images are run through the float network, and through the
+# quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
+_SCORED, _FORWARDS, _LEAST = 0.1, 3, 10
 # What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core.
 _STAGE = 5e11
+
+
+#: Of a forward of one image: in float, and quantized.
+Seconds = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,19 @@ class Cost:
     Attributes:
         flops: floating point operations of products and convolutions.
         seconds: on this machine.
+        kernel_seconds: of a forward of one image through the quantized network.
         limit: `RefineConfig.max_seconds`.
     """
 
     flops: float = 1.0
     seconds: float = 0.0
+    kernel_seconds: float = 0.0
     limit: float | None = None
+
+    @property
+    def measured(self) -> Seconds:
+        """What the search plans by."""
+        return self.seconds, self.kernel_seconds
 
     def images(self, most: int, *, forwards: float, share: float, least: int = 2) -> int:
         """How many images one stage runs on.
@@ -58,28 +69,36 @@ class Cost:
 
 
 def cost_of(
-    teacher: nn.Module, batch: Batch, limit: float | None, world: World = ALONE, seconds: float | None = None
+    teacher: nn.Module,
+    model: nn.Module,
+    batch: Batch,
+    limit: float | None,
+    world: World = ALONE,
+    planned: Seconds | None = None,
 ) -> Cost:
-    """Run a float network on a few images of a batch, or on all of them where they cannot be cut.
+    """Run a float network, and where time is limited the quantized one too, on a few images of a batch, or on all of
+    them where they cannot be cut.
 
     Args:
         limit: seconds that the search may take.
         world: the ranks that all do so; rank 0 tells the time.
-        seconds: those that were measured before, to plan by again.
+        planned: seconds that were measured before, to plan by again.
     """
-    counter, one = _Flops(), batch.few(1)
+    counter, one, few = _Flops(), batch.few(1), batch.few(_FEW)
     with torch.no_grad(), counter:
         run(teacher, one, 0)
-    if seconds is None:
-        seconds = 0.0 if limit is None else world.first(_seconds(teacher, batch.few(_FEW)))
-    return Cost(max(counter.total / one.images, 1.0), seconds, limit)
+    seconds = planned or (0.0, 0.0)
+    if limit is not None and planned is None:
+        with torch.no_grad():
+            run(model, one, 0)  # what a first run does besides
+            seconds = world.first(_seconds(teacher, few)), world.first(_seconds(model, few))
+    return Cost(max(counter.total / one.images, 1.0), *seconds, limit)
 
 
-def _seconds(teacher: nn.Module, few: Batch) -> float:
+def _seconds(model: nn.Module, few: Batch) -> float:
     """Of a forward of one image among a few."""
     started = time.monotonic()
-    with torch.no_grad():
-        run(teacher, few, 0)
+    run(model, few, 0)
     return (time.monotonic() - started) / few.images
 
 
@@ -91,7 +110,8 @@ def affordable(split: Split, cost: Cost, whole: bool) -> Split:
     """
     if cost.limit is None or not cost.seconds:
         return split
-    share = max(int(_SCORED * cost.limit / cost.seconds), _LEAST) / split.images
+    pays = _SCORED * cost.limit / (cost.seconds + _FORWARDS * cost.kernel_seconds)
+    share = max(int(pays), _LEAST) / split.images
 
     def few(part: Sequence[Batch]) -> tuple[Batch, ...]:
         worth = round(share * sum(batch.images for batch in part))

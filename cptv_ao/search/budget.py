@@ -18,6 +18,7 @@ class Budget:
     world: World = ALONE
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
+    reserved: float = 0.0
     _asked: Status | None = None
 
     def stop(self, by: Status = Status.STOPPED) -> None:
@@ -26,6 +27,10 @@ class Budget:
         A signal handler may call it at any time, while the ranks ask each other, too.
         """
         self._asked = self._asked or by
+
+    def reserve(self, seconds: float) -> None:
+        """Keep some for what follows the search."""
+        self.reserved += seconds
 
     def count(self) -> None:
         """One more evaluation."""
@@ -41,6 +46,11 @@ class Budget:
         return time.monotonic() - self.started
 
     @property
+    def search_seconds(self) -> float | None:
+        """Of the call, those until the search must be over; None where they are not limited."""
+        return None if self.max_seconds is None else max(self.max_seconds - self.reserved, 0.0)
+
+    @property
     def stopped(self) -> Status | None:
         """Why all ranks end, where one was asked to; the ranks must ask together."""
         return self._agreed()[0]
@@ -49,7 +59,7 @@ class Budget:
     def left(self) -> bool:
         """Whether to go on; the ranks must ask together."""
         stopped, seconds = self._agreed()
-        return not stopped and self._in_count and (self.max_seconds is None or seconds < self.max_seconds)
+        return not stopped and self._in_count and (self.search_seconds is None or seconds < self.search_seconds)
 
     @property
     def may_score(self) -> bool:

@@ -18,6 +18,7 @@ from cptv_ao.core.atomic_file import try_out
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import ScalesFileError
 from cptv_ao.core.tensor_file import parse_file, write_file
+from cptv_ao.evaluation.cost import Seconds
 from cptv_ao.search.state import Resumable, SearchState, from_file, image_seconds, to_file
 
 # In the descent it is saved again after so many seconds, or more where these would be more than a share of its time:
@@ -72,8 +73,8 @@ class Checkpoint:
         return self._found is not None
 
     @property
-    def image_seconds(self) -> float | None:
-        """What the search there measured of the float network, to plan by; None where there is none."""
+    def image_seconds(self) -> Seconds | None:
+        """What the search there measured to plan by; None where there is none."""
         if self._found is None:
             return None
         try:

@@ -51,7 +51,7 @@ class SearchProgress:
         if limit is None:
             self._bar.say(told)
             return []
-        due = self._budget.seconds + cost.seconds * (calibration.images + _BEFORE_FIRST)
+        due = self._budget.seconds + 3 * cost.kernel_seconds * calibration.images + _BEFORE_FIRST * cost.seconds
         told += f", {number(cost.seconds)} s in float; the first result is due after {due:.0f} of {limit:g} s"
         self._bar.say(told)
         if due < limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cptv_ao.evaluation.cost import Seconds
 from cptv_ao.search.checkpoint import Checkpoint
 from cptv_ao.search.loop import Loop
 from cptv_ao.search.proposals.proposer import Proposer
@@ -21,7 +22,7 @@ class Search:
     """
 
     def __init__(
-        self, loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None, image_seconds: float = 0.0
+        self, loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None, image_seconds: Seconds = (0.0, 0.0)
     ) -> None:
         self._loop, self._proposer, self._checkpoint = loop, proposer, checkpoint
         self._image_seconds = image_seconds

@@ -14,6 +14,7 @@ from torch import Tensor
 from cptv_ao.core.outcome import BlockResult, Losses, Point
 from cptv_ao.core.plain import as_plain, from_plain
 from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.evaluation.cost import Seconds
 from cptv_ao.search.proposals.gradient import State as DescentState
 
 _DESCENT = "descent/"
@@ -112,7 +113,7 @@ class SearchState:
         now: of the sites that are not as where it started.
         best: the same of the best scales so far; None where these are those of the model that was given.
         descent: where the descent is; None where it has not begun, or is over.
-        image_seconds: of the float network, as the search measured them when it planned; 0 where no time is limited.
+        image_seconds: what the search measured to plan by, see `cptv_ao.evaluation.cost`; 0 where no time is limited.
     """
 
     record: Record
@@ -120,7 +121,7 @@ class SearchState:
     now: Assignment
     best: Assignment | None
     descent: DescentState | None = None
-    image_seconds: float = 0.0
+    image_seconds: Seconds = (0.0, 0.0)
 
 
 class Resumable(Protocol):
@@ -143,7 +144,7 @@ class Resumable(Protocol):
 def to_file(state: SearchState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state as tensors and JSON data."""
     data = {**as_plain(state.record), "best_is_given": state.best is None, "random": state.random}
-    data["image_seconds"] = state.image_seconds
+    data["image_seconds"] = list(state.image_seconds)
     tensors = _tensors("now", state.now) | _tensors("best", state.best or {})
     if state.descent is not None:
         own, data["descent"] = state.descent
@@ -169,16 +170,17 @@ def from_file(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> SearchS
     return SearchState(record, data["random"], now, best, descent, planned)
 
 
-def image_seconds(data: Mapping[str, Any]) -> float:
-    """What `to_file` was told of the float network's time.
+def image_seconds(data: Mapping[str, Any]) -> Seconds:
+    """What `to_file` was told of the seconds of a forward.
 
     Raises:
         KeyError, ValueError: it is not that.
     """
-    seconds = data["image_seconds"]
-    if type(seconds) is not float or not 0 <= seconds < math.inf:
-        raise ValueError(f"image_seconds: expected a finite number >= 0, got {seconds!r}")
-    return seconds
+    found = data["image_seconds"]
+    numbers = found if isinstance(found, list) and all(type(one) is float for one in found) else []
+    if len(numbers) != 2 or not all(0 <= one < math.inf for one in numbers):
+        raise ValueError(f"image_seconds: expected two finite numbers >= 0, got {found!r}")
+    return numbers[0], numbers[1]
 
 
 def _tensors(prefix: str, scales: Assignment) -> dict[str, Tensor]:

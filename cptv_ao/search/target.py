@@ -47,6 +47,11 @@ class KernelTarget:
         return self._form
 
     @property
+    def verdict_forwards(self) -> int:
+        """Images that the kernels run once the search is over, to judge what it found."""
+        return 0
+
+    @property
     def image_forwards(self) -> int:
         """Images scored so far by this rank."""
         return sum(scoring.image_forwards for scoring in self._scorings)
@@ -89,6 +94,10 @@ class SimulationTarget(KernelTarget):
         self.scoring = SplitEvaluators(self.store.model, replace(calibration, search=search, holdout=holdout))
         self._scorings.append(self.scoring)
         self._before = check_losses(self._judge.losses())
+
+    @property
+    def verdict_forwards(self) -> int:
+        return self._calibration.images
 
     @property
     def given(self) -> None:

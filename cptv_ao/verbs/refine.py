@@ -52,6 +52,9 @@ from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, open_target, what_ships
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
+# What a look at the kernels' agreement with exact arithmetic costs, in forwards of the float network.
+_PROBE_FORWARDS = 6
+
 
 @dataclass(frozen=True)
 class _Asked:
@@ -170,12 +173,13 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         form = equalized_baseline(backend, judge, calibration) if equalizes else None  # better to quantize
         target = open_target(backend, kernels, form, calibration, shipped)
         space = SearchSpace.of(target.store, config)
+        budget.reserve(_afterwards(target, calibration))
 
         loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
         check_losses(loop.start)
         proposer = _proposer(target, space, config, budget, notes)
         with stop_on_interrupt(budget.stop):
-            Search(loop, proposer, checkpoint, calibration.cost.seconds).run()
+            Search(loop, proposer, checkpoint, calibration.cost.measured).run()
 
     notes += at_state(backend, before, lambda: agreement_notes(backend, _few(calibration), config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
@@ -191,9 +195,15 @@ def _unknown(backend: Backend) -> list[str]:
     return notes
 
 
+def _afterwards(target: KernelTarget, calibration: Calibration) -> float:
+    """Seconds that the verdict on a search takes, and what is told beside it."""
+    cost = calibration.cost
+    return target.verdict_forwards * cost.kernel_seconds + 2 * _PROBE_FORWARDS * _few(calibration).images * cost.seconds
+
+
 def _few(calibration: Calibration) -> Batch:
     """Images on which kernels are compared with exact arithmetic."""
-    return calibration.search.batches[0].few(calibration.cost.images(16, forwards=6, share=0.01))
+    return calibration.search.batches[0].few(calibration.cost.images(16, forwards=_PROBE_FORWARDS, share=0.01))
 
 
 def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:
@@ -231,7 +241,7 @@ def _calibration(
     planned = None if checkpoint is None else checkpoint.image_seconds
     with as_float(teacher):
         known = counted(batches, teacher, select, world)
-        cost = cost_of(teacher, known[0], config.max_seconds, world, planned)
+        cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned)
         whole = split_batches(known, config.holdout)
         split = affordable(whole, cost, not is_per_image(config.loss))
         check_negatives(config, (*split.search, *split.holdout))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dinov2 import Photographs, backbone, fidelity, photographs
-from workloads import logits, quantize, quantize_exported, quietly
+from dinov2 import Photographs, backbone, fidelity, photographs, quantized
+from workloads import logits, quantize_exported, quietly
 
 import cptv_ao
 from cptv_ao.core.events import Event
@@ -34,14 +35,19 @@ CELLS = Path(__file__).parent / "results" / "real_vit"
 # As many crops as observers need; a search gets all.
 _OBSERVED = 200
 
-Quantize = Callable[[nn.Module, list[Tensor]], GraphModule]
+
+def _exported(model: nn.Module, images: Tensor, **bits: int) -> GraphModule:
+    return quantize_exported(model, images.split(20), **bits)
+
+
+Quantize = Callable[[nn.Module, Tensor], GraphModule]
 ROWS: dict[str, Quantize] = {
-    "W8A8": lambda model, batches: quantize(model, batches)[1],
-    "W8A8 full range": lambda model, batches: quantize(model, batches, reduce_range=False)[1],
-    "W4A8": lambda model, batches: quantize(model, batches, weight_bits=4)[1],
-    "PT2E W8A8": quantize_exported,
-    "PT2E W4A8": lambda model, batches: quantize_exported(model, batches, weight_bits=4),
-    "PT2E W4A4": lambda model, batches: quantize_exported(model, batches, weight_bits=4, activation_bits=4),
+    "W8A8": quantized,
+    "W8A8 full range": partial(quantized, reduce_range=False),
+    "W4A8": partial(quantized, weight_bits=4),
+    "PT2E W8A8": _exported,
+    "PT2E W4A8": partial(_exported, weight_bits=4),
+    "PT2E W4A4": partial(_exported, weight_bits=4, activation_bits=4),
 }
 LIMITS = ("0", "60", "300", "none", "nncf")
 
@@ -53,7 +59,7 @@ def measured(row: str, limit: str, data: Photographs, threads: int) -> dict[str,
     if limit == "nncf":
         model, seconds = _nncf(data)
     else:
-        model = ROWS[row](backbone(), list(data.calibration[:_OBSERVED].split(20)))
+        model = ROWS[row](backbone(), data.calibration[:_OBSERVED])
         started = time.monotonic()
 
         def see(event: Event) -> None:

@@ -17,16 +17,17 @@ def batch(images: int, fixed: bool = False) -> Batch:
 def test_products_and_convolutions_are_counted_per_image() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
     wanted = 2 * (64 * 4 * 27 + 256 * 10)
-    assert cost_of(model, batch(6), None).flops == wanted
-    assert cost_of(model, batch(6, fixed=True), None).flops == wanted, "of a batch that cannot be cut, too"
+    assert cost_of(model, model, batch(6), None).flops == wanted
+    assert cost_of(model, model, batch(6, fixed=True), None).flops == wanted, "of a batch that cannot be cut, too"
 
 
 def test_time_is_measured_only_where_it_is_limited() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    assert cost_of(model, batch(4), None).seconds == 0.0
-    assert cost_of(model, batch(4), 60.0).seconds > 0.0
-    assert cost_of(model, batch(4), 60.0, seconds=0.25).seconds == 0.25, "what was measured before is planned by again"
-    assert cost_of(nn.Flatten(), batch(4), None).flops == 1.0, "nothing that is counted"
+    assert cost_of(model, model, batch(4), None).measured == (0.0, 0.0)
+    assert min(cost_of(model, model, batch(4), 60.0).measured) > 0.0
+    again = cost_of(model, model, batch(4), 60.0, planned=(0.25, 0.5))
+    assert again.measured == (0.25, 0.5), "what was measured before is planned by again"
+    assert cost_of(nn.Flatten(), model, batch(4), None).flops == 1.0, "nothing that is counted"
 
 
 def test_a_stage_runs_on_what_it_may_cost() -> None:
@@ -43,9 +44,9 @@ def test_a_stage_runs_on_what_it_may_cost() -> None:
 def test_a_limited_search_scores_what_its_seconds_pay_for(fixed: bool) -> None:
     split = Split(tuple(batch(10, fixed) for _ in range(8)), tuple(batch(10, fixed) for _ in range(2)))
     assert affordable(split, Cost(), False) is split
-    few = affordable(split, Cost(1.0, seconds=0.1, limit=100.0), False)  # 50 of 100
+    few = affordable(split, Cost(1.0, 0.05, 0.05, limit=100.0), False)  # 50 of 100
     assert few.images == (60 if fixed else 50), "two batches at least are held out"
     assert sum(b.images for b in few.holdout) == (20 if fixed else 10)
     assert {b.images for b in few.search} == ({10} if fixed else {5})
-    least = affordable(split, Cost(1.0, seconds=0.1, limit=1e-3), True)
+    least = affordable(split, Cost(1.0, 0.1, 0.1, limit=1e-3), True)
     assert [b.images for b in (*least.search, *least.holdout)] == [10] * 4, "two whole batches of each"

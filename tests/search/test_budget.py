@@ -41,3 +41,14 @@ def test_who_says_so_first_is_told(by: Status) -> None:
     assert budget.stopped is by
     assert not budget.left
     assert not budget.may_score
+
+
+def test_what_follows_the_search_is_kept_for_it() -> None:
+    budget = Budget(None, 100.0, started=time.monotonic() - 60.0)
+    assert budget.left and budget.search_seconds == 100.0
+    budget.reserve(30.0)
+    assert budget.left and budget.search_seconds == 70.0
+    budget.reserve(80.0)
+    assert not budget.left and budget.search_seconds == 0.0
+    assert budget.may_score, "what was found may still be scored"
+    assert Budget().search_seconds is None

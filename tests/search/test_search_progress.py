@@ -63,11 +63,13 @@ def test_with_a_limit_its_seconds_do_from_the_start_of_the_call() -> None:
 def test_the_first_line_says_what_it_works_with(given: int, said: str) -> None:
     shown, batch = Shown(), Batch((torch.zeros(4, 3),), {}, 4)
     calibration = Calibration(
-        RefineConfig(), Images((batch,), (torch.zeros(4, 2),)), cost=Cost(11e9, seconds=0.083, limit=60.0)
+        RefineConfig(),
+        Images((batch,), (torch.zeros(4, 2),)),
+        cost=Cost(11e9, seconds=0.083, kernel_seconds=0.05, limit=60.0),
     )
     assert SearchProgress(shown, Budget(None, 60.0)).begun(calibration, given) == []
     (line,) = shown.lines
     assert line.startswith(said) and "11 GFLOP" in line and "0.083 s" in line and "due after 4 of 60 s" in line
     (note,) = SearchProgress(shown, Budget(None, 2.0)).begun(calibration, given)
-    assert note.startswith("max_seconds=2 is too short") and "after about 4 s; 18 s are worth it" in note
+    assert note.startswith("max_seconds=2 is too short") and "after about 4 s; 20 s are worth it" in note
     assert SearchProgress(shown, Budget()).begun(calibration, given) == [], "without a limit there is time"

@@ -250,7 +250,7 @@ class Proposer:
             self._descent = None
 
     def _schedule(self) -> Schedule:
-        config, limit = self._config, self._budget.max_seconds
+        config, limit = self._config, self._budget.search_seconds
         share = _DESCENT_SHARE if config.passes else 1.0
         seconds = math.inf if limit is None else share * max(limit - self._began, 1e-3)
         started = self._budget.started + self._began
