@@ -20,7 +20,7 @@ from cptv_ao.fx.running import run
 _FEW = 2
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
-_SCORED, _FORWARDS, _LEAST = 0.1, 3, 10
+_SCORED, _FORWARDS, _LEAST = 0.1, 3, 16
 # What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core.
 _STAGE = 5e11
 
