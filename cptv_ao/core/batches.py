@@ -90,7 +90,12 @@ class Split:
         return sum(batch.images for batch in (*self.search, *self.holdout))
 
 
-def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None = None) -> list[Batch]:
+def read_batches(
+    loader: Iterable[Any],
+    fixed: bool = False,
+    limit: int | None = None,
+    takes: Callable[[str], bool] = lambda keyword: True,
+) -> list[Batch]:
     """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.
 
     Labels (further items of a tuple) are never looked at. How many images a dict of several tensors holds is a guess,
@@ -99,6 +104,8 @@ def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None =
     Args:
         fixed: see `Batch`.
         limit: stop once so many images are there; the batch that reaches it is read whole.
+        takes: whether the model has an input of this name: dicts may hold others (labels, names of files), which are
+            left.
 
     Raises:
         CalibrationDataError: empty, without an end, of another type, of changing shape, or not finite; names the batch.
@@ -110,7 +117,7 @@ def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None =
     images = size = 0
     told = _told_length(loader)
     for index, item in enumerate(loader):
-        batch = replace(_batch(item, index), fixed=fixed)
+        batch = replace(_batch(_taken(item, takes, index), index), fixed=fixed)
         if batches:
             _check_alike(batches[0], batch, index)
         elif limit is None:
@@ -129,6 +136,20 @@ def read_batches(loader: Iterable[Any], fixed: bool = False, limit: int | None =
     if not batches:
         raise CalibrationDataError("calib_loader: expected at least one batch, got an empty iterable")
     return batches
+
+
+def _taken(item: Any, takes: Callable[[str], bool], index: int) -> Any:
+    """Of a dict what the model takes; anything else as it is."""
+    if not isinstance(item, Mapping) or not item:
+        return item
+    taken = {key: value for key, value in item.items() if not isinstance(key, str) or takes(key)}
+    if not taken:
+        raise CalibrationDataError(
+            f"calib_loader, batch {index}: expected a dict of the model's inputs, got none of them among "
+            f"{sorted(map(str, item))}",
+            index,
+        )
+    return taken
 
 
 def _told_length(loader: Iterable[Any]) -> int:

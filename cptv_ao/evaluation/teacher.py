@@ -17,7 +17,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.fx.quantized_ops import is_observer
+from cptv_ao.fx.quantized_ops import is_observer, is_rounding
 from cptv_ao.fx.running import run
 from cptv_ao.simulation.twin import unquantized
 
@@ -61,20 +61,37 @@ def as_float(model: nn.Module) -> Iterator[None]:
 
     The observers of a prepared model pass their input on without looking at it, and the reference modules that
     convert_fx leaves in it (it replaces the modules of the prepared model too) use their float weights.
+
+    Where a model was trained with fake quantization (QAT), and has it in use, that network is the one that somebody
+    trained: its values and weights are rounded at the scales that they have, and nothing is observed.
     """
+    trained = fakes_quantization(model)
     patched: list[tuple[nn.Module, str]] = []
     try:
         for module in model.modules():
             if is_observer(module):
                 patched.append((module, "forward"))
-                module.forward = _identity
-            elif hasattr(module, "get_weight") and isinstance(getattr(module, "weight", None), Tensor):
+                module.forward = partial(_rounded, module) if is_rounding(module) else _identity
+            elif not trained and hasattr(module, "get_weight") and isinstance(getattr(module, "weight", None), Tensor):
                 patched.append((module, "get_weight"))
                 object.__setattr__(module, "get_weight", partial(getattr, module, "weight"))
         yield
     finally:
         for module, name in patched:
             object.__delattr__(module, name)
+
+
+def fakes_quantization(model: nn.Module) -> bool:
+    """Whether a model has fake quantization in use."""
+    return any(is_rounding(module) for module in model.modules())
+
+
+def _rounded(fake: Any, value: Tensor) -> Tensor:
+    """What fake quantization makes of a value (...) at the scales that it has."""
+    qmin, qmax = fake.activation_post_process.quant_min, fake.activation_post_process.quant_max
+    if fake.is_per_channel:
+        return torch.fake_quantize_per_channel_affine(value, fake.scale, fake.zero_point, fake.ch_axis, qmin, qmax)
+    return torch.fake_quantize_per_tensor_affine(value, fake.scale, fake.zero_point, qmin, qmax)
 
 
 def _identity(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ whatever runs here, float, prepared, quantized, compiled or a twin, the batch is
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import CalibrationDataError, CptvError
 from cptv_ao.core.tensors import copied, flatten
+
+
+def takes(model: GraphModule, keyword: str) -> bool:
+    """Whether a graph has an input of this name, or one with parts of their own (`images` of `images_0`, as exported
+    graphs name them)."""
+    names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
+    return any(name == keyword or name.startswith((f"{keyword}_", "**")) for name in names)
+
+
+def unwrapped(model: nn.Module | None) -> nn.Module | None:
+    """The module inside of what runs it on several devices, or compiled: its names are those that were quantized."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # nothing is compiled where it was not imported
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def own_inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

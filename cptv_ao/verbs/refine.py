@@ -36,7 +36,8 @@ from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
-from cptv_ao.evaluation.teacher import FloatSources, as_float, taught
+from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught
+from cptv_ao.fx.running import takes, unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.baseline import at_state, equalized_baseline
@@ -93,7 +94,8 @@ def refine(
             to the code that was searched, the value of that code in its place.
         calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
             read), or of dicts of keyword inputs: in these the tensors that have as many rows as the output are the
-            images, and others (masks, positions) are the same for all. Iterated once, and held in memory. About 1,000
+            images, and others (masks, positions) are the same for all, and those that the model does not take are
+            left. Iterated once, and held in memory. About 1,000
             images are a good number. One without a length, or longer than that, is refused after 100,000 images or 4
             GiB: it may have no end; `list(itertools.islice(calib_loader, n))` are its first n batches.
         float_model: the float model that was given to `prepare_fx` or exported, the prepared FX model, or the exported
@@ -133,6 +135,7 @@ def refine(
     if not isinstance(config, RefineConfig):
         raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
     check_device(config.device)
+    float_model = unwrapped(float_model)
     with World.of(config.distributed) as world, plain_torch():
         budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
         if checkpoint is not None and world.rank == 0:
@@ -142,7 +145,8 @@ def refine(
         listeners = (callback,) if callback is not None and world.rank == 0 else ()
         asked = _Asked(_allowed(config, opened), world, budget, listeners, progress and world.rank == 0, checkpoint)
         with restored_on_error(given, opened.backend), eval_mode(searched, float_model):
-            batches = read_batches(calib_loader, opened.backend.form.takes_fixed_batch(searched))
+            fixed = opened.backend.form.takes_fixed_batch(searched)
+            batches = read_batches(calib_loader, fixed, takes=partial(takes, searched))
             report = _refine(opened.backend, batches, sources, asked)
             if report.moves:
                 opened.commit()
@@ -248,6 +252,8 @@ def _calibration(
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
         kind = output_kind(backend.model, teacher, known[0], config)
     config, notes = settled(config, images.targets[0], kind)
+    if fakes_quantization(teacher):
+        notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
     if known[0].fixed and not backend.form.takes_fixed_batch(backend.model):
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
     pool = Pool(whole.search, partial(taught, teacher, select, world)) if split.images < whole.images else None

@@ -120,11 +120,33 @@ def _shown(cell: dict[str, Any] | None) -> str:
     return told if cell["limit"] == "0" else f"{told} ({cell['seconds']:.0f} s)"
 
 
+def draw(cells: list[dict[str, Any]], path: str) -> None:
+    """Cosine to float over the seconds of the whole call, a line per row; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for row in ROWS:
+        points = sorted((c["seconds"], c["cosine"]) for c in cells if c["row"] == row and c["limit"] != "nncf")
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=row)
+    for cell in cells:
+        if cell["limit"] == "nncf":
+            axes.plot(cell["seconds"], cell["cosine"], "k^", label="NNCF, norms and residual stream in float")
+    axes.set(xlabel="seconds of the whole call", ylabel="cosine to float, unseen crops", title="DINOv2 ViT-S/14")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seconds", nargs="*", default=list(LIMITS[:-1]), choices=LIMITS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plot", help="draw quality over seconds into this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     CELLS.mkdir(parents=True, exist_ok=True)
@@ -138,7 +160,10 @@ def main() -> None:
                 cell = measured(row, limit, data, args.threads)
             path.write_text(json.dumps(cell, indent=1) + "\n")
             print(row, limit, _shown(cell), flush=True)
-    print(table([json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]))
+    cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
+    print(table(cells))
+    if args.plot:
+        draw(cells, args.plot)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ def test_forms_of_the_same_data_give_the_same_scales(conv: Case, wanted: dict[st
     assert refined(conv, [(b, Label()) for b in conv.batches]) == wanted, "tuples with labels"
     assert refined(conv, [[b, Label(), Label()] for b in conv.batches]) == wanted, "lists with labels"
     assert refined(conv, [{"x": b} for b in conv.batches]) == wanted, "dicts of keyword inputs"
+    labelled = [{"x": b, "labels": Label(), "file": "a.png"} for b in conv.batches]
+    assert refined(conv, labelled) == wanted, "what the model does not take is left, and not looked at"
+    with pytest.raises(cptv_ao.CalibrationDataError, match=r"got none of them among \['images', 'labels'\]"):
+        refined(conv, [{"images": b, "labels": 3} for b in conv.batches])
+
+
+def test_wrappers_of_the_float_model_are_taken_off(conv: Case, wanted: dict[str, Any]) -> None:
+    for wrap in (nn.DataParallel, torch.compile, lambda model: torch.compile(nn.DataParallel(model))):
+        case = conv.copy()
+        case.float_model = wrap(conv.float_model)
+        assert refined(case, conv.batches) == wanted
 
 
 def test_a_data_loader(conv: Case, wanted: dict[str, Any]) -> None:

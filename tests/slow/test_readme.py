@@ -115,6 +115,15 @@ def test_the_table_of_other_tools_is_that_of_the_benchmark(
     assert table([*others, *cells]) in PAGES["docs/benchmarks.md"]
 
 
+def test_the_table_of_the_real_vit_is_that_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from real_vit import CELLS, table
+
+    found = table([json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))])
+    assert len(found.splitlines()) >= 4
+    assert found in PAGES["docs/benchmarks.md"] and found in README
+
+
 def test_the_short_table_is_that_of_the_benchmark(cells: list[dict[str, Any]]) -> None:
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)[^|]* \| ([\d.]+) \|$", README, re.MULTILINE)
     assert len(rows) == 7

@@ -235,7 +235,8 @@ class Proposer:
         for name, scales in proposals:
             self.image_forwards += descent.image_forwards - counted
             counted = descent.image_forwards
-            highest = self._saturating(scales())
+            # Where no kernel saturates on the whole range, a dear look at each proposal is left to its score.
+            highest = {} if self._dear and not self._narrowed else self._saturating(scales())
             narrowed = self._narrowed
             self._limit(narrowed | highest.keys())
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
