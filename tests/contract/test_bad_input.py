@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_at_the_start(conv: Case) -> None:
         ([None], "calib_loader, batch 0: expected a tensor, a tuple whose first item is the input tensor, .* NoneType"),
         ([()], "calib_loader, batch 0: expected a tensor, .* got tuple"),
         ([("image.png", 3)], "calib_loader, batch 0: expected a tensor, .* got tuple"),
-        ([torch.ones(4, 3, 16, 16), {"y": 3}], "calib_loader, batch 1: expected a tensor, .* got dict"),
+        ([torch.ones(4, 3, 16, 16), {"y": 3}], "calib_loader, batch 1: expected a dict of the model's inputs"),
         ([torch.tensor(1.0)], r"calib_loader, batch 0: expected a batch dimension .* got a tensor of shape \(\)"),
         ([torch.ones(0, 3, 16, 16)], r"calib_loader, batch 0: .* at least one image, .* shape \(0, 3, 16, 16\)"),
         ([torch.full((4, 3, 16, 16), float("nan"))], "calib_loader, batch 0: the input holds NaN or inf"),
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_at_the_start(conv: Case) -> None:
             "calib_loader, batch 1: its inputs differ from those of batch 0",
         ),
         ([torch.ones(4, 3, 8, 8)] * 2, r"batch 0: the model failed on inputs of shape \[\(4, 3, 8, 8\)\]"),
-        ([{"images": torch.ones(4, 3, 16, 16)}] * 2, "batch 0: the model failed .* unexpected keyword argument"),
+        ([{"images": torch.ones(4, 3, 16, 16)}] * 2, r"batch 0: .* got none of them among \['images'\]"),
         ([torch.ones(1, 3, 16, 16)], "calib_loader: expected at least 2 images, got 1; one part is held out"),
         ([torch.ones(4, 3, 16, 16).numpy()], r"batch 0: expected a tensor, got a numpy array; give torch.from_numpy"),
         ([[1.0, 2.0]], "calib_loader, batch 0: expected a tensor, .* got list"),
@@ -228,10 +228,6 @@ def test_a_loss_that_is_not_finite_at_the_start(conv: Case) -> None:
         (
             [{"x": [torch.ones(4, 3), torch.full((4, 3), float("nan"))]}],
             "batch 0, input 'x': the input holds NaN or inf",
-        ),
-        (
-            [{"x": torch.ones(4, 3, 16, 16), "mask": None}, {"x": torch.ones(4, 3, 16, 16), "mask": torch.ones(4)}],
-            "batch 1: its inputs differ from those of batch 0: a tensor at mask in one of them",
         ),
     ],
 )

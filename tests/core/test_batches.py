@@ -109,3 +109,13 @@ def test_whole_batches_are_spread_where_they_must_stay_whole() -> None:
     assert [int(batch.args[0][0]) for batch in spread_images(batches, 30, whole=True)] == [0, 20, 40]
     assert [batch.images for batch in spread_images(batches, 1, whole=True)] == [10, 10], "two at least"
     assert spread_images([], 5) == []
+
+
+def test_batches_must_be_alike_and_names_that_nobody_takes_are_left() -> None:
+    given = [{"x": images(3), "mask": None, "y": "a"}, {"x": images(3), "mask": images(3), "y": "b"}]
+    with pytest.raises(CalibrationDataError, match="a tensor at mask in one of them"):
+        read_batches(given, takes={"x", "mask"}.__contains__)
+    found = read_batches(given, takes={"x"}.__contains__)
+    assert [list(batch.kwargs) for batch in found] == [["x"], ["x"]]
+    with pytest.raises(CalibrationDataError, match="got none of them among"):
+        read_batches(given, takes={"z"}.__contains__)
