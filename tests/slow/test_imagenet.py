@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_runs_as_a_script(data: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert list(table(done.stdout)) == ["float", "quantized", "refined"]
-    assert "infonce, 16 search images" in done.stdout
+    assert re.search(r"^infonce, \d+ search images", done.stdout, re.MULTILINE)  # as many as a second pays for
     assert [path.name for path in tmp_path.iterdir()] == ["vit_tiny_patch16_224_w3"]
 
 
@@ -60,7 +61,7 @@ def test_saves_and_resumes(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    words = ["--data", str(data), "--seconds", "10", "--out", str(out)]
+    words = ["--data", str(data), "--seconds", "40", "--out", str(out)]
     first = run(capsys, monkeypatch, *words)
     assert sorted(path.name for path in out.iterdir()) == ["quantized.pt", "refined.pt", "results.json"]
     saved = json.loads((out / "results.json").read_text())
@@ -99,7 +100,7 @@ def test_says_what_is_missing(
 def test_resumed_models_are_the_saved_ones(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", name, *COMMON, "--data", str(data), "--seconds", "5"])
+    monkeypatch.setattr(sys, "argv", ["imagenet.py", name, *COMMON, "--data", str(data), "--seconds", "30"])
     args = imagenet.arguments()
     args.out = tmp_path
     with torch.random.fork_rng():
