@@ -16,6 +16,9 @@ from cptv_ao.evaluation.cost import Cost
 from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
+# Images on which kernels are compared with exact arithmetic, and what that costs an image, in float forwards.
+_PROBE_IMAGES, PROBE_FORWARDS = 16, 6
+
 
 def check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
     """InfoNCE takes its negatives from the batch: one image has none."""
@@ -36,6 +39,11 @@ class Images:
 
     batches: tuple[Batch, ...]
     targets: tuple[Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        """Of all batches."""
+        return sum(batch.images for batch in self.batches)
 
     @staticmethod
     def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig, world: World = ALONE) -> Images:
@@ -79,7 +87,12 @@ class Calibration:
     @property
     def images(self) -> int:
         """Those that are searched on and held out."""
-        return sum(batch.images for part in (self.search, self.holdout) for batch in part.batches)
+        return self.search.count + self.holdout.count
+
+    @property
+    def probe(self) -> Batch:
+        """The few on which kernels are compared with exact arithmetic."""
+        return self.search.batches[0].few(self.cost.images(_PROBE_IMAGES, forwards=PROBE_FORWARDS, share=0.01))
 
 
 def on_device(simulated: SimulatedBackend, images: Images) -> Images:

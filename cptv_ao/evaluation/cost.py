@@ -12,15 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cptv_ao.core.batches import Batch, Split, spread_images
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.image_subsets import Split, spread_images
 from cptv_ao.fx.running import run
 
 # Images that are timed.
 _FEW = 2
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
-_SCORED, _FORWARDS, _LEAST = 0.1, 3, 16
+_SCORED, SCORED_FORWARDS, _LEAST = 0.1, 3, 16
 # What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core.
 _STAGE = 5e11
 
@@ -110,7 +111,7 @@ def affordable(split: Split, cost: Cost, whole: bool) -> Split:
     """
     if cost.limit is None or not cost.seconds:
         return split
-    pays = _SCORED * cost.limit / (cost.seconds + _FORWARDS * cost.kernel_seconds)
+    pays = _SCORED * cost.limit / (cost.seconds + SCORED_FORWARDS * cost.kernel_seconds)
     share = max(int(pays), _LEAST) / split.images
 
     def few(part: Sequence[Batch]) -> tuple[Batch, ...]:

@@ -18,11 +18,11 @@ from cptv_ao.core.errors import CalibrationDataError, CptvError
 from cptv_ao.core.tensors import copied, flatten
 
 
-def takes(model: GraphModule, keyword: str) -> bool:
-    """Whether a graph has an input of this name, or one with parts of their own (`images` of `images_0`, as exported
+def taking(model: GraphModule) -> Callable[[str], bool]:
+    """Says whether a graph has an input of a name, or one with parts of their own (`images` of `images_0`, as exported
     graphs name them)."""
     names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
-    return any(name == keyword or name.startswith((f"{keyword}_", "**")) for name in names)
+    return lambda keyword: any(name == keyword or name.startswith((f"{keyword}_", "**")) for name in names)
 
 
 def unwrapped(model: nn.Module | None) -> nn.Module | None:

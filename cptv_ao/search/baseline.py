@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.batches import first_images
 from cptv_ao.core.errors import NonFiniteError
+from cptv_ao.core.image_subsets import first_images
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators

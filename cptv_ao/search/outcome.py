@@ -26,9 +26,6 @@ def outcome_of(
         The outcome, with losses of what was searched, and no image-forwards yet.
     """
     config, moves = calibration.config, loop.space.moves(given)
-    search, holdout = (
-        sum(batch.images for batch in part.batches) for part in (calibration.search, calibration.holdout)
-    )
     return Outcome(
         status=_status(loop, bool(moves)),
         loss=config.loss_name,
@@ -40,7 +37,7 @@ def outcome_of(
         sites=len(given),
         evaluations=loop.budget.evaluations,
         image_forwards=0,
-        images=(search, holdout),
+        images=(calibration.search.count, calibration.holdout.count),
         seconds=loop.budget.seconds,
         seed=config.seed,
         threads=torch.get_num_threads(),

@@ -7,6 +7,7 @@ from cptv_ao.core.events import Event
 from cptv_ao.core.formatting import number
 from cptv_ao.core.progress import Bar
 from cptv_ao.evaluation.calibration import Calibration
+from cptv_ao.evaluation.cost import SCORED_FORWARDS
 from cptv_ao.search.budget import Budget
 
 # What is done before the first result, in forwards of one image, beside those of the images that are scored; and how
@@ -51,7 +52,11 @@ class SearchProgress:
         if limit is None:
             self._bar.say(told)
             return []
-        due = self._budget.seconds + 3 * cost.kernel_seconds * calibration.images + _BEFORE_FIRST * cost.seconds
+        due = (
+            self._budget.seconds
+            + SCORED_FORWARDS * cost.kernel_seconds * calibration.images
+            + _BEFORE_FIRST * cost.seconds
+        )
         told += f", {number(cost.seconds)} s in float; the first result is due after {due:.0f} of {limit:g} s"
         self._bar.say(told)
         if due < limit:

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
+from cptv_ao.core.image_subsets import first_images
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
@@ -46,9 +47,7 @@ def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], wor
             seen[node.name] = ChannelRange(low, high)
         return value
 
-    watcher, left = Watcher(twin.module), _IMAGES
-    for batch in batches:
-        if left > 0:
-            watcher.watch(batch.few(left), see)
-            left -= batch.images
+    watcher = Watcher(twin.module)
+    for batch in first_images(batches, _IMAGES):
+        watcher.watch(batch, see)
     return {name: ChannelRange(world.from_first(ends.low), world.from_first(ends.high)) for name, ends in seen.items()}

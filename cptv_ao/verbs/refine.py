@@ -19,25 +19,26 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import OpenedModel
 from cptv_ao.backends.rollback import restored_on_error
-from cptv_ao.core.batches import Batch, read_batches, split_batches
+from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_interrupt
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
+from cptv_ao.core.image_subsets import split_batches
 from cptv_ao.core.losses import is_per_image
 from cptv_ao.core.objective import settled
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.evaluation.calibration import Calibration, Images, Pool, check_negatives
+from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration, Images, Pool, check_negatives
 from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught
-from cptv_ao.fx.running import takes, unwrapped
+from cptv_ao.fx.running import taking, unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.baseline import at_state, equalized_baseline
@@ -52,9 +53,6 @@ from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, open_target, what_ships
 from cptv_ao.simulation.kernel_agreement import agreement_notes
-
-# What a look at the kernels' agreement with exact arithmetic costs, in forwards of the float network.
-_PROBE_FORWARDS = 6
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def refine(
         asked = _Asked(_allowed(config, opened), world, budget, listeners, progress and world.rank == 0, checkpoint)
         with restored_on_error(given, opened.backend), eval_mode(searched, float_model):
             fixed = opened.backend.form.takes_fixed_batch(searched)
-            batches = read_batches(calib_loader, fixed, takes=partial(takes, searched))
+            batches = read_batches(calib_loader, fixed, takes=taking(searched))
             report = _refine(opened.backend, batches, sources, asked)
             if report.moves:
                 opened.commit()
@@ -185,7 +183,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         with stop_on_interrupt(budget.stop):
             Search(loop, proposer, checkpoint, calibration.cost.measured).run()
 
-    notes += at_state(backend, before, lambda: agreement_notes(backend, _few(calibration), config))
+    notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
     forwards = target.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
@@ -202,12 +200,7 @@ def _unknown(backend: Backend) -> list[str]:
 def _afterwards(target: KernelTarget, calibration: Calibration) -> float:
     """Seconds that the verdict on a search takes, and what is told beside it."""
     cost = calibration.cost
-    return target.verdict_forwards * cost.kernel_seconds + 2 * _PROBE_FORWARDS * _few(calibration).images * cost.seconds
-
-
-def _few(calibration: Calibration) -> Batch:
-    """Images on which kernels are compared with exact arithmetic."""
-    return calibration.search.batches[0].few(calibration.cost.images(16, forwards=_PROBE_FORWARDS, share=0.01))
+    return target.verdict_forwards * cost.kernel_seconds + 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
 
 
 def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.core import batches
-from cptv_ao.core.batches import read_batches, split_batches
+from cptv_ao.core.batches import read_batches
+from cptv_ao.core.image_subsets import split_batches
 
 
 class Label:

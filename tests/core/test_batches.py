@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch, first_images, leaves, mapped, read_batches, split_batches, spread_images
+from cptv_ao.core.batches import Batch, leaves, mapped, read_batches
 from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.image_subsets import first_images, split_batches, spread_images
 
 
 def images(count: int, first: int = 0) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cptv_ao.core.batches import Batch, Split
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.image_subsets import Split
 from cptv_ao.evaluation.cost import Cost, affordable, cost_of
 
 

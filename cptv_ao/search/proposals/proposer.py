@@ -30,9 +30,9 @@ from cptv_ao.simulation.twin import Twin
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85
-# Images on which saturation is looked for, on which errors of weights are weighed, and whose means biases are for: at
-# most, and where there is no time for the least of them, nothing is corrected.
-_PROBE_IMAGES, _TOLD_BY, _MEANS, _LEAST_MEANS = 16, 64, 200, 8
+# Images on which errors of weights are weighed, and whose means biases are for: at most, and where there is no time for
+# the least of them, nothing is corrected.
+_TOLD_BY, _MEANS, _LEAST_MEANS = 64, 200, 8
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
 # dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
 _STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
@@ -62,7 +62,7 @@ class Proposer:
         self._store: ScaleStore = backend
         self._config, self._world = calibration.config, calibration.world
         self._cost = calibration.cost
-        self._images = calibration.search.batches[0]
+        self._images, self._probe = calibration.search.batches[0], calibration.probe
         self._steps = StepImages(calibration, _step_images(calibration))
         self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
@@ -181,9 +181,8 @@ class Proposer:
             for name, qparams in scales.items():
                 backend.write(name, qparams)
             self._follow()
-            few = self._images.few(self._cost.images(_PROBE_IMAGES, forwards=6, share=0.01))
             twin.reround_weights(False)
-            found = saturating_inputs(backend.model, twin, few)
+            found = saturating_inputs(backend.model, twin, self._probe)
         finally:
             backend.restore_all(before)
         twin.reround_weights()
