@@ -43,7 +43,7 @@ def column(output: str, head: str = "model ") -> dict[str, float]:
 def test_fashion_mnist(tmp_path: Path) -> None:
     if not workloads.FASHION_MNIST.is_dir():
         pytest.skip("needs the Debian package dataset-fashion-mnist")
-    output = run(tmp_path, "fashion_mnist.py")
+    output = run(tmp_path, "fashion_mnist.py", seconds=15)
     found = column(output)
     assert list(found) == ["quantized", "refined"]
     assert found["refined"] > found["quantized"] + NOISE  # 2 bits leave much to gain
@@ -92,7 +92,7 @@ def test_cnn(tmp_path: Path) -> None:
 
 def test_pt2e(tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="PT2E is torchao's")
-    output = run(tmp_path, "pt2e.py", seconds=8)
+    output = run(tmp_path, "pt2e.py", seconds=20)
     found = column(output)
     assert list(found) == ["quantized", "refined", "refined, loaded"]
     assert found["refined"] > found["quantized"]
