@@ -19,7 +19,7 @@ LossName = Literal["auto", "kl", "infonce", "soft_infonce", "mse", "cosine"]
 _ADDRESS = re.compile(r"(?: at)? 0x[0-9a-fA-F]+")
 
 SearchName = Literal["evolution", "paper", "cma"]
-Individual = Literal["output_error", "ranges", "biases"]
+Individual = Literal["output_error", "ranges", "curvature", "biases"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,11 @@ class RefineConfig:
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
-            least change each layer's output; `ranges`, the activations' whole container and half of it; `biases`,
-            biases that give each layer's output the mean that it has in float (bias correction, arXiv 1906.04721).
-            Where the kernels accept those, they are found anew with each proposal of the gradient steps. Not of
-            reference models and PT2E graphs.
+            least change each layer's output; `ranges`, the activations' whole container and half of it; `curvature`,
+            activation ranges that least change the loss, to second order, by the gradients of random directions of the
+            outputs in float; `biases`, biases that give each layer's output the mean that it has in float (bias
+            correction, arXiv 1906.04721). Where the kernels accept those, they are found anew with each proposal of the
+            gradient steps. Not of reference models and PT2E graphs.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, outlier channels of layer norms move into the weights that read them (if their float weights are
@@ -84,7 +85,7 @@ class RefineConfig:
     loss: LossName | Loss = "auto"
     temperature: float = 3.0
     search: SearchName = "evolution"
-    population: tuple[Individual, ...] = ("output_error", "ranges", "biases")
+    population: tuple[Individual, ...] = ("output_error", "ranges", "curvature", "biases")
     equalize: bool = True
     gradient_steps: int = 600
     learning_rate: float = 0.03

@@ -202,5 +202,9 @@ class BatchGradient:
 
     def _parts(self, batch: Batch) -> list[tuple[Batch, slice]]:
         """The parts of a batch that may run on a rank of their own, with their rows of the output."""
-        images = max(1, int(_PART_BYTES / max(self._twin.graph_bytes, 1.0)))
-        return batch.parts(-(-batch.images // images))
+        return batch.parts(-(-batch.images // largest_part(self._twin)))
+
+
+def largest_part(twin: Twin) -> int:
+    """Images whose graph may be held at once."""
+    return max(1, int(_PART_BYTES / max(twin.graph_bytes, 1.0)))

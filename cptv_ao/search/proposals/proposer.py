@@ -13,16 +13,18 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
+from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
-from cptv_ao.search.proposals.batch_gradient import Objective
+from cptv_ao.search.proposals.batch_gradient import Objective, largest_part
 from cptv_ao.search.proposals.bias_correction import FORWARDS, corrections
 from cptv_ao.search.proposals.gradient import GradientDescent, State
 from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, Proposal, individuals
+from cptv_ao.search.proposals.least_loss_ranges import least_loss_ranges
 from cptv_ao.search.proposals.schedule import Schedule
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.saturation import saturating_inputs
@@ -33,6 +35,9 @@ _DESCENT_SHARE = 0.85
 # Images on which errors of weights are weighed, and whose means biases are for: at most, and where there is no time for
 # the least of them, nothing is corrected.
 _TOLD_BY, _MEANS, _LEAST_MEANS = 64, 200, 8
+# Images whose outputs say which ranges they mind, at most and at least, what one costs in forwards, and how many are
+# followed apart: what these have in common would else be lost.
+_FOLLOWED, _LEAST_FOLLOWED, _FOLLOWED_FORWARDS, _APART = 64, 8, 3, 32
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
 # dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
 _STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
@@ -127,9 +132,29 @@ class Proposer:
         for individual in reversed(found) if self._dear else found:  # first what costs nothing
             if self._budget.left:
                 yield individual
+        if "curvature" in population and self._budget.left:
+            yield "activation ranges of least loss", self._least_loss_ranges
         worth = self._means >= _LEAST_MEANS
         if worth and "biases" in population and self._correctable() and self._budget.left:
             yield "biases corrected", partial(self._corrected, dict)
+
+    def _least_loss_ranges(self) -> Assignment:
+        """Of what is searched, as the kernels can use it."""
+        images = self._cost.images(_FOLLOWED, forwards=_FOLLOWED_FORWARDS, share=0.15, least=_LEAST_FOLLOWED)
+        batches = spread_images(self._steps.batches, images, False)
+        most = min(largest_part(self._twin), max(1, images // _APART))
+        parts = [part for batch in batches for part, _ in batch.parts(-(-batch.images // most))]
+        self.image_forwards += _FOLLOWED_FORWARDS * sum(part.images for part in parts)
+        self._follow()
+        limited = {
+            lead: tuple(replace(site, qmax=min(site.qmax, REDUCED_QMAX)) for site in group)
+            if lead in self._narrowed
+            else group
+            for lead, group in self._groups.items()
+            if group[0].kind == "activation"
+        }
+        config = self._config
+        return least_loss_ranges(self._twin, limited, parts, config.loss, config.output or first_floating)
 
     def _correctable(self) -> list[str]:
         """Weights whose layers may get another bias."""

@@ -1,0 +1,172 @@
+"""Activation ranges by what the outputs make of errors: the histogram against looking at every value, and a search."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import nets
+from helpers.cases import Case, backend_of
+from helpers.search import small_config
+from torch import Tensor, nn
+
+import cptv_ao
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.qparams import QParams, rescaled
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.core.tensors import first_floating
+from cptv_ao.search.proposals.error_histogram import ErrorHistogram
+from cptv_ao.search.proposals.least_loss_ranges import least_loss_ranges
+from cptv_ao.simulation.activations import steps_and_gradients
+from cptv_ao.simulation.twin import Twin
+
+NOW = QParams(torch.tensor(0.05, dtype=torch.float64), torch.tensor(100))
+
+
+@pytest.fixture
+def site(conv: Case) -> ScaleSite:
+    """One of an activation, 0..255."""
+    sites = cptv_ao.find_sites(conv.converted).values()
+    return next(one for one in sites if one.kind == "activation" and one.affine)
+
+
+def error(values: Tensor, gradients: Tensor, qparams: QParams, site: ScaleSite) -> float:
+    """Of values one by one, that have nothing to do with one another."""
+    scale, zero = qparams.scale.float(), qparams.zero_point
+    codes = ((values / scale).round() + zero).clamp(site.qmin, site.qmax)
+    return float((gradients * ((codes - zero) * scale - values)).square().sum())
+
+
+def histogram(values: Tensor, gradients: Tensor, now: QParams = NOW) -> ErrorHistogram:
+    """Each row of values is a direction of its own."""
+    found = ErrorHistogram()
+    for row, own in zip(values, gradients, strict=True):
+        found.begin()
+        found.add(row / now.scale.float(), own)
+    return found
+
+
+def drawn(seed: int, tail: float) -> tuple[Tensor, Tensor]:
+    """Values with a tail to one side, and gradients of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(16, 4096, generator=generator)
+    values = torch.where(values > 2, values * tail, values)
+    return values, torch.randn(16, 4096, generator=generator)
+
+
+@pytest.mark.parametrize("tail", [1.0, 8.0, 60.0])
+@pytest.mark.parametrize("start", [0.03, 1.0, 20.0])
+def test_what_is_found_is_as_good_as_any_of_a_grid(site: ScaleSite, tail: float, start: float) -> None:
+    values, gradients = drawn(0, tail)
+    now = QParams(NOW.scale * start, NOW.zero_point)
+    found = histogram(values, gradients, now).least_error(site, now)
+    grid = [
+        QParams(torch.tensor(share * float(values.max()) / (255 - zero), dtype=torch.float64), torch.tensor(zero))
+        for share in torch.linspace(0.05, 1, 40).tolist()
+        for zero in range(5, 255, 10)
+    ]
+    least = min(error(values, gradients, one, site) for one in grid)
+    assert error(values, gradients, found, site) < 1.1 * least
+    assert error(values, gradients, found, site) <= error(values, gradients, now, site)
+
+
+def test_outliers_that_nobody_sees_are_clipped_and_others_kept(site: ScaleSite) -> None:
+    values, gradients = drawn(1, 1.0)
+    values[:, 0] = 200.0
+    unseen, seen = gradients.clone(), gradients.clone()
+    unseen[:, 0], seen[:, 0] = 0.0, 10.0
+    ends = [
+        float((site.qmax - found.zero_point) * found.scale)
+        for found in (histogram(values, own).least_error(site, NOW) for own in (unseen, seen))
+    ]
+    assert 2 < ends[0] < 8
+    assert 150 < ends[1] < 210
+
+
+def test_what_is_clipped_together_counts_together(site: ScaleSite) -> None:
+    """Many values whose gradients have one sign move the outputs by the sum of their errors, not by its root."""
+    values, gradients = drawn(2, 1.0)
+    values[:, :40] = 30.0
+    apart, together = gradients.clone(), gradients.clone()
+    apart[:, :40] = 0.01 * apart[:, :40].sign()
+    together[:, :40] = 0.01
+    ends = [
+        float((site.qmax - found.zero_point) * found.scale)
+        for found in (histogram(values, own).least_error(site, NOW) for own in (apart, together))
+    ]
+    assert ends[0] < ends[1]
+
+
+def test_without_gradients_nothing_moves(site: ScaleSite) -> None:
+    values, gradients = drawn(3, 1.0)
+    assert histogram(values, 0 * gradients).least_error(site, NOW) is NOW
+
+
+def test_a_site_without_a_free_zero_point_keeps_it(site: ScaleSite) -> None:
+    values, gradients = drawn(4, 30.0)
+    signed, now = replace(site, affine=False, qmin=-128, qmax=127), replace(NOW, zero_point=torch.tensor(0))
+    found = histogram(values, gradients, now).least_error(signed, now)
+    assert int(found.zero_point) == 0
+    assert error(values, gradients, found, signed) < 0.5 * error(values, gradients, now, signed)
+
+
+def test_codes_stay_where_kernels_do_not_saturate(site: ScaleSite) -> None:
+    """Of 127 codes the range takes what it needs, not of 255."""
+    values, gradients = drawn(5, 1.0)
+    found = histogram(values, gradients).least_error(replace(site, qmax=127), NOW)
+    codes = (values / found.scale.float()).round() + found.zero_point
+    assert float(codes.quantile(0.999)) < 130
+    assert error(values, gradients, found, replace(site, qmax=127)) < error(
+        values, gradients, rescaled(NOW, 2.0, site), site
+    )
+
+
+def test_values_and_gradients_are_those_of_the_float_network(vit_w3: Case) -> None:
+    twin = Twin(backend_of(vit_w3))
+    twin.reround_weights()
+    model, outputs = vit_w3.float_model, dict[str, Tensor]()
+    batch = vit_w3.batches[0]
+    direction = nets.images(*model(batch).shape, seed=7)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [m.register_forward_hook(lambda _, __, y, name=n: outputs.update({name: y})) for n, m in linear.items()]
+    number = (model(batch) * direction).sum()
+    for hook in hooks:
+        hook.remove()
+    gradients = dict(zip(outputs, torch.autograd.grad(number, list(outputs.values())), strict=True))
+    names = [f"{name}.output" for name in linear]
+    found = steps_and_gradients(twin, names, Batch((batch,), {}, len(batch)), lambda y: (y * direction).sum())
+    for name in linear:
+        ((steps, pull),) = found[f"{name}.output"]
+        scale = twin.get(f"{name}.output").scale.float()
+        assert torch.allclose(steps * scale, outputs[name], atol=1e-4)
+        assert torch.allclose(pull / scale, gradients[name], atol=1e-5 * float(gradients[name].abs().max()) + 1e-5)
+        assert not steps.requires_grad
+
+
+def test_a_search_gains_where_a_range_is_far_too_wide(conv: Case) -> None:
+    """By these ranges alone: no descent, no visits."""
+    backend = backend_of(conv)
+    for name, site in backend.sites.items():
+        if site.kind == "activation" and site.affine:
+            backend.write(name, rescaled(backend.read(name), 12.0, site))
+    config = small_config(population=("curvature",), passes=0)
+    cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
+    report = cptv_ao.report(conv.converted)
+    assert report.stages[0].startswith("activation ranges of least loss: accepted")
+    assert report.after.search < 0.2 * report.before.search
+
+
+def test_sites_on_one_scale_get_one(vit_w3: Case) -> None:
+    backend = backend_of(vit_w3)
+    twin, groups = Twin(backend), {}
+    twin.reround_weights()
+    for group in backend.movable().values():
+        if group[0].kind == "activation":
+            groups[group[0].name] = group
+    parts = [Batch((image,), {}, 2) for image in vit_w3.batches[0][:16].split(2)]
+    found = least_loss_ranges(twin, groups, parts, "kl", first_floating)
+    assert set(found) == {site.name for group in groups.values() for site in group if site.name in twin.names}
+    assert all(
+        found[site.name] is found[group[0].name] for group in groups.values() for site in group if site.name in found
+    )
