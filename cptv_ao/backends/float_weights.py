@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.pt2e import Pt2eForm, fused_weights
+from cptv_ao.backends.pt2e import fused_weights
 from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
+from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.quantized_ops import of_node
 
 # Ops of PT2E graphs whose weights are those of modules.
-_LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
+_LAYERS = {torch.ops.aten.linear, torch.ops.aten.conv1d, torch.ops.aten.conv2d, torch.ops.aten.conv3d}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -54,25 +55,26 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> None:
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
     held = deque(p for p in (*float_model.parameters(), *float_model.buffers()) if p.is_floating_point())
-    exported, nodes = isinstance(backend.form, Pt2eForm), {node.name: node for node in backend.model.graph.nodes}
+    by_module, nodes = backend.form.weights_of_modules, {node.name: node for node in backend.model.graph.nodes}
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
             continue
-        path = site.scope if exported else site.name.removesuffix(".weight")
+        path = site.name.removesuffix(".weight") if by_module else site.scope
         weight = backend.weight(site.name)
-        functional = of_node(nodes[site.nodes[0]], {}) is not None  # its weight is no module's
+        user = nodes[site.nodes[0]]
+        functional = of_node(user, {}) is not None  # its weight is no module's
         candidates: Iterable[Tensor] = ()
         if not functional and path in modules:
             candidates = chain(_module_weights(modules, path), [fused[path]] if path in fused else [])
-        elif not (functional or exported):
+        elif by_module and not functional:
             _refuse_module(path)
         found = _nearest(candidates, weight, site)
-        if found.steps > 2 * HALF_STEP and (functional or exported):
+        if found.steps > 2 * HALF_STEP and (functional or not by_module):
             found = _nearest((p for p in held if p.numel() == weight.numel()), weight, site, found)
             _turn_behind(held, found.weight)
         if found.steps <= 2 * HALF_STEP:
             backend.weights.set_float(site.name, found.weight)
-        elif not exported or site.op in _LAYERS:  # else a constant, which stays as it is
+        elif by_module or packet_of(user.target) in _LAYERS:  # else a constant, which stays as it is
             _refuse(path, weight, found.shapes)
 
 

@@ -26,6 +26,9 @@ class GraphForm(ABC):
     enforces_ranges = False
     #: Whether scales are numbers in the code, which a state_dict does not hold.
     scales_in_code = False
+    #: Whether a weight's site is called by the path of its module, or is that of a quantized op; else it is that of any
+    #: op, a constant's among them, and its scope is the module that it was traced in.
+    weights_of_modules = True
 
     @abstractmethod
     def fits(self, model: nn.Module) -> bool:

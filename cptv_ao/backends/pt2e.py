@@ -33,6 +33,7 @@ class Pt2eForm(GraphForm):
     """What `convert_pt2e` returns: aten ops in float between quantize and dequantize nodes."""
 
     simulates_itself = enforces_ranges = scales_in_code = True
+    weights_of_modules = False
 
     def fits(self, model: nn.Module) -> bool:
         return isinstance(model, GraphModule) and any(is_decomposed(node) for node in model.graph.nodes)

@@ -2,24 +2,20 @@
 
 Every rank runs the same seeded search and scores some of the batches; what each found is summed into a table that holds
 zeros for what others found. Such a sum is exact in any order, so every world size gives the same numbers, bit for bit.
-Before each exchange all ranks agree, by one small all-reduce, that none has failed and that none has come apart.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from datetime import timedelta
 from types import TracebackType
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from cptv_ao.core.errors import DistributedError
+from cptv_ao.core.rank_exchange import Exchange
 
 _MAX_DIMS = 8
-_TOLD_BYTES = 512
 
 
 class World:
@@ -35,10 +31,7 @@ class World:
 
     def __init__(self, together: bool = False) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        # A group of our own: numbers travel by gloo whatever the default backend is, and nothing of the user's is
-        # touched when it is taken down. It has the timeout of the default group.
-        self._group = dist.new_group(backend="gloo", timeout=_timeout()) if together else None
-        self._broken = False
+        self._exchange = Exchange(self.rank) if together else None
 
     @staticmethod
     def of(wanted: bool | None) -> World:
@@ -67,24 +60,19 @@ class World:
             check: must be equal on every rank.
             what: names what is checked.
         """
-        if self.size > 1:
-            self._agree(check=check, what=what)
-            if table.is_cuda and "cuda:nccl" in str(dist.get_backend_config()):
-                self._talk(dist.all_reduce, table)
-            else:
-                moved = table.cpu()
-                self._talk(dist.all_reduce, moved, group=self._group)
-                table.copy_(moved)
+        if self._exchange is not None:
+            self._exchange.agree(check=check, what=what)
+            self._exchange.add(table)
         return table
 
     def same(self, what: str, value: bytes) -> None:
         """Raise on every rank where the ranks do not hold the same value."""
-        if self.size > 1:
-            self._agree(check=value, what=what)
+        if self._exchange is not None:
+            self._exchange.agree(check=value, what=what)
 
     def most(self, *values: float) -> tuple[float, ...]:
         """The largest of each of up to two numbers over the ranks."""
-        return self._agree(*values) if self.size > 1 else values
+        return values if self._exchange is None else self._exchange.agree(*values)
 
     def first(self, value: float) -> float:
         """Rank 0's number, which is not below 0."""
@@ -131,66 +119,8 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._group is None:
-            return
-        if error is not None and not self._broken and not isinstance(error, DistributedError):
-            self._tell(f"{type(error).__name__}: {error}")
-        dist.destroy_process_group(self._group)
-
-    def _agree(self, *values: float, check: bytes = b"", what: str = "") -> tuple[float, ...]:
-        """One all-reduce of the largest: who failed, what must be equal (and its negative), and up to two numbers."""
-        code = float(zlib.crc32(check))
-        header = torch.tensor([0.0, code, -code, *values, 0.0, 0.0][:5], dtype=torch.float64)
-        self._talk(dist.all_reduce, header, op=dist.ReduceOp.MAX, group=self._group)
-        failed, most, negative, *found = header.tolist()
-        if failed:
-            rank = int(failed) - 1
-            raise DistributedError(f"rank {rank} failed, so all ranks end: {self._told(rank, '')}", rank)
-        if most != -negative:
-            raise DistributedError(
-                f"the ranks have come apart: expected the same on every rank, {what} differs; each rank needs the same "
-                "model, config and batches in the same order (no DistributedSampler, one seed for shuffling)"
-            )
-        return tuple(found[: len(values)])
-
-    def _tell(self, text: str) -> None:
-        """Meet the other ranks at their next exchange, and say why there is none. What they say does not matter."""
-        try:
-            header = torch.tensor([1.0 + self.rank, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-            self._talk(dist.all_reduce, header, op=dist.ReduceOp.MAX, group=self._group)
-            self._told(int(header[0]) - 1, text)
-        except DistributedError:
-            pass  # the others have gone already: this rank's own error is what counts
-
-    def _told(self, rank: int, text: str) -> str:
-        """The words of the rank that failed (the highest one, where several did at once)."""
-        table = torch.zeros(_TOLD_BYTES, dtype=torch.uint8)
-        if rank == self.rank:
-            words = bytearray(text.encode()[:_TOLD_BYTES])
-            table[: len(words)] = torch.frombuffer(words, dtype=torch.uint8) if words else table[:0]
-        self._talk(dist.all_reduce, table, group=self._group)
-        return bytes(table.numpy()).rstrip(b"\0").decode(errors="replace")
-
-    def _talk(self, collective: object, *args: object, **kwargs: object) -> None:
-        self._broken = True  # until it is over: an interrupt inside leaves no way to speak to the others
-        try:
-            collective(*args, **kwargs)  # type: ignore[operator]
-        except RuntimeError as error:
-            raise DistributedError(
-                f"rank {self.rank} lost the other ranks: one has ended, or did not answer within the timeout of "
-                f"init_process_group ({error})"
-            ) from error
-        self._broken = False
-
-
-def _timeout() -> timedelta | None:
-    """That of the default process group, which torch keeps to itself; None, its default, where it cannot be had."""
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    try:
-        found = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return None
-    return found if isinstance(found, timedelta) else None
+        if self._exchange is not None:
+            self._exchange.end(error)
 
 
 ALONE = World()

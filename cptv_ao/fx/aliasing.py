@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.inplace import DROPOUT_FUNCTIONS, DROPOUTS, first_input, is_known, may_write, overloads, written
+from cptv_ao.fx.known_functions import aten_name
 
 #: The module of a call_module node, None of others.
 Held = Callable[[Node], Any]
@@ -137,13 +139,13 @@ class Memory:
 
     def _is_view(self, node: Node) -> bool:
         """Whether a node is certain to give a view, which can be made again of another tensor."""
-        if node.op == "call_module" or _name(node) in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
+        if node.op == "call_module" or aten_name(node.target) in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
             return False
         return bool(node.args) and node.all_input_nodes == [node.args[0]] and _plain_index(node)
 
     @staticmethod
     def _is_list(node: Node) -> bool:
-        return _name(node) in _LISTS
+        return aten_name(node.target) in _LISTS
 
     def _apart(self, other: Node, path: set[Node], than: Node) -> bool:
         """Whether a value is another item of a list than the one that was written into, or only such are read of it."""
@@ -187,31 +189,22 @@ def _viewed(node: Node, held: Held) -> list[Node]:
         return first if any(isinstance(part, _VIEWING_MODULES) for part in module.modules()) else []
     if node.op == "call_function" and node.target is getattr:
         return first if node.args[1] in _ATTRIBUTE_VIEWS else []
-    name = _name(node)
-    if node.target is operator.getitem or name in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
+    if node.target is operator.getitem or aten_name(node.target) in _UNCERTAIN or node.target in DROPOUT_FUNCTIONS:
         return first
-    return first if _returns_views(node, name) else []
+    return first if _returns_views(node) else []
 
 
-def _name(node: Node) -> str:
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name.split("::")[-1])
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
-
-
-def _returns_views(node: Node, name: str) -> bool:
-    """What torch says of its op of this name."""
+def _returns_views(node: Node) -> bool:
+    """What torch says of its op."""
     if node.op not in ("call_function", "call_method"):
         return False
-    return _is_viewing(node.target if isinstance(node.target, torch._ops.OpOverload) else name)
+    return _is_viewing(node.target if packet_of(node.target) is not None else aten_name(node.target))
 
 
 @cache
 def _is_viewing(op: Any) -> bool:
-    ops = [op]
-    if isinstance(op, str):
-        packet = getattr(torch.ops.aten, op, None) if op.isidentifier() else None
-        ops = overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    packet = getattr(torch.ops.aten, op, None) if isinstance(op, str) and op.isidentifier() else op
+    ops = overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    ops = [op] if isinstance(op, torch._ops.OpOverload) else ops
     returned = [result.alias_info for found in ops for result in found._schema.returns]
     return any(info is not None and not info.is_write for info in returned)

@@ -7,8 +7,6 @@ known of a function or module, it may write into all that it is given.
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,25 +14,16 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from cptv_ao.fx.decomposed_ops import is_of, packet_of
+from cptv_ao.fx.known_functions import counterpart, is_listed, is_listed_module, plain_name, works_in_place
 from cptv_ao.fx.quantized_ops import of_module, of_node
 
-_aten = torch.ops.aten
-_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add, operator.iand: operator.and_, operator.ifloordiv: operator.floordiv,
-    operator.ilshift: operator.lshift, operator.imatmul: operator.matmul, operator.imod: operator.mod,
-    operator.imul: operator.mul, operator.ior: operator.or_, operator.ipow: operator.pow,
-    operator.irshift: operator.rshift, operator.isub: operator.sub, operator.itruediv: operator.truediv,
-    operator.ixor: operator.xor,
-}  # fmt: skip
-_IN_PLACE_METHODS = {f"__{target.__name__}__" for target in _OUT_OF_PLACE} | {"__setitem__"}
 #: modules and functions that return their input in eval mode
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DROPOUT_FUNCTIONS = {
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
     functional.feature_alpha_dropout,
 }  # fmt: skip
-#: whose functions say by their names and arguments that they work in place
-_KNOWN_PACKAGES = {"torch", "cptv_ao", "operator", "_operator", "builtins", "math"}
 
 
 class OutOfPlace(nn.Module):
@@ -58,25 +47,20 @@ def is_known(node: Node, held: Any) -> bool:
         return all(_is_known_module(part) for part in held.modules())
     if node.op != "call_function" or isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return True
-    module = getattr(node.target, "__module__", None)
-    if module is None:  # torch's functions in C
-        return inspect.isbuiltin(node.target) or inspect.ismethoddescriptor(node.target)
-    return module.split(".")[0] in _KNOWN_PACKAGES
+    return is_listed(node.target)
 
 
 def _is_known_module(module: nn.Module) -> bool:
     if isinstance(module, (GraphModule, torch.jit.ScriptModule)) or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return isinstance(module, OutOfPlace) or type(module).__module__.split(".")[0] == "torch"
+    return isinstance(module, OutOfPlace) or is_listed_module(module)
 
 
 def written(node: Node, held: Any) -> Node | None:
     """The input that a node certainly works in place on; None where there is none, or nothing is known."""
     first = first_input(node)
     if node.op == "call_method":
-        name = str(node.target)
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
-        return first if in_place else None
+        return first if works_in_place(node.target) else None
     if node.op == "call_module":
         parts = (part for part in held.modules() if not (isinstance(part, DROPOUTS) and not part.training))
         return next(iter(node.all_input_nodes), None) if any(getattr(p, "inplace", False) for p in parts) else None
@@ -86,17 +70,15 @@ def written(node: Node, held: Any) -> Node | None:
     if isinstance(out, Node):
         return out
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if packet_of(target) is not None:
+        target = target if isinstance(target, torch._ops.OpOverload) else overloads(target)[0]
         for index, argument in enumerate(target._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
                 return given if isinstance(given, Node) else None
     if target in DROPOUT_FUNCTIONS and argument_of(node, "training", True) is False:
         return None
-    name = getattr(target, "__name__", "")
-    by_name = name.endswith("_") and not name.endswith("__") and not isinstance(target, torch._ops.OpOverload)
-    in_place = target in _OUT_OF_PLACE or target is operator.setitem or by_name or argument_of(node, "inplace", False)
-    return first if in_place else None
+    return first if works_in_place(target) or argument_of(node, "inplace", False) else None
 
 
 def first_input(node: Node) -> Node | None:
@@ -134,17 +116,12 @@ def overloads(packet: Any) -> list[Any]:
 def out_of_place(target: Any) -> Any:
     """The method, function or op that returns what an in-place one writes; None where torch has none."""
     if isinstance(target, str):
-        name = target.replace("__i", "__", 1) if target in _IN_PLACE_METHODS else target.removesuffix("_")
-        return name if callable(getattr(torch.Tensor, name, None)) else None
-    if target in _OUT_OF_PLACE:
-        return _OUT_OF_PLACE[target]
-    if target is operator.setitem:
-        return with_item
-    if isinstance(target, torch._ops.OpOverload):
-        packet = getattr(_aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-        return getattr(packet, target._overloadname, None)
-    name = getattr(target, "__name__", "").removesuffix("_")
-    return next((found for room in (torch, functional) if (found := getattr(room, name, None)) is not None), None)
+        return name if callable(getattr(torch.Tensor, name := plain_name(target), None)) else None
+    packet = packet_of(target)
+    if packet is None:
+        return counterpart(target)
+    pure = getattr(torch.ops.aten, plain_name(packet.__name__), None) if is_of(packet, torch.ops.aten) else None
+    return pure if target is packet else getattr(pure, target._overloadname, None)
 
 
 def without_out(target: Any) -> Any:
@@ -157,10 +134,3 @@ def without_out(target: Any) -> Any:
 
     others = (op for op in overloads(target.overloadpacket) if len(types(op)) == len(op._schema.arguments))
     return next((op for op in others if types(op) == types(target)), None)
-
-
-def with_item(value: Any, index: Any, item: Any) -> Any:
-    """A copy of a tensor in which `copy[index] = item`."""
-    value = value.clone()
-    value[index] = item
-    return value

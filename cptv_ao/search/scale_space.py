@@ -13,14 +13,8 @@ from torch import Tensor
 from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.search.reach import Reach
 from cptv_ao.search.strategies.protocol import Group, Layout, Vector
-
-#: A scale stays within this factor of the one in the model that was given: beyond it lies nothing but overflow.
-_RANGE = 64.0
-
-# QNNPACK's add takes inputs whose scale is at least 2^-14 and less than 2^8 of that of its output.
-_LEAST_RATIO, _MOST_RATIO = 2.0**-14, 2.0**8 * (1 - 1e-6)
-
 
 Beside = tuple[Tensor | None, Tensor | None]
 """Shift and correction of a weight."""
@@ -38,11 +32,8 @@ class ScaleSpace:
         self._groups = dict(groups)
         self.layout = _layout(self._groups)
         self._current = self._read()
-        self._limits = self._current.copy()
+        self._reach = Reach(store, self.layout, self._current)
         self._states: dict[str, Any] = {}
-        leads = ((store.sites[out].tied, store.sites[given].tied) for out, given in store.sums)
-        self._sums = [pair for pair in leads if not self._groups.keys().isdisjoint(pair)]
-        self._slices = {group.name: group.scales for group in self.layout.groups}
         self.rebase()
 
     @property
@@ -77,35 +68,7 @@ class ScaleSpace:
 
     def repair(self, vector: Vector) -> Vector:
         """The nearest vector that the kernels can hold: float32 scales > 0, whole zero_points within their range."""
-        repaired = vector.copy()
-        for group in self.layout.groups:
-            limits = self._limits[group.scales]
-            scales = np.clip(vector[group.scales], limits / _RANGE, limits * _RANGE)
-            repaired[group.scales] = scales.astype(np.float32)
-            if group.zero_points is not None:
-                repaired[group.zero_points] = np.clip(np.rint(vector[group.zero_points]), group.qmin, group.qmax)
-        self._bring_near(repaired)
-        return repaired
-
-    def _bring_near(self, vector: Vector) -> None:
-        """Move the output scale of each add of the engine into reach of its inputs', or the input's where only that
-        can move."""
-        for out, given in self._sums:
-            if out == given:
-                continue
-            inside = self._scale(vector, given)
-            if out in self._slices:
-                scale = np.clip(self._scale(vector, out), inside / _MOST_RATIO, inside / _LEAST_RATIO)
-                vector[self._slices[out]] = np.float32(scale)
-            else:
-                outside = self._scale(vector, out)
-                vector[self._slices[given]] = np.float32(np.clip(inside, outside * _LEAST_RATIO, outside * _MOST_RATIO))
-
-    def _scale(self, vector: Vector, lead: str) -> float:
-        """Scale of an activation in a vector, or in the model where the vector does not hold it."""
-        if lead in self._slices:
-            return float(vector[self._slices[lead]][0])
-        return float(self._store.read(lead).scale)
+        return self._reach.nearest(vector)
 
     def write(self, vector: Vector, beside: Mapping[str, Beside] | None = None) -> None:
         """Write a repaired vector into the model, and what some weights have beside it, by site name."""

@@ -65,6 +65,17 @@ def test_a_value_of_its_own_changes_nothing_else() -> None:
     assert changed is not None and [change.node.name for change in changed] == ["add"]
 
 
+def test_a_plus_in_front_is_the_same_memory() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = +x
+        y.mul_(2)
+        return x + y
+
+    found, nodes = memory(forward)
+    changed = found.changed_by(nodes["mul_"])
+    assert changed is not None and {change.node.name for change in changed} == {"x", "pos"}
+
+
 @pytest.mark.parametrize(("again", "wanted"), [(True, True), (False, False)])
 def test_what_is_read_later_by_any_name(again: bool, wanted: bool) -> None:
     def forward(x: Tensor) -> Tensor:

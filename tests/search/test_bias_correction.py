@@ -230,7 +230,8 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     proposer = Proposer(backend, backend.movable(), Calibration(config, search), Budget())
     twin, losses = proposer._twin, list[float]()
     wide = next(name for name in backend.movable() if backend.sites[name].affine)
-    monkeypatch.setattr("cptv_ao.search.proposals.proposer.saturating_inputs", lambda *_: {wide: 254} if losses else {})
+    found = "cptv_ao.search.proposals.saturation_limits.saturating_inputs"
+    monkeypatch.setattr(found, lambda *_: {wide: 254} if losses else {})
     names = []
     for name, scales in proposer.proposals(losses.append, lambda worth: None):  # and none of it is written
         names.append(name)

@@ -183,11 +183,11 @@ def test_qnnpack_gets_no_scales_that_its_add_refuses() -> None:
         space = ScaleSpace(backend, {lead: g for lead, g in backend.movable().items() if lead == moved})
         for factor in (1e-9, 1e9):
             model_before = space.vector
-            space._limits *= 1e12  # far beyond what a search may reach
+            space._reach._start *= 1e12  # far beyond what a search may reach
             vector = space.vector
             group = space.layout.groups[0]
             vector[group.scales] *= factor
             space.write(space.repair(vector))
             assert bool(torch.isfinite(model(batches[0])).all()), "add of qnnpack raises on scales too far apart"
             space.write(model_before)
-            space._limits /= 1e12
+            space._reach._start /= 1e12

@@ -7,21 +7,75 @@ Finkelstein et al., arXiv 1906.03193).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.qparams import Assignment
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.evaluation.cost import Cost
 from cptv_ao.fx.running import call
+from cptv_ao.search.proposals.following import follow
+from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 
-#: Forwards that an image costs: one in float, and one in which each layer runs once more when it is corrected.
-FORWARDS = 3
+# Forwards that an image costs: one in float, and one in which each layer runs once more when it is corrected.
+_FORWARDS = 3
+# Images whose means biases are for: at most, and where there is no time for the least of them, nothing is corrected.
+_MEANS, _LEAST_MEANS = 200, 8
+
+
+class BiasCorrector:
+    """Corrects the biases of the layers whose weights are searched, as far as there is time for it.
+
+    Args:
+        twin: of the model; written: scales and corrections.
+        groups: the tied groups that are searched, by the name of their leader.
+        images: whose means are compared.
+        cost: of a forward.
+    """
+
+    def __init__(self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], images: StepImages, cost: Cost) -> None:
+        self._twin, self._images = twin, images
+        self._weights = [lead for lead, group in groups.items() if group[0].kind == "weight"]
+        self._means = cost.images(_MEANS, forwards=_FORWARDS, share=0.02, least=0)
+        #: images run through the twin so far
+        self.image_forwards = 0
+
+    @property
+    def dear(self) -> bool:
+        """Whether a correction takes so long that it is not made anew with each proposal."""
+        return self._means < _MEANS
+
+    def worth(self, store: ScaleStore) -> bool:
+        """Whether there is time for it, and a layer that may get another bias."""
+        return self._means >= _LEAST_MEANS and bool(self._correctable(store))
+
+    def in_use(self, store: ScaleStore) -> bool:
+        """Whether the kernels have accepted corrected biases."""
+        return any(store.read(name).correction is not None for name in self._correctable(store))
+
+    def corrected(self, scales: Callable[[], Assignment], store: ScaleStore) -> Assignment:
+        """Scales with the biases that fit them; the twin has both until it follows the model again."""
+        assignment = scales()
+        follow(self._twin, store)
+        for name, qparams in assignment.items():
+            self._twin.set(name, qparams)
+        found, images = corrections(self._twin, self._correctable(store), self._images.batches, self._means)
+        self.image_forwards += _FORWARDS * images
+        held = {name: assignment.get(name, store.read(name)) for name in found}
+        return assignment | {name: replace(held[name], correction=found[name]) for name in found}
+
+    def _correctable(self, store: ScaleStore) -> list[str]:
+        return [name for name in self._weights if store.correctable(name)]
 
 
 def corrections(

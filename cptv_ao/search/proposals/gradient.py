@@ -22,6 +22,7 @@ from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
+from cptv_ao.search.proposals.scale_optimizer import ScaleOptimizer, like
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import Twin
@@ -68,8 +69,7 @@ class GradientDescent:
         self._twin, self._rng = twin, rng
         self._groups = [LearnableQParams.of(twin, group, shifts) for group in simulated]
         self._gradient = BatchGradient(twin, self._groups, objective, world)
-        rates = self._parameters(activation_rate, rounding_rate)
-        self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
+        self._optimizer = ScaleOptimizer(self._groups, activation_rate, rounding_rate)
         self._progress = DescentProgress()
         self._young = False
 
@@ -83,8 +83,7 @@ class GradientDescent:
         with torch.no_grad():
             for group in self._groups:
                 group.set(scales(group.sites[0].name))
-        for state in self._adam.state.values():
-            state["exp_avg"].zero_()  # where it was heading; how large gradients are still holds
+        self._optimizer.forget_direction()
         self._progress.caution *= _BACK_OFF
 
     def rescale(self, factors: Mapping[str, float]) -> None:
@@ -121,9 +120,7 @@ class GradientDescent:
             if not at.order:
                 at.order = [int(i) for i in self._rng.permutation(len(images))]
             index = at.order.pop()
-            for group in self._adam.param_groups:
-                group["lr"] = schedule.rate(progress) * group["factor"] * at.caution
-            loss = self._step(index, *images.at(index))
+            loss = self._step(index, *images.at(index), schedule.rate(progress) * at.caution)
             if on_step is not None:
                 on_step(loss)
             if (passed := schedule.marks_passed(at.steps)) > at.proposals:
@@ -152,10 +149,10 @@ class GradientDescent:
     def state(self) -> State:
         """Where the descent is between two steps, for `set_state`."""
         tensors = {f"steps/{name}": values["scale"] for name, values in self._gradient.features.steps.items()}
-        for index, leaf in enumerate(self._leaves):
-            tensors[f"leaf/{index}"] = leaf.detach()
-            tensors |= {f"adam/{index}/{name}": value for name, value in self._adam.state.get(leaf, {}).items()}
-        return tensors, {"course": asdict(self._progress), "random": self._rng.bit_generator.state}
+        return tensors | self._optimizer.state(), {
+            "course": asdict(self._progress),
+            "random": self._rng.bit_generator.state,
+        }
 
     def set_state(self, state: State) -> None:
         """Go on from what `state` returned for the same model, config and images.
@@ -167,54 +164,18 @@ class GradientDescent:
         self._progress = from_plain(DescentProgress, data["course"])
         self._rng.bit_generator.state = data["random"]
         for name, values in self._gradient.features.steps.items():
-            values["scale"].copy_(_like(values["scale"], tensors[f"steps/{name}"]))
-        moments: dict[int, dict[str, Tensor]] = {}
-        with torch.no_grad():
-            for index, leaf in enumerate(self._leaves):
-                leaf.copy_(_like(leaf, tensors[f"leaf/{index}"]))
-                own = f"adam/{index}/"
-                if found := {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}:
-                    moments[index] = {k: _like(torch.zeros(()) if k == "step" else leaf, v) for k, v in found.items()}
-        self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})
-
-    @property
-    def _leaves(self) -> list[Tensor]:
-        return [leaf for group in self._adam.param_groups for leaf in group["params"]]
-
-    def _parameters(self, activation_rate: float, rounding_rate: float) -> list[dict[str, Any]]:
-        """Adam's parameter groups: leaves by the multiple of the learning rate at which they move."""
-        by_rate: dict[float, list[Tensor]] = {}
-        for group in self._groups:
-            rate = group.weight_rate if group.offset is None else activation_rate
-            by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
-            if group.shift is not None:
-                by_rate.setdefault(rounding_rate, []).append(group.shift)
-        return [{"params": leaves, "factor": rate} for rate, leaves in by_rate.items()]
+            values["scale"].copy_(like(values["scale"], tensors[f"steps/{name}"]))
+        self._optimizer.set_state(tensors)
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
 
-    def _step(self, index: int, batch: Batch, teacher: Tensor) -> float:
+    def _step(self, index: int, batch: Batch, teacher: Tensor, rate: float) -> float:
         """Move the leaves by what one batch says; its loss, the same on every rank."""
-        leaves = self._leaves
         pull = self._progress.feature_pull if self._progress.steps else None
+        leaves = self._optimizer.leaves
         loss, gradient, self._progress.feature_pull = self._gradient.of(index, batch, teacher, leaves, pull)
-        sizes = [leaf.numel() for leaf in leaves]
-        # A scale whose gradient is no number (infinite padding in front of it) stays where it is in this step.
-        for leaf, own in zip(leaves, torch.split(gradient.nan_to_num_(0.0, 0.0, 0.0), sizes), strict=True):
-            leaf.grad = own.reshape(leaf.shape)
-        self._adam.step()
-        for group in self._groups:
-            group.confine()
+        self._optimizer.step(gradient, rate)
         self._progress.steps += 1
         return loss
-
-
-def _like(tensor: Tensor, saved: Tensor) -> Tensor:
-    if saved.shape != tensor.shape or saved.dtype != tensor.dtype or not bool(torch.isfinite(saved).all()):
-        raise ValueError(
-            f"expected finite numbers of shape {tuple(tensor.shape)} and {tensor.dtype}, got {saved.dtype} of "
-            f"{tuple(saved.shape)}"
-        )
-    return saved

@@ -6,22 +6,77 @@ is kept, one that they do not see is clipped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.loss_curvature import random_direction
 from cptv_ao.core.losses import Loss
-from cptv_ao.core.qparams import Assignment
+from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import Select, compared
+from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.evaluation.calibration import Calibration
+from cptv_ao.search.proposals.batch_gradient import largest_part
 from cptv_ao.search.proposals.error_histogram import ErrorHistogram
+from cptv_ao.search.proposals.following import follow
+from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.activations import steps_and_gradients
 from cptv_ao.simulation.twin import Twin
+
+# Images that are followed, at most and at least; what one costs, in forwards of the float network; and in how many parts
+# at least, each with a direction of its own, where there are as many images.
+_IMAGES, _LEAST, _FORWARDS, _PARTS = 64, 8, 3, 32
+# Share of the seconds of a limited search.
+_SHARE = 0.15
+
+
+class LeastLossRanges:
+    """Finds the ranges of all activations that are searched.
+
+    Args:
+        twin: of the model; written: scales.
+        groups: the tied groups that are searched, by the name of their leader.
+        images: of which some are followed.
+        calibration: for the loss and the cost of a forward.
+    """
+
+    def __init__(
+        self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], images: StepImages, calibration: Calibration
+    ) -> None:
+        self._twin, self._images, self._calibration = twin, images, calibration
+        self._groups = {lead: group for lead, group in groups.items() if group[0].kind == "activation"}
+        #: images run through the twin so far; forward and backward count as three
+        self.image_forwards = 0
+
+    def assignment(self, store: ScaleStore, limited: Collection[str]) -> Assignment:
+        """The ranges, by site name.
+
+        Args:
+            store: whose scales there are now.
+            limited: leaders of the groups whose codes must stay where no kernel saturates.
+        """
+        config, parts = self._calibration.config, self._parts()
+        self.image_forwards += _FORWARDS * sum(part.images for part in parts)
+        follow(self._twin, store)
+        groups = {lead: _limited(group) if lead in limited else group for lead, group in self._groups.items()}
+        return least_loss_ranges(self._twin, groups, parts, config.loss, config.output or first_floating)
+
+    def _parts(self) -> list[Batch]:
+        images = self._calibration.cost.images(_IMAGES, forwards=_FORWARDS, share=_SHARE, least=_LEAST)
+        most = min(largest_part(self._twin), max(1, images // _PARTS))
+        batches = spread_images(self._images.batches, images)
+        return [part for batch in batches for part, _ in batch.parts(-(-batch.images // most))]
+
+
+def _limited(group: tuple[ScaleSite, ...]) -> tuple[ScaleSite, ...]:
+    return tuple(replace(site, qmax=min(site.qmax, REDUCED_QMAX)) for site in group)
 
 
 def least_loss_ranges(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -13,31 +12,27 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
-from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
-from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
+from cptv_ao.core.qparams import REDUCED_QMAX
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
-from cptv_ao.search.proposals.batch_gradient import Objective, largest_part
-from cptv_ao.search.proposals.bias_correction import FORWARDS, corrections
+from cptv_ao.search.proposals.batch_gradient import Objective
+from cptv_ao.search.proposals.bias_correction import BiasCorrector
+from cptv_ao.search.proposals.following import follow
 from cptv_ao.search.proposals.gradient import GradientDescent, State
-from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER, Proposal, individuals
-from cptv_ao.search.proposals.least_loss_ranges import least_loss_ranges
+from cptv_ao.search.proposals.initial_scales import Proposal, individuals
+from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges
+from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.schedule import Schedule
 from cptv_ao.search.proposals.step_images import StepImages
-from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
 
 # Share of the seconds of a limited search that the descent may take where block visits follow.
 _DESCENT_SHARE = 0.85
-# Images on which errors of weights are weighed, and whose means biases are for: at most, and where there is no time for
-# the least of them, nothing is corrected.
-_TOLD_BY, _MEANS, _LEAST_MEANS = 64, 200, 8
-# Images whose outputs say which ranges they mind, at most and at least, what one costs in forwards, and how many are
-# followed apart: what these have in common would else be lost.
-_FOLLOWED, _LEAST_FOLLOWED, _FOLLOWED_FORWARDS, _APART = 64, 8, 3, 32
+# Images on which errors of weights are weighed, at most.
+_TOLD_BY = 64
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
 # dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
 _STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
@@ -67,16 +62,22 @@ class Proposer:
         self._store: ScaleStore = backend
         self._config, self._world = calibration.config, calibration.world
         self._cost = calibration.cost
-        self._images, self._probe = calibration.search.batches[0], calibration.probe
+        self._images = calibration.search.batches[0]
         self._steps = StepImages(calibration, _step_images(calibration))
         self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
-        #: images run through the twin so far by this rank; forward and backward count as three
-        self.image_forwards = 0
+        self._limits = SaturationLimits(backend, self._twin, groups, calibration.probe, self._world)
+        self._biases = BiasCorrector(self._twin, groups, self._steps, calibration.cost)
+        self._ranges = LeastLossRanges(self._twin, groups, self._steps, calibration)
+        self._descended = 0
         self._budget = budget
-        self._narrowed: set[str] = set()
         self._began = 0.0
         self._descent: GradientDescent | None = None
+
+    @property
+    def image_forwards(self) -> int:
+        """Images run through the twin so far by this rank; forward and backward count as three."""
+        return self._descended + self._biases.image_forwards + self._ranges.image_forwards
 
     def proposals(self, on_step: Callable[[float], None], on_pause: Callable[[bool], None]) -> Iterator[Proposal]:
         """The population, then those of the descent, or where it was before `resume` what is left of these.
@@ -92,15 +93,15 @@ class Proposer:
             self._began = self._world.first(self._budget.seconds)
             self._descent = self._new_descent()
         yield from self._descend(self._descent, on_step, on_pause)
-        if self._corrects and self._dear and self._budget.left:
-            yield "biases corrected", partial(self._corrected, dict)
+        if self._biases.dear and self._biases.in_use(self._store) and self._budget.left:
+            yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
     def state(self) -> State | None:
         """Where the descent is, for `resume`; None where it has not begun, or has come to its end."""
         if self._descent is None:
             return None
         tensors, data = self._descent.state()
-        return tensors, {**data, "narrowed": sorted(self._narrowed), "began": self._began}
+        return tensors, {**data, "narrowed": sorted(self._limits.limited), "began": self._began}
 
     def resume(self, state: State) -> None:
         """Begin in the descent, with what `state` returned for the same model, config and images.
@@ -108,7 +109,7 @@ class Proposer:
         Raises:
             KeyError, TypeError, ValueError: it is not that.
         """
-        self._limit(state[1]["narrowed"])
+        self._limits.limit(state[1]["narrowed"])
         self._began = float(state[1]["began"])
         self._enter()
         self._descent = self._new_descent()
@@ -121,116 +122,33 @@ class Proposer:
         population, now = self._config.population, self._kernels.read
         if self._kernels.form.enforces_ranges:  # for which its observers calibrate
             population = tuple(individual for individual in population if individual != "ranges")
-        limited = self._limited()
-        self._limit(limited)
+        limited = self._limits.on_whole_containers() if self._saturates else []
+        self._limits.limit(limited)
         self._enter()
         worth = self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=0)
         if not worth:
             population = tuple(individual for individual in population if individual != "output_error")
         batch = self._images.few(max(worth, 1))
         found = list(individuals(population, self._twin, self._groups, limited, now, batch))
-        for individual in reversed(found) if self._dear else found:  # first what costs nothing
+        for individual in reversed(found) if self._biases.dear else found:  # first what costs nothing
             if self._budget.left:
                 yield individual
         if "curvature" in population and self._budget.left:
-            yield "activation ranges of least loss", self._least_loss_ranges
-        worth = self._means >= _LEAST_MEANS
-        if worth and "biases" in population and self._correctable() and self._budget.left:
-            yield "biases corrected", partial(self._corrected, dict)
-
-    def _least_loss_ranges(self) -> Assignment:
-        """Of what is searched, as the kernels can use it."""
-        images = self._cost.images(_FOLLOWED, forwards=_FOLLOWED_FORWARDS, share=0.15, least=_LEAST_FOLLOWED)
-        batches = spread_images(self._steps.batches, images, False)
-        most = min(largest_part(self._twin), max(1, images // _APART))
-        parts = [part for batch in batches for part, _ in batch.parts(-(-batch.images // most))]
-        self.image_forwards += _FOLLOWED_FORWARDS * sum(part.images for part in parts)
-        self._follow()
-        limited = {
-            lead: tuple(replace(site, qmax=min(site.qmax, REDUCED_QMAX)) for site in group)
-            if lead in self._narrowed
-            else group
-            for lead, group in self._groups.items()
-            if group[0].kind == "activation"
-        }
-        config = self._config
-        return least_loss_ranges(self._twin, limited, parts, config.loss, config.output or first_floating)
-
-    def _correctable(self) -> list[str]:
-        """Weights whose layers may get another bias."""
-        weights = [lead for lead, group in self._groups.items() if group[0].kind == "weight"]
-        return [name for name in weights if self._store.correctable(name)]
+            yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
+        if "biases" in population and self._biases.worth(self._store) and self._budget.left:
+            yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
     @property
-    def _corrects(self) -> bool:
-        """Whether the kernels have accepted corrected biases."""
-        return any(self._store.read(name).correction is not None for name in self._correctable())
-
-    @property
-    def _dear(self) -> bool:
-        """Whether a correction of the biases takes so long that it is not made anew with each proposal."""
-        return self._means < _MEANS
-
-    @property
-    def _means(self) -> int:
-        """Images whose means are worth comparing."""
-        return self._cost.images(_MEANS, forwards=FORWARDS, share=0.02, least=0)
-
-    def _corrected(self, scales: Callable[[], Assignment]) -> Assignment:
-        """Scales with the biases that fit them; the twin has both until it follows the model again."""
-        assignment = scales()
-        self._follow()
-        for name, qparams in assignment.items():
-            self._twin.set(name, qparams)
-        found, images = corrections(self._twin, self._correctable(), self._steps.batches, self._means)
-        self.image_forwards += FORWARDS * images
-        held = {name: assignment.get(name, self._store.read(name)) for name in found}
-        return assignment | {name: replace(held[name], correction=found[name]) for name in found}
+    def _saturates(self) -> bool:
+        """Whether what is searched runs on the kernels, which may saturate: the twin never does."""
+        return self._store is self._kernels and not self._kernels.form.simulates_itself
 
     def _enter(self) -> None:
         """Go to where the search is: nowhere else, on the kernels."""
 
-    def _limited(self) -> list[str]:
-        """Leaders of the groups that kernels saturate on where all activations use their whole container."""
-        sites = [site for group in self._activations().values() for site in group]
-        return list(
-            self._saturating({site.name: rescaled(self._store.read(site.name), HALF_CONTAINER, site) for site in sites})
-        )
-
-    def _saturating(self, scales: Assignment) -> dict[str, int]:
-        """Leaders of the groups that kernels of any rank saturate on when the model has these scales, and the highest
-        code of each."""
-        backend, twin = self._kernels, self._twin
-        before = backend.snapshot()
-        try:
-            for name, qparams in scales.items():
-                backend.write(name, qparams)
-            self._follow()
-            twin.reround_weights(False)
-            found = saturating_inputs(backend.model, twin, self._probe)
-        finally:
-            backend.restore_all(before)
-        twin.reround_weights()
-        self._follow()
-        groups = self._activations()
-        highest = [float(max(found.get(site.name, 0) for site in group)) for group in groups.values()]
-        agreed = [int(self._world.most(code)[0]) for code in highest]
-        return {lead: code for lead, code in zip(groups, agreed, strict=True) if code}
-
-    def _activations(self) -> dict[str, tuple[ScaleSite, ...]]:
-        return {lead: group for lead, group in self._groups.items() if group[0].affine}
-
-    def _limit(self, leads: Collection[str]) -> None:
-        """Keep the codes of these groups, and of no others, where no kernel saturates."""
-        for lead in self._narrowed.symmetric_difference(leads):
-            for site in self._groups[lead]:
-                self._twin.limit([site.name], REDUCED_QMAX if lead in leads else site.qmax)
-        self._narrowed = set(leads)
-
     def _follow(self) -> None:
         """Give the twin the scales that are in the model."""
-        for name in self._twin.names:
-            self._twin.set(name, self._store.read(name))
+        follow(self._twin, self._store)
 
     def _new_descent(self) -> GradientDescent:
         config = self._config
@@ -256,21 +174,24 @@ class Proposer:
     ) -> Iterator[Proposal]:
         proposals = descent.run(self._steps, self._schedule(), on_step, lambda: self._budget.left, on_pause)
         counted = descent.image_forwards
+        limits, biases = self._limits, self._biases
         for name, scales in proposals:
-            self.image_forwards += descent.image_forwards - counted
+            self._descended += descent.image_forwards - counted
             counted = descent.image_forwards
             # Where no kernel saturates on the whole range, a dear look at each proposal is left to its score.
-            highest = {} if self._dear and not self._narrowed else self._saturating(scales())
-            narrowed = self._narrowed
-            self._limit(narrowed | highest.keys())
+            look = self._saturates and (limits.limited or not biases.dear)
+            highest = limits.saturating(scales()) if look else {}
+            limited = limits.limited
+            limits.limit(limited | highest.keys())
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
             descent.rescale(narrower)
-            before = self._scales()
-            yield name, partial(self._corrected, scales) if self._corrects and not self._dear else scales
+            before = _scales(self._store, self._groups)
+            corrects = biases.in_use(self._store) and not biases.dear
+            yield name, partial(biases.corrected, scales, self._store) if corrects else scales
             self._follow()
-            if torch.equal(self._scales(), before) and not descent.young:
+            if torch.equal(_scales(self._store, self._groups), before) and not descent.young:
                 descent.go_back_to(self._store.read)
-                self._limit(narrowed)
+                limits.limit(limited)
         if descent.over:
             self._descent = None
 
@@ -282,9 +203,10 @@ class Proposer:
         marks = _MARKS if limit is None else _YOUNG + _MARKS
         return Schedule(config.gradient_steps, config.learning_rate, seconds, marks, self._world, started)
 
-    def _scales(self) -> Tensor:
-        """All searched scales that are in the model, one after another."""
-        return torch.cat([self._store.read(lead).scale.reshape(-1) for lead in self._groups])
+
+def _scales(store: ScaleStore, leads: Iterable[str]) -> Tensor:
+    """The scales of these groups that are in the model, one after another."""
+    return torch.cat([store.read(lead).scale.reshape(-1) for lead in leads])
 
 
 def _step_images(calibration: Calibration) -> int:

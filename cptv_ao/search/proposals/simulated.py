@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.qparams import Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
@@ -16,7 +15,7 @@ from cptv_ao.simulation.simulated_backend import SimulatedBackend
 class SimulatedProposer(Proposer):
     """Proposals for a search on the twin, computed on its device.
 
-    Which sites the kernels saturate on is still found on the kernels: what they cannot add up would be rejected.
+    Which sites the kernels saturate on is still found on the kernels, once: what they cannot add up would be rejected.
 
     Args:
         simulated: what is searched.
@@ -40,8 +39,3 @@ class SimulatedProposer(Proposer):
         self._images = simulated.batch(self._images)
         self._twin.to(simulated.twin.device)
         self._store = simulated
-
-    def _saturating(self, scales: Assignment) -> dict[str, int]:
-        """On the kernels: none once the search is on the twin, which never saturates."""
-        on_twin = self._store is self._simulated or self._store.form.simulates_itself
-        return {} if on_twin else super()._saturating(scales)
