@@ -30,8 +30,8 @@ from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.activations import steps_and_gradients
 from cptv_ao.simulation.twin import Twin
 
-# Images that are followed, at most and at least; what one costs, in forwards of the float network; and in how many parts
-# at least, each with a direction of its own, where there are as many images.
+# Images that are followed, at most and at least; what one costs, in forwards of the float network; in how many parts at
+# least, each with a direction of its own, where there are as many images.
 _IMAGES, _LEAST, _FORWARDS, _PARTS = 64, 8, 3, 32
 # Share of the seconds of a limited search.
 _SHARE = 0.15
