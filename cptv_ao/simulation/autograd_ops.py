@@ -105,6 +105,11 @@ class _Product:
         output = self.forward(value, weight).square_()
         return output.sum([d for d in range(output.dim()) if d != self.channel_dim % output.dim()])
 
+    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
+        """What the rows of a weight, flattened to (C, K), are multiplied with, for an input: (groups, n, K), evenly
+        spread where there are more than `most`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Linear(_Product):
@@ -119,6 +124,10 @@ class Linear(_Product):
         rows = gradient.reshape(-1, gradient.shape[-1])
         d_codes = (rows @ weight).reshape(codes.shape) if mask[0] else None
         return d_codes, rows.t() @ codes.reshape(-1, codes.shape[-1]) if mask[1] else None
+
+    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
+        found = value.reshape(-1, value.shape[-1])
+        return found[_spread(len(found), most)].unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,17 @@ class Convolution(_Product):
         """What follows the bias among the arguments of `torch.convolution`."""
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
+    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
+        sizes = weight.shape[2:]
+        value = functional.pad(value, [side for amount in reversed(self.padding) for side in (amount, amount)])
+        for dim, (size, stride, dilation) in enumerate(zip(sizes, self.stride, self.dilation, strict=True), 2):
+            value = value.unfold(dim, dilation * (size - 1) + 1, stride)
+            value = value[..., ::dilation]
+        value = value.movedim(1, 1 + len(sizes))  # (N, *positions, channels, *sizes): a view of the input
+        places = value.shape[: 1 + len(sizes)]
+        chosen = torch.unravel_index(_spread(math.prod(places), most).to(value.device), places)
+        return value[chosen].reshape(len(chosen[0]), self.groups, -1).transpose(0, 1)
+
     def _layout(self, codes: Tensor, weight: Tensor) -> torch.memory_format:
         strided_pointwise = weight[0, 0].numel() == 1 and max(self.stride) > 1
         return torch.channels_last if codes.dim() == 4 and not strided_pointwise else torch.contiguous_format
@@ -165,6 +185,14 @@ class Line(Convolution):
     def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
         d_codes, d_weight = super().backward(gradient.unsqueeze(2), codes.unsqueeze(2), weight, mask)
         return None if d_codes is None else d_codes.squeeze(2), d_weight
+
+    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
+        return super().rows(value.unsqueeze(2), weight, most)
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Places of so many, or of some of them."""
+    return torch.arange(count) if count <= most else torch.arange(most) * count // most
 
 
 Product = Linear | Convolution

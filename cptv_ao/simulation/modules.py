@@ -189,6 +189,10 @@ class QuantizedLayer(OutOfPlace):
         """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
         return self._product.error(value, self.weight.error(scale))
 
+    def rows(self, value: Tensor, most: int) -> Tensor:
+        """What the rows of the weight, flattened to (C, K), are multiplied with for a float input: (groups, n, K)."""
+        return self._product.rows(value, self.weight.codes, most)
+
 
 class Sum(OutOfPlace):
     """quantized.add and its fused ReLU."""

@@ -89,6 +89,10 @@ class FloatLayer(OutOfPlace):
         """As of `QuantizedLayer`."""
         return self._product.error(value, self.weight.error(scale))
 
+    def rows(self, value: Tensor, most: int) -> Tensor:
+        """As of `QuantizedLayer`."""
+        return self._product.rows(value, self.weight.codes, most)
+
 
 class Pt2eBuilder(Builder):
     """From the backend of a PT2E graph."""

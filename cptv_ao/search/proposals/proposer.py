@@ -13,7 +13,7 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.losses import get_loss, is_per_image
-from cptv_ao.core.qparams import REDUCED_QMAX
+from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration
@@ -26,6 +26,7 @@ from cptv_ao.search.proposals.initial_scales import Proposal, individuals
 from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges
 from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.schedule import Schedule
+from cptv_ao.search.proposals.sequential_rounding import sequential_roundings
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import Twin
 
@@ -135,8 +136,17 @@ class Proposer:
                 yield individual
         if "curvature" in population and self._budget.left:
             yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
+        if "output_error" in population and self._config.rounding_rate and self._budget.left:
+            yield "weights rounded for least output error", self._rounded_in_turn
         if "biases" in population and self._biases.worth(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
+
+    def _rounded_in_turn(self) -> Assignment:
+        """Weights at their present scales."""
+        self._follow()
+        images = self._cost.images(_TOLD_BY, forwards=1, share=0.03, least=4)
+        weights = [lead for lead, group in self._groups.items() if group[0].kind == "weight"]
+        return sequential_roundings(self._twin, weights, self._images.few(images))
 
     @property
     def _saturates(self) -> bool:

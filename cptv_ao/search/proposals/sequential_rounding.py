@@ -1,0 +1,93 @@
+"""Codes of weights that least change the outputs of their layer, in closed form: each column is rounded in turn, and
+what that takes from the outputs is given to the columns that are not rounded yet (GPTQ, arXiv 2210.17323; OBQ, arXiv
+2208.11580). Here a weight goes to one of the two codes beside it, as in a descent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
+from cptv_ao.simulation.modules import WeightQuantizer
+from cptv_ao.simulation.twin import Twin
+
+# Rows of inputs that a Gram matrix is made of, at most, and the share of its mean diagonal that is added to it.
+_ROWS, _DAMPING = 16_384, 0.01
+# Columns whose errors are handed on to the columns behind them at once.
+_BLOCK = 128
+# Weights of more codes lose so little by the nearest ones that nothing is to be had.
+_CODES = 127
+
+
+def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
+    """The present scales, with weights that are rounded so; without those that have too many codes to gain by it.
+
+    Args:
+        twin: whose layers are given their inputs in float.
+        names: of the weight sites that may be rounded otherwise than to the nearest code.
+        batch: search images.
+    """
+    with torch.no_grad(), twin.in_float(twin.names):
+        inputs = twin.layer_inputs(batch)
+    found: Assignment = {}
+    for layer, value in inputs.items():
+        site = layer.weight.site
+        if site.name in names and site.qmax - site.qmin <= _CODES and twin.shiftable_weight(site.name) is not None:
+            rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
+            found[site.name] = _rounded(layer.weight, rows, twin.get(site.name))
+    return found
+
+
+def _rounded(quantizer: WeightQuantizer, rows: Tensor, now: QParams) -> QParams:
+    weight, site = quantizer.weight, quantizer.site
+    assert weight is not None
+    zero_point = along_axis(quantizer.zero_point, site.axis, weight.dim())
+    steps = weight_steps(weight, quantizer.scale, site.axis)
+    low, high = (torch.broadcast_to(end - zero_point, steps.shape).flatten(1) for end in (site.qmin, site.qmax))
+    parts = zip(*(part.chunk(len(rows)) for part in (steps.flatten(1), low, high)), rows, strict=True)
+    codes = torch.cat([rounded_in_turn(*part) for part in parts])
+    shift = shift_of(weight, codes.reshape(weight.shape) + zero_point, now, site)
+    return QParams(now.scale, now.zero_point, None if shift is None else shift.cpu(), now.correction)
+
+
+def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, rows: Tensor) -> Tensor:
+    """Whole numbers near to `steps` whose products with the rows are near to those of the steps.
+
+    Args:
+        steps: weights in steps of their scales (C, K).
+        low, high: the least and the greatest code (C, K).
+        rows: inputs (n, K).
+
+    Returns:
+        Each the whole number below or above, within the ends (C, K).
+    """
+    inverse, order = _inverse_factor(rows)
+    left, low, high = (part[:, order] for part in (steps, low, high))
+    floor, ceiling = (torch.minimum(torch.maximum(code, low), high) for code in (left.floor(), left.floor() + 1))
+    codes, columns = torch.empty_like(left), left.shape[1]
+    for first in range(0, columns, _BLOCK):
+        last = min(first + _BLOCK, columns)
+        errors = torch.empty_like(left[:, first:last])
+        for column in range(first, last):
+            own = left[:, column]
+            codes[:, column] = torch.minimum(torch.maximum(own.round(), floor[:, column]), ceiling[:, column])
+            errors[:, column - first] = (own - codes[:, column]) / inverse[column, column]
+            left[:, column:last] -= errors[:, column - first, None] * inverse[column, column:last]
+        left[:, last:] -= errors @ inverse[first:last, last:]
+    return codes[:, order.argsort()]
+
+
+def _inverse_factor(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the inverse of the Gram matrix (K, K), and its order: the largest inputs first."""
+    gram = rows.T @ rows
+    diagonal = gram.diagonal()
+    order = diagonal.argsort(descending=True)
+    gram = gram[order][:, order]
+    gram.diagonal().add_(_DAMPING * float(diagonal.mean()) + torch.finfo(gram.dtype).tiny)
+    lower = torch.linalg.cholesky(gram.double())
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(rows.dtype), order

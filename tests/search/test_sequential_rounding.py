@@ -1,0 +1,133 @@
+"""Weights rounded column after column: against all roundings that there are, and the rows that they are found for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import nets
+from helpers.cases import Case, backend_of
+from helpers.search import small_config
+from torch import Tensor
+from torch.nn import functional
+
+import cptv_ao
+from cptv_ao.core.batches import Batch
+from cptv_ao.search.proposals.sequential_rounding import rounded_in_turn, sequential_roundings
+from cptv_ao.simulation.autograd_ops import Convolution, Linear
+from cptv_ao.simulation.twin import Twin
+
+COLUMNS = 8
+
+
+def rows_of(columns: int, seed: int) -> Tensor:
+    """Inputs whose columns have to do with one another."""
+    return nets.images(512, columns, seed=seed) @ (
+        torch.eye(columns) + 0.5 * nets.images(columns, columns, seed=seed + 1)
+    )
+
+
+def error(codes: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
+    """Of each channel (C,)."""
+    return ((codes - steps) @ rows.T).square().sum(1)
+
+
+def test_it_is_near_to_the_best_of_all_roundings() -> None:
+    steps, rows = 3 * nets.images(20, COLUMNS, seed=3), rows_of(COLUMNS, seed=4)
+    ends = torch.full_like(steps, 100.0)
+    found = error(rounded_in_turn(steps, -ends, ends, rows), steps, rows)
+    choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=COLUMNS)))
+    best = torch.stack([error(steps.floor() + choice, steps, rows) for choice in choices]).amin(0)
+    nearest = error(steps.round(), steps, rows)
+    assert bool((found >= best - 1e-3).all())
+    assert float(found.sum()) < 1.25 * float(best.sum())
+    assert float(found.sum()) < 0.8 * float(nearest.sum())
+
+
+def test_each_code_is_one_of_two_and_within_the_ends() -> None:
+    steps, rows = 6 * nets.images(16, 300, seed=5), rows_of(300, seed=6)
+    low, high = torch.full_like(steps, -4.0), torch.full_like(steps, 3.0)
+    codes = rounded_in_turn(steps, low, high, rows)
+    assert bool(((codes >= low) & (codes <= high)).all())
+    inside = (steps > -4) & (steps < 3)
+    assert bool(((codes - steps).abs()[inside] < 1).all())
+    assert bool((codes[steps > 3] == 3).all()) and bool((codes[steps < -4] == -4).all())
+    assert torch.equal(codes, codes.round())
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    steps, rows = nets.images(4, COLUMNS, seed=7), rows_of(COLUMNS, seed=8)
+    rows[:, 2] = 0.0
+    ends = torch.full_like(steps, 9.0)
+    assert bool(rounded_in_turn(steps, -ends, ends, rows).isfinite().all())
+    assert bool(rounded_in_turn(steps, -ends, ends, torch.zeros_like(rows)).isfinite().all())
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("size", [(3,), (3, 2), (1, 2, 3)])
+def test_the_rows_of_a_convolution_are_what_its_weights_meet(groups: int, size: tuple[int, ...]) -> None:
+    dims = len(size)
+    weight = nets.images(6, 6 // groups, *size, seed=1)
+    value = nets.images(2, 6, *(7, 8, 9)[:dims], seed=2)
+    stride, padding, dilation = (2, 1, 1)[:dims], (1, 0, 2)[:dims], (1, 2, 1)[:dims]
+    product = Convolution(stride, padding, dilation, groups)
+    wanted = torch.convolution(value, weight, None, stride, padding, dilation, False, (0,) * dims, groups)
+    rows = product.rows(value, weight, 10**6)
+    found = torch.cat([own @ part.flatten(1).T for own, part in zip(rows, weight.chunk(groups), strict=True)], 1)
+    assert torch.allclose(found, wanted.movedim(1, -1).flatten(0, -2), atol=1e-4)
+    few = product.rows(value, weight, 5)
+    assert few.shape == (groups, 5, weight[0].numel())
+    assert torch.equal(few[:, 0], rows[:, 0])
+
+
+def test_the_rows_of_a_linear_layer_are_its_inputs() -> None:
+    value = nets.images(2, 5, 4, seed=1)
+    assert torch.equal(Linear().rows(value, nets.images(3, 4), 100), value.reshape(1, 10, 4))
+
+
+def test_a_search_gains_by_the_roundings_of_few_bits(vit_w2: Case) -> None:
+    """Unseen images, too: they are of the inputs of each layer, not of the loss."""
+    config = small_config(population=("output_error",), passes=0)
+    nearest = small_config(population=("output_error",), passes=0, rounding_rate=0)
+    losses = []
+    for one in (config, nearest):
+        refined = cptv_ao.refine(
+            vit_w2.converted, vit_w2.batches, float_model=vit_w2.float_model, config=one, inplace=False, progress=False
+        )
+        report = cptv_ao.report(refined)
+        losses.append((report.after.search, report.after.holdout))
+        rounds = [stage for stage in report.stages if stage.startswith("weights rounded")]
+        assert len(rounds) == (one is config)
+    assert all(ours < 0.8 * theirs for ours, theirs in zip(*losses, strict=True))
+
+
+def test_weights_of_eight_bits_are_left(conv: Case) -> None:
+    backend = backend_of(conv)
+    twin = Twin(backend)
+    twin.reround_weights()
+    batch = Batch((conv.batches[0],), {}, len(conv.batches[0]))
+    eight = [site.name for site in backend.sites.values() if site.kind == "weight" and site.qmax - site.qmin > 127]
+    assert sequential_roundings(twin, eight, batch) == {}
+
+
+def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None:
+    backend = backend_of(vit_w2)
+    twin = Twin(backend)
+    twin.reround_weights()
+    batch = Batch((torch.cat(vit_w2.batches),), {}, 128)
+    names = [site.name for site in backend.sites.values() if site.kind == "weight"]
+    found = sequential_roundings(twin, names, batch)
+    assert set(found) == set(names)
+    with torch.no_grad(), twin.in_float(twin.names):
+        inputs = twin.layer_inputs(batch)
+    for layer, value in inputs.items():
+        name = layer.weight.site.name
+        if not isinstance(layer.weight.weight, Tensor) or layer.weight.weight.dim() != 2:
+            continue
+        rows = value.dequantize().flatten(0, -2)
+        wanted = functional.linear(rows, layer.weight.weight)
+        before = (functional.linear(rows, layer.weight.dequantize()) - wanted).square().sum()
+        twin.set(name, found[name])
+        after = (functional.linear(rows, layer.weight.dequantize()) - wanted).square().sum()
+        assert float(after) < 0.8 * float(before), name
