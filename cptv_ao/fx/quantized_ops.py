@@ -20,7 +20,7 @@ import torch.ao.nn.quantized.reference as nnqr
 import torch.ao.nn.sparse.quantized as sparse
 import torch.ao.nn.sparse.quantized.dynamic as sparse_dynamic
 from torch import nn
-from torch.ao.quantization import FakeQuantize, FakeQuantizeBase, ObserverBase
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.fx import GraphModule, Node
 
 from cptv_ao.fx.decomposed_ops import is_of, packet_of
