@@ -27,6 +27,8 @@ from cptv_ao.fx.paths import fetch
 
 # Ops that put a value, or a weight, on a scale.
 _QUANTIZE = ("quantize_per_tensor", "quantize_per_channel", "quantize_per_channel_group", "quantize_per_token")
+# What QAT puts around a convolution and its weight.
+_FACTORS = (torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 class Pt2eForm(GraphForm):
@@ -201,12 +203,15 @@ def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> Scal
 
 
 def fused_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the convolutions of an exported float model, fused with the batch norm behind them, by path."""
+    """Weights of the convolutions of an exported float model, fused with the batch norm behind them, by path.
+
+    Prepared for QAT: batch_norm(conv(x, fake_quantize(weight * factor)) / factor + bias).
+    """
     fused: dict[str, Tensor] = {}
     for node in model.graph.nodes if isinstance(model, GraphModule) else ():
-        source = node.args[0] if node.target is torch.ops.aten.batch_norm.default else None
-        held = source.args[1] if isinstance(source, Node) and len(source.args) > 1 else None
-        if not isinstance(held, Node) or held.op != "get_attr":
+        source = _through_factors(node.args[0]) if node.target is torch.ops.aten.batch_norm.default else None
+        held = _through_factors(source.args[1]) if source is not None and len(source.args) > 1 else None
+        if held is None or held.op != "get_attr":
             continue
         gamma, _, _, var = (fetch(model, str(part.target)) if part is not None else None for part in node.args[1:5])
         factor = torch.rsqrt(var + node.args[7]) * (1 if gamma is None else gamma)
@@ -214,6 +219,13 @@ def fused_weights(model: nn.Module) -> dict[str, Tensor]:
         path = str(held.target).removesuffix(".weight")
         fused[path] = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
     return fused
+
+
+def _through_factors(value: Any) -> Node | None:
+    """The node whose value this is, but for factors, sums and fake quantization."""
+    while isinstance(value, Node) and (value.op == "call_module" or value.target in _FACTORS):
+        value = value.args[0]
+    return value if isinstance(value, Node) else None
 
 
 def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str, str]:

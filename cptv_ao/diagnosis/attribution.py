@@ -14,7 +14,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.losses import get_loss
+from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.progress import Advance
 from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images, on_device
@@ -122,7 +122,7 @@ def causes_by_substitution(
         float_outputs: the float model's tensors per batch, by block, in the shape of these nodes.
         whole: the loss of the model on its kernels.
     """
-    select, loss = config.output or first_floating, get_loss(config.loss, config.temperature)
+    select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
     causes = Attribution(whole, least)
     before = whole
     for name, node in outputs.items():

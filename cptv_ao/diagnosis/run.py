@@ -14,7 +14,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.losses import get_loss
+from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.objective import settled
 from cptv_ao.core.progress import Advance, progress_bar
 from cptv_ao.core.tensors import first_floating
@@ -176,7 +176,7 @@ def _few(batches: Sequence[Batch]) -> list[Batch]:
 
 def _least(images: Images, config: RefineConfig) -> float:
     """The loss of the teacher against itself."""
-    loss = get_loss(config.loss, config.temperature)
+    loss = get_exact_loss(config.loss, config.temperature)
     total = sum(float(loss(t, t)) * b.images for b, t in zip(images.batches, images.targets, strict=True))
     return total / sum(batch.images for batch in images.batches)
 

@@ -16,7 +16,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import NonFiniteError
-from cptv_ao.core.losses import get_loss
+from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.outcome import Losses
 from cptv_ao.core.tensors import compared, first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images
@@ -68,7 +68,7 @@ def check_losses(losses: Losses) -> Losses:
 
 
 def _evaluator(model: GraphModule, images: Images, config: RefineConfig, world: World) -> Evaluator:
-    select, loss = config.output or first_floating, get_loss(config.loss, config.temperature)
+    select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
     evaluator = Evaluator(model, images.batches, images.targets, loss, select, config.cache_bytes, world)
     evaluator.check()
     return evaluator
@@ -86,7 +86,7 @@ class Shipped:
         config = calibration.config
         self._model, self._make, self._world = model, make, calibration.world
         self._search, self._holdout = calibration.search, calibration.holdout
-        self._select, self._loss = config.output or first_floating, get_loss(config.loss, config.temperature)
+        self._select, self._loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
 
     def losses(self) -> Losses:
         """Of the scales that are in the model now."""

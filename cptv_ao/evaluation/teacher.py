@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.open import OpenedModel
@@ -17,9 +18,12 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
 from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.fx.inplace import written
 from cptv_ao.fx.quantized_ops import is_observer, is_rounding
 from cptv_ao.fx.running import run
 from cptv_ao.simulation.twin import unquantized
+
+_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,16 @@ def as_float(model: nn.Module) -> Iterator[None]:
     convert_fx leaves in it (it replaces the modules of the prepared model too) use their float weights.
 
     Where a model was trained with fake quantization (QAT), and has it in use, that network is the one that somebody
-    trained: its values and weights are rounded at the scales that they have, and nothing is observed.
+    trained: its values and weights are rounded at the scales that they have, and nothing is observed. Buffers that a
+    graph itself writes (it counts the batches that its batch norms were trained on) are copies inside.
     """
     trained = fakes_quantization(model)
     patched: list[tuple[nn.Module, str]] = []
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
+        for buffers, name in _written_buffers(model):
+            held.append((buffers, name, buffers[name]))
+            buffers[name] = buffers[name].clone()
         for module in model.modules():
             if is_observer(module):
                 patched.append((module, "forward"))
@@ -79,6 +88,19 @@ def as_float(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name in patched:
             object.__delattr__(module, name)
+        for buffers, name, buffer in held:
+            buffers[name] = buffer
+
+
+def _written_buffers(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Buffers that nodes of a graph work in place on: those of the module that holds each, and its name there."""
+    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
+        source = written(node, model.get_submodule(str(node.target)) if node.op == "call_module" else None)
+        if source is not None and source.op == "get_attr":
+            path, _, name = str(source.target).rpartition(".")
+            buffers: dict[str, Any] = model.get_submodule(path)._buffers
+            if name in buffers:
+                yield buffers, name
 
 
 def fakes_quantization(model: nn.Module) -> bool:
@@ -89,9 +111,12 @@ def fakes_quantization(model: nn.Module) -> bool:
 def _rounded(fake: Any, value: Tensor) -> Tensor:
     """What fake quantization makes of a value (...) at the scales that it has."""
     qmin, qmax = fake.activation_post_process.quant_min, fake.activation_post_process.quant_max
-    if fake.is_per_channel:
-        return torch.fake_quantize_per_channel_affine(value, fake.scale, fake.zero_point, fake.ch_axis, qmin, qmax)
-    return torch.fake_quantize_per_tensor_affine(value, fake.scale, fake.zero_point, qmin, qmax)
+    scale, zero_point = fake.scale.detach(), fake.zero_point.detach()
+    if isinstance(fake.zero_point, nn.Parameter):  # one that was learned, between codes
+        zero_point = zero_point.round().clamp(qmin, qmax)
+    if fake.qscheme in _PER_CHANNEL:
+        return torch.fake_quantize_per_channel_affine(value, scale, zero_point, fake.ch_axis, qmin, qmax)
+    return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, qmin, qmax)
 
 
 def _identity(value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.ao.nn.quantized.reference as nnqr
 import torch.ao.nn.sparse.quantized as sparse
 import torch.ao.nn.sparse.quantized.dynamic as sparse_dynamic
 from torch import nn
-from torch.ao.quantization import FakeQuantize, FakeQuantizeBase, ObserverBase
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.fx import GraphModule, Node
 
 from cptv_ao.fx.decomposed_ops import is_of, packet_of
@@ -175,7 +175,7 @@ def is_observer(module: nn.Module) -> bool:
 def is_rounding(module: nn.Module) -> bool:
     """Whether a module is one of fake quantization, with a scale of its own, in use."""
     torchao: Any = sys.modules.get("torchao.quantization.pt2e")
-    kinds = (FakeQuantize,) if torchao is None else (FakeQuantize, torchao.FakeQuantize)
+    kinds = (FakeQuantizeBase,) if torchao is None else (FakeQuantizeBase, torchao.FakeQuantizeBase)
     return isinstance(module, kinds) and bool(module.fake_quant_enabled[0])
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Case
-from helpers.search import small_config
+from helpers.search import exact_kl, small_config
 from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.callbacks import EarlyStop, Log, TensorBoard, chain
 from cptv_ao.core.events import Callback
-from cptv_ao.core.losses import kl
 
 
 def refine(case: Case, callback: Callback, **changes: Any) -> cptv_ao.Report:
@@ -41,7 +40,7 @@ def refine(case: Case, callback: Callback, **changes: Any) -> cptv_ao.Report:
 def search_loss(model: GraphModule, case: Case) -> float:
     """KL on the search images: all batches but the last, which is held out."""
     with torch.inference_mode():
-        return mean(float(kl(model(batch), case.float_model(batch))) for batch in case.batches[:-1])
+        return mean(float(exact_kl(model(batch), case.float_model(batch))) for batch in case.batches[:-1])
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

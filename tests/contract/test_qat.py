@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import workloads
+from helpers import nets, pt2e
 from torch import Tensor, nn
 from torch.ao.quantization import (
     FakeQuantize,
@@ -16,11 +17,14 @@ from torch.ao.quantization import (
     QConfig,
     QConfigMapping,
 )
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 from torch.fx import GraphModule
 from torch.nn import functional
 
 import cptv_ao
+from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.evaluation.teacher import as_float, fakes_quantization
 
 SEEDS = (0, 1, 2)
@@ -93,6 +97,90 @@ def test_without_fake_quantization_in_use_it_is_float(prepared: GraphModule, dig
         plain = off(digits.test[:32])
         with as_float(off):
             assert torch.equal(off(digits.test[:32]), plain)
+
+
+def test_a_copy_from_before_the_conversion_is_accepted(digits: workloads.Images) -> None:
+    model = trained(digits, 1)
+    before = copy.deepcopy(model)
+    converted = convert_fx(model)
+    config = cptv_ao.RefineConfig(gradient_steps=8, passes=0)
+    refined = cptv_ao.refine(converted, digits.train.split(100), float_model=before, config=config, progress=False)
+    assert any("with its fake quantization" in note for note in cptv_ao.report(refined).notes)
+
+
+def test_scales_that_were_learned_are_those_of_the_teacher() -> None:
+    """LSQ: torch's learnable fake quantization is no `FakeQuantize`, and its zero_points stand between codes."""
+    tensor = {"qscheme": torch.per_tensor_affine, "observer": MovingAverageMinMaxObserver}
+    weight = _LearnableFakeQuantize.with_args(
+        **tensor | {"qscheme": torch.per_tensor_symmetric}, quant_min=-2, quant_max=1, dtype=torch.qint8
+    )
+    activation = _LearnableFakeQuantize.with_args(**tensor, quant_min=0, quant_max=255, dtype=torch.quint8)
+    model = nets.seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))).train()
+    images = nets.images(64, 8)
+    prepared = prepare_qat_fx(model, QConfigMapping().set_global(QConfig(activation, weight)), (images,))
+    prepared(images)
+    for module in prepared.modules():
+        if isinstance(module, _LearnableFakeQuantize):
+            module.enable_param_learning()
+            with torch.no_grad():
+                module.zero_point += 0.4 * (module.quant_min == 0)
+    prepared.eval()
+    with torch.no_grad():
+        wanted = prepared(images)
+        with as_float(prepared):
+            assert torch.allclose(prepared(images), wanted, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[GraphModule, GraphModule]:
+    """Convolution, batch norm and linear layer after a few steps of PT2E QAT at 4 bits: prepared, and converted."""
+    flow = pt2e.torchao()
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+
+    model = nets.seeded(lambda: nn.Sequential(block(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    images = nets.images(32, 3, 8, 8)
+    with workloads.quietly():
+        dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+        graph = torch.export.export(model.train(), (images,), dynamic_shapes=dynamic).module()
+        config = get_symmetric_quantization_config(is_per_channel=True, is_qat=True, weight_qmin=-7, weight_qmax=7)
+        prepared = flow.prepare_qat_pt2e(graph, XNNPACKQuantizer().set_global(config))
+        optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
+        for _ in range(6):
+            optimizer.zero_grad()
+            prepared(images).square().mean().backward()
+            optimizer.step()
+        move_exported_model_to_eval(prepared)
+        return copy.deepcopy(prepared), flow.convert_pt2e(prepared)
+
+
+def test_the_weights_of_an_exported_qat_model_are_those_that_were_quantized(
+    exported: tuple[GraphModule, GraphModule],
+) -> None:
+    prepared, converted = exported
+    backend = Backend(converted)
+    attach_float_weights(backend, prepared)
+    (name,) = [site.name for site in backend.sites.values() if site.op == "conv2d"]
+    qparams, codes = backend.read(name), backend.weight(name).int_repr()
+    steps = backend.float_weights[name] / qparams.scale.reshape(-1, 1, 1, 1)
+    assert (steps.clamp(-7, 7) - codes).abs().max() < 0.51, "fused with the batch norm, as it was quantized"
+
+
+def test_an_exported_qat_model_is_only_read(exported: tuple[GraphModule, GraphModule]) -> None:
+    """Its graph counts the batches that it is given: not those of a teacher."""
+    torchao = pytest.importorskip("torchao.quantization.pt2e")
+    prepared, converted = exported
+    batches = list(nets.images(64, 3, 8, 8, seed=3).split(16))
+    before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
+    fixed = copy.deepcopy(prepared)
+    for module in fixed.modules():
+        if isinstance(module, torchao.FakeQuantize):
+            module.disable_observer()
+    with torch.no_grad(), as_float(prepared):
+        assert torch.equal(prepared(batches[0]), fixed(batches[0]))
+    config = cptv_ao.RefineConfig(gradient_steps=4, passes=0)
+    cptv_ao.refine(copy.deepcopy(converted), batches, float_model=prepared, config=config, progress=False)
+    assert all(torch.equal(prepared.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.slow

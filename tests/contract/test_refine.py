@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.cases import Case
-from helpers.search import LOSSES, loss_of, small_config
+from helpers.search import LOSSES, exact_kl, loss_of, small_config
 from helpers.state import everything, generators, same_bits, weights
 from torch import Tensor
 
 import cptv_ao
-from cptv_ao.core import losses
 from cptv_ao.core.tensors import first_floating
 
 
@@ -211,7 +210,7 @@ def test_early_rejection_does_not_change_the_outcome(case: Case) -> None:
     cptv_ao.refine(
         case.converted, case.batches, config=small_config(loss="kl", evaluations=4, racing=False), **arguments
     )
-    cptv_ao.refine(other.converted, case.batches, config=small_config(loss=losses.kl, evaluations=4), **arguments)
+    cptv_ao.refine(other.converted, case.batches, config=small_config(loss=exact_kl, evaluations=4), **arguments)
     assert weights(case.converted) == weights(other.converted)
     early, full = cptv_ao.report(case.converted), cptv_ao.report(other.converted)
     assert early.after == full.after
@@ -224,7 +223,7 @@ def test_early_rejection_saves_forwards(conv: Case) -> None:
     cptv_ao.refine(
         conv.converted, conv.batches, config=small_config(loss="kl", evaluations=20, racing=False), **arguments
     )
-    cptv_ao.refine(other.converted, conv.batches, config=small_config(loss=losses.kl, evaluations=20), **arguments)
+    cptv_ao.refine(other.converted, conv.batches, config=small_config(loss=exact_kl, evaluations=20), **arguments)
     early, full = cptv_ao.report(conv.converted), cptv_ao.report(other.converted)
     assert early.image_forwards < full.image_forwards
 

@@ -11,7 +11,7 @@ from helpers import nets
 from torch import Tensor
 
 from cptv_ao.core import losses
-from cptv_ao.core.losses import get_loss
+from cptv_ao.core.losses import get_exact_loss, get_loss
 
 ROWS, CLASSES = 7, 5
 
@@ -103,3 +103,26 @@ def test_losses_of_batches_average_by_their_images(name: str) -> None:
 def test_one_image_has_no_negatives(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match="needs at least 2 images per batch for its negatives, got 1"):
         loss(torch.ones(1, 3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("name", ["kl", "soft_infonce", "mse", "cosine"])
+def test_small_losses_of_float32_outputs_mean_something(name: str) -> None:
+    """Halving a small error quarters its loss, whatever float32 makes of it."""
+    teacher, error = nets.images(ROWS, CLASSES, seed=1), nets.images(ROWS, CLASSES, seed=2)
+    for size in (1e-3, 1e-5):
+        near, nearer = teacher + size * error, teacher + size / 2 * error
+        exact = get_exact_loss(name, 3.0)
+        ratio = float(exact(near, teacher)) / float(exact(nearer, teacher))
+        assert ratio == pytest.approx(4, rel=2e-2), size
+    assert float(exact(teacher, teacher)) == pytest.approx(0, abs=1e-15)
+
+
+def test_functions_of_the_user_are_given_what_the_model_returns() -> None:
+    seen: list[torch.dtype] = []
+
+    def own(candidate: Tensor, teacher: Tensor) -> Tensor:
+        seen.extend((candidate.dtype, teacher.dtype))
+        return (candidate - teacher).abs().mean()
+
+    get_exact_loss(own, 3.0)(torch.ones(2, 3), torch.zeros(2, 3))
+    assert seen == [torch.float32, torch.float32]

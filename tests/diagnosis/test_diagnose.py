@@ -12,7 +12,7 @@ import workloads
 from helpers import nets, pt2e
 from helpers.cases import Case, vit_case
 from helpers.diagnosed import block, diagnosed, rescale, site
-from helpers.search import small_config
+from helpers.search import exact_kl, small_config
 from helpers.state import everything
 from torch import Tensor, nn
 from torch.ao.quantization import HistogramObserver, QConfig, QConfigMapping
@@ -22,7 +22,6 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams
 from cptv_ao.diagnosis import attribution
 from cptv_ao.fx.node_runner import Recorder
@@ -197,10 +196,10 @@ def test_a_block_by_hand(vit_w3: Case) -> None:
     names = [s.name for s in found.sites if s.block == "blocks.1"]
     assert len(names) == given.sites == 16
     with torch.no_grad():
-        whole = torch.stack([kl(twin(batch), t) for batch, t in zip(vit_w3.batches, teacher, strict=True)]).mean()
+        whole = torch.stack([exact_kl(twin(batch), t) for batch, t in zip(vit_w3.batches, teacher, strict=True)]).mean()
         with twin.in_float(names):
             pairs = zip(vit_w3.batches, teacher, strict=True)
-            without = torch.stack([kl(twin(batch), t) for batch, t in pairs]).mean()
+            without = torch.stack([exact_kl(twin(batch), t) for batch, t in pairs]).mean()
     assert found.simulated == pytest.approx(float(whole), rel=1e-5)
     assert given.loss_without == pytest.approx(float(without), rel=1e-5)
     assert given.share == pytest.approx(float((whole - without) / whole), rel=1e-4)
@@ -216,7 +215,7 @@ def test_a_block_in_float_is_what_torch_leaves_in_float(vit_w2: Case, vit: nn.Mo
     mapping.set_module_name("blocks.1", None)
     _, partly = nets.quantize(vit, vit_w2.batches[:2], mapping=mapping)
     with torch.no_grad():
-        losses = [float(kl(partly(batch), vit(batch))) for batch in vit_w2.batches]
+        losses = [float(exact_kl(partly(batch), vit(batch))) for batch in vit_w2.batches]
     assert given.loss_without == pytest.approx(sum(losses) / len(losses), rel=0.1)
     assert given.share > 0.15
 
@@ -240,7 +239,7 @@ def test_shares_are_of_what_can_go_away(vit_w2: Case, loss: Any) -> None:
 def test_the_loss_is_that_of_the_kernels(case: Case) -> None:
     found = diagnosed(case)
     with torch.no_grad():
-        losses = [float(kl(case.converted(b.clone()), case.float_model(b.clone()))) for b in case.batches]
+        losses = [float(exact_kl(case.converted(b.clone()), case.float_model(b.clone()))) for b in case.batches]
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found.images == sum(len(b) for b in case.batches)
 

@@ -10,6 +10,7 @@ import workloads
 from helpers import nets
 from helpers.cases import Case
 from helpers.diagnosed import block, diagnosed, rescale, site
+from helpers.search import exact_kl
 from helpers.state import everything
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
@@ -18,7 +19,6 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.core.losses import kl
 from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation import kernel_agreement
 
@@ -159,7 +159,7 @@ def test_by_substitution(odd: Case) -> None:
             for part in odd.float_model.blocks:  # type: ignore[union-attr]
                 hidden = part(hidden)
             given_codes = torch.quantize_per_tensor(hidden, like.q_scale(), like.q_zero_point(), torch.quint8)
-            scores.append(float(kl(odd.converted.head(given_codes).dequantize(), odd.float_model(batch))))
+            scores.append(float(exact_kl(odd.converted.head(given_codes).dequantize(), odd.float_model(batch))))
     assert losses[3] == pytest.approx(sum(scores) / len(scores), rel=1e-5)
 
 

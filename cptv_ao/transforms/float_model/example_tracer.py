@@ -105,9 +105,9 @@ class _ExampleTracer(QuantizationTracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Placeholders for what is given; switches (None, bool, str) and defaults keep their value."""
-        self._check_signature(root_fn)
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        parameters = self._inputs(root_fn)
         given: list[Any] = []
+        named = [place for place, parameter in enumerate(parameters, 1) if parameter.name in self._example]
         for parameter in parameters:
             default = () if parameter.default is parameter.empty else (parameter.default,)
             proxy = self.create_proxy("placeholder", parameter.name, default, {})
@@ -115,12 +115,17 @@ class _ExampleTracer(QuantizationTracer):
             self._values[proxy.node] = value
             switch = parameter.name not in self._example or value is None or isinstance(value, (bool, str))
             given.append(value if switch else proxy)
-        return root_fn, [self.root, *given]
+        return root_fn, [self.root, *given[: max(named, default=0)]]  # a decorator may give what follows by keyword
 
-    def _check_signature(self, forward: Callable[..., Any]) -> None:
-        kinds = {p.kind for p in inspect.signature(forward).parameters.values()}
-        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
-            raise TypeError("a forward with *args, **kwargs or keyword-only arguments cannot be rewritten")
+    def _inputs(self, forward: Callable[..., Any]) -> list[inspect.Parameter]:
+        """The parameters by place; further ones (*args, **kwargs, by keyword alone) must not be given."""
+        found = []
+        for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+            if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+                found.append(parameter)
+            elif self._example.get(parameter.name):
+                raise TypeError("a forward that is given *args, **kwargs or keyword-only arguments cannot be rewritten")
+        return found
 
     def proxy(self, node: Node) -> Proxy:
         return _ExampleProxy(node, self)

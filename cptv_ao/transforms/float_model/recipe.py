@@ -16,6 +16,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from cptv_ao.transforms.float_model.rewriter import Rewriter
+from cptv_ao.transforms.float_model.trial import left_in_float
 
 
 def qconfig_mapping(weight_bits: int = 8, engine: str | None = None) -> QConfigMapping:
@@ -85,7 +86,8 @@ def recipe(
     bias in its forward, is rewritten into its own graph for inputs like `example_inputs` (of any batch size, of this
     image size); where that fails it stays float. Where a few channels of a norm are far larger than the others on these
     inputs, they are divided in the norm and multiplied in the linear layers that read it (SmoothQuant, arXiv
-    2211.10438), which costs nothing and leaves the others more codes.
+    2211.10438), which costs nothing and leaves the others more codes. At the end prepare_fx, one batch and convert_fx
+    are run on a copy: what they break on is found, named and left in float.
 
     Args:
         model: the float model; it is not changed.
@@ -94,7 +96,8 @@ def recipe(
         qconfig_mapping: as for `prepare_fx`; None: `cptv_ao.qconfig_mapping()`.
 
     Raises:
-        UnsupportedModelError: the model as a whole can neither be traced nor rewritten; `node` names the module.
+        UnsupportedModelError: the model as a whole can neither be traced nor rewritten; `node` names the module. Or
+            torch.ao fails on it, whatever stays float.
 
     Example:
         >>> ready = cptv_ao.recipe(model, example_inputs)                             # doctest: +SKIP
@@ -109,8 +112,9 @@ def recipe(
         rewriter = Rewriter(model, example_inputs, mapping)
         rewriter.prepare_modules()
         rewriter.make_traceable()
-    custom = PrepareCustomConfig().set_non_traceable_module_classes(list(rewriter.leaves))
-    return Recipe(rewriter.model, mapping, custom, tuple(rewriter.notes))
+        custom = PrepareCustomConfig().set_non_traceable_module_classes(list(rewriter.leaves))
+        tried = left_in_float(rewriter.model, mapping, custom, example_inputs)
+    return Recipe(rewriter.model, mapping, custom, (*rewriter.notes, *tried))
 
 
 _default_mapping = qconfig_mapping

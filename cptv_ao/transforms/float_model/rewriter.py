@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,18 @@ from cptv_ao.transforms.float_model.smooth_quant import smooth
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What FX fuses with a ReLU behind it.
 _FUSED = (*_CONVOLUTIONS, nn.Linear, nn.BatchNorm2d)
+# Functions that get a scale of their own.
+_QUANTIZABLE = {
+    operator.add,
+    operator.iadd,
+    torch.add,
+    operator.mul,
+    operator.imul,
+    torch.mul,
+    torch.cat,
+    torch.matmul,
+    operator.matmul,
+}
 _RELUS = {torch.relu, nn.functional.relu, "relu", "relu_"}
 
 
@@ -119,12 +132,12 @@ class Rewriter:
             )
 
     def _leave_integers_out(self, run: _Run, tracer: QuantizationTracer) -> None:
-        """Keep prepare_fx from quantizing what is done to integers and masks."""
+        """Keep prepare_fx from quantizing what is done to integers, masks and what is no tensor."""
         seen: Counter[Any] = Counter()
         left: dict[str, None] = {}
         for node in run.graph.nodes:
             kind = (tracer.node_name_to_scope[node.name][0] if node.op == "call_function" else "", node.target)
-            if run.takes_integers(node):
+            if run.takes_integers(node) or run.is_no_tensor(node):
                 left[getattr(node.target, "__name__", str(node.target))] = None
                 if node.op == "call_method":  # torch.ao knows these by name only
                     self._mapping.set_object_type(node.target, None)
@@ -132,7 +145,7 @@ class Rewriter:
                     self._mapping.set_module_name_object_type_order(*kind, seen[kind], None)
             seen[kind] += node.op == "call_function"
         if left:
-            self.notes.append(f"given integers or masks, so not quantized: {', '.join(left)}")
+            self.notes.append(f"given integers, masks or sizes, so not quantized: {', '.join(left)}")
 
     def _adapt(self, path: str, reason: str) -> None:
         """Rewrite all modules of a class; where one of them cannot be, the class stays float."""
@@ -223,6 +236,13 @@ class _Run(Interpreter):
         """Whether a function or method is given a tensor of integers or a mask."""
         given = [self.env.get(n) for n in node.all_input_nodes] if node.op in {"call_function", "call_method"} else []
         return any(isinstance(value, Tensor) and not value.is_floating_point() for value in given)
+
+    def is_no_tensor(self, node: Node) -> bool:
+        """Whether a function that prepare_fx quantizes is given or returns no tensor: sizes, a tuple of chunks."""
+        if node.op != "call_function" or node.target not in _QUANTIZABLE:
+            return False
+        given = [self.env.get(part) for part in node.args[:2] if isinstance(part, Node)]
+        return not all(isinstance(value, Tensor) for value in (*given, self.env.get(node)))
 
 
 def _compare(model: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Tensor]) -> None:

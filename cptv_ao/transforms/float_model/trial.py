@@ -1,0 +1,108 @@
+"""Whether stock prepare_fx and convert_fx take a model: they are run once, and what they break on stays float."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.fx import Graph
+
+from cptv_ao.core.contexts import without_torch_floods
+from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.tensors import copied
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A node of a graph that may be left in float."""
+
+    told: str
+    leave: Callable[[QConfigMapping], Any]
+
+
+def left_in_float(
+    model: nn.Module, mapping: QConfigMapping, custom: PrepareCustomConfig, example: tuple[Any, ...]
+) -> list[str]:
+    """Prepare, calibrate and convert a model once, and leave in float what stands in the way; returns what that is.
+
+    Args:
+        mapping: is written.
+
+    Raises:
+        UnsupportedModelError: it fails though all of it stays float.
+    """
+
+    def error_of(parts: Sequence[_Part]) -> Exception | None:
+        tried = copy.deepcopy(mapping)
+        for part in parts:
+            part.leave(tried)
+        return _error(model, tried, custom, example)
+
+    error = error_of([])
+    if error is None:
+        return []
+    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    parts = _parts(model, custom)
+    found: list[_Part] = []
+    if (last := error_of(parts)) is not None:
+        raise UnsupportedModelError(
+            f"recipe: prepare_fx, a forward or convert_fx fails on this model, whatever stays float ({first}); move "
+            "the code at fault into a module of its own and name its class in prepare_custom_config"
+        ) from last
+    while error_of(found) is not None:
+        low, high = 0, len(parts)  # the parts up to `high` suffice, those up to `low` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if error_of([*found, *parts[:middle]]) is None else (middle, high)
+        found.append(parts[high - 1])
+    for part in found:
+        part.leave(mapping)
+    return [f"{part.told} stays float: convert_fx fails otherwise ({first})" for part in found]
+
+
+def _error(
+    model: nn.Module, mapping: QConfigMapping, custom: PrepareCustomConfig, example: tuple[Any, ...]
+) -> Exception | None:
+    """What preparing, calibrating, converting and running a copy raises."""
+    try:
+        with without_torch_floods():
+            prepared = prepare_fx(copy.deepcopy(model), mapping, example, prepare_custom_config=custom)
+            prepared(*copied(example))  # a model may work in place on its input
+            convert_fx(prepared)(*copied(example))
+    except Exception as error:
+        return error
+    return None
+
+
+def _parts(model: nn.Module, custom: PrepareCustomConfig) -> list[_Part]:
+    """All that prepare_fx may quantize, in graph order."""
+    tracer = QuantizationTracer([], list(custom.non_traceable_module_classes))
+    graph: Graph = tracer.trace(copy.deepcopy(model))
+    seen: Counter[Any] = Counter()
+    parts = []
+    for node in graph.nodes:
+        if node.op == "call_module":
+            parts.append(_Part(str(node.target), _leaving(QConfigMapping.set_module_name, str(node.target))))
+        elif node.op == "call_method":
+            parts.append(
+                _Part(f"{node.name} (all of {node.target})", _leaving(QConfigMapping.set_object_type, node.target))
+            )
+        elif node.op == "call_function":
+            kind = (tracer.node_name_to_scope[node.name][0], node.target)
+            parts.append(
+                _Part(node.name, _leaving(QConfigMapping.set_module_name_object_type_order, *kind, seen[kind]))
+            )
+            seen[kind] += 1
+    return parts
+
+
+def _leaving(setter: Callable[..., Any], *where: Any) -> Callable[[QConfigMapping], Any]:
+    return lambda mapping: setter(mapping, *where, None)
