@@ -114,64 +114,9 @@ class RefineConfig:
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        names = ["auto", *sorted(LOSSES)]
-        _expect(callable(self.loss) or self.loss in names, "loss", f"one of {names} or a function", self.loss)
-        _expect(self.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", self.search)
-        _expect(self.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", self.score_on)
-        _expect(_is_device(self.device), "device", "a device such as 'cpu' or 'cuda:1'", self.device)
-        on_cpu = self.device == "cpu" or self.score_on == "simulation"
-        _expect(on_cpu, "device", "'cpu' (quantized kernels run there only) or score_on='simulation'", self.device)
-        _expect(self.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", self.block_order)
-        for name in ("blocks", "output", "accept_on"):
-            value = getattr(self, name)
-            _expect(value is None or callable(value), name, "a function or None", value)
-        for name in ("racing", "equalize"):
-            value = getattr(self, name)
-            _expect(isinstance(value, bool), name, "True or False", value)
-        alone = self.distributed is None or isinstance(self.distributed, bool)
-        _expect(alone, "distributed", "True, False or None", self.distributed)
-        for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
-            value = getattr(self, name)
-            _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
-        for name in ("rounding_rate", "feature_weight"):
-            value = getattr(self, name)
-            _expect(_is_number(value) and 0 <= value < math.inf, name, "a finite number >= 0", value)
-        for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):
-            value = getattr(self, name)
-            _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)
-        _expect(_is_number(self.holdout) and 0 <= self.holdout < 1, "holdout", "a fraction in [0, 1)", self.holdout)
-        _expect(
-            self.max_evaluations is None or (_is_integer(self.max_evaluations) and self.max_evaluations >= 0),
-            "max_evaluations",
-            "an integer >= 0 or None",
-            self.max_evaluations,
-        )
-        _expect(
-            self.max_seconds is None or (_is_number(self.max_seconds) and self.max_seconds > 0),
-            "max_seconds",
-            "a number > 0 or None",
-            self.max_seconds,
-        )
-        _expect(
-            isinstance(self.include, tuple) and all(isinstance(p, str) for p in self.include),
-            "include",
-            "a tuple of patterns",
-            self.include,
-        )
-        _expect(
-            isinstance(self.population, tuple) and set(self.population) <= set(get_args(Individual)),
-            "population",
-            "a tuple of 'output_error', 'ranges' and 'biases'",
-            self.population,
-        )
-        _expect(
-            isinstance(self.kinds, tuple) and bool(self.kinds) and set(self.kinds) <= {"weight", "activation"},
-            "kinds",
-            "a non-empty tuple of 'weight' and 'activation'",
-            self.kinds,
-        )
-        if self.weight_range is not None:
-            _expect(_is_range(self.weight_range), "weight_range", "(qmin, qmax) within -128..127", self.weight_range)
+        _check_choices(self)
+        _check_numbers(self)
+        _check_tuples(self)
 
     @classmethod
     def paper(cls, weight_bits: int = 8, **changes: Any) -> RefineConfig:
@@ -227,6 +172,73 @@ def _told(value: Any) -> str:
         return _ADDRESS.sub("", repr(value))
     except Exception:  # of the user's own code, which has no say here
         return name_of(value)
+
+
+def _check_choices(config: RefineConfig) -> None:
+    names = ["auto", *sorted(LOSSES)]
+    _expect(callable(config.loss) or config.loss in names, "loss", f"one of {names} or a function", config.loss)
+    _expect(config.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", config.search)
+    _expect(config.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", config.score_on)
+    _expect(_is_device(config.device), "device", "a device such as 'cpu' or 'cuda:1'", config.device)
+    on_cpu = config.device == "cpu" or config.score_on == "simulation"
+    _expect(on_cpu, "device", "'cpu' (quantized kernels run there only) or score_on='simulation'", config.device)
+    _expect(config.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", config.block_order)
+    for name in ("blocks", "output", "accept_on"):
+        value = getattr(config, name)
+        _expect(value is None or callable(value), name, "a function or None", value)
+    for name in ("racing", "equalize"):
+        value = getattr(config, name)
+        _expect(isinstance(value, bool), name, "True or False", value)
+    alone = config.distributed is None or isinstance(config.distributed, bool)
+    _expect(alone, "distributed", "True, False or None", config.distributed)
+
+
+def _check_numbers(config: RefineConfig) -> None:
+    for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
+        value = getattr(config, name)
+        _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
+    for name in ("rounding_rate", "feature_weight"):
+        value = getattr(config, name)
+        _expect(_is_number(value) and 0 <= value < math.inf, name, "a finite number >= 0", value)
+    for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):
+        value = getattr(config, name)
+        _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)
+    _expect(_is_number(config.holdout) and 0 <= config.holdout < 1, "holdout", "a fraction in [0, 1)", config.holdout)
+    _expect(
+        config.max_evaluations is None or (_is_integer(config.max_evaluations) and config.max_evaluations >= 0),
+        "max_evaluations",
+        "an integer >= 0 or None",
+        config.max_evaluations,
+    )
+    _expect(
+        config.max_seconds is None or (_is_number(config.max_seconds) and config.max_seconds > 0),
+        "max_seconds",
+        "a number > 0 or None",
+        config.max_seconds,
+    )
+
+
+def _check_tuples(config: RefineConfig) -> None:
+    _expect(
+        isinstance(config.include, tuple) and all(isinstance(p, str) for p in config.include),
+        "include",
+        "a tuple of patterns",
+        config.include,
+    )
+    _expect(
+        isinstance(config.population, tuple) and set(config.population) <= set(get_args(Individual)),
+        "population",
+        "a tuple of 'output_error', 'ranges' and 'biases'",
+        config.population,
+    )
+    _expect(
+        isinstance(config.kinds, tuple) and bool(config.kinds) and set(config.kinds) <= {"weight", "activation"},
+        "kinds",
+        "a non-empty tuple of 'weight' and 'activation'",
+        config.kinds,
+    )
+    if config.weight_range is not None:
+        _expect(_is_range(config.weight_range), "weight_range", "(qmin, qmax) within -128..127", config.weight_range)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -6,14 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 
-def as_plain(value: Any) -> Any:
+def as_plain(value: Any, *, finite: bool = False) -> Any:
     """A value as dicts, lists, strings, numbers, booleans and None, and no subclass of these; enums by their names.
+
+    Args:
+        finite: for strict JSON: numbers that are not finite become None.
 
     Raises:
         TypeError: there is something else in it.
@@ -22,15 +26,18 @@ def as_plain(value: Any) -> Any:
         return value
     if isinstance(value, Enum):
         return value.name
+    if finite and isinstance(value, float) and not math.isfinite(value):
+        return None
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
+    held = partial(as_plain, finite=finite)
     if isinstance(value, Mapping):
-        return {as_plain(key): as_plain(held) for key, held in value.items()}
+        return {held(key): held(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_plain(held) for held in value]
+        return [held(one) for one in value]
     if is_dataclass(value):
-        return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: held(getattr(value, field.name)) for field in fields(value)}
     raise TypeError(f"expected a plain value, got {type(value).__name__}")
 
 
@@ -73,12 +80,3 @@ def _expected(kind: Any, value: Any) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
-
-
-def plain(value: Any) -> Any:
-    """Dicts, lists, strings and numbers as they are; what is not finite becomes None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -104,27 +104,25 @@ def _without(evaluator: Evaluator, simulated: SimulatedBackend, names: Sequence[
 
 
 def causes_by_substitution(
+    causes: Attribution,
     backend: Backend,
     outputs: Mapping[str, str],
     float_outputs: Sequence[Mapping[str, Tensor]],
     images: Images,
     config: RefineConfig,
-    whole: float,
-    least: float,
     advance: Advance,
-) -> Attribution:
+) -> None:
     """The float model's output of a block in place of the kernels', so that this block and all before it are in float.
 
     What a block adds to that is its share; these shares add up to 1 over all blocks but the last ones.
 
     Args:
+        causes: given the blocks; its whole loss is that of the model on its kernels.
         outputs: the node of each block's output, blocks in graph order.
         float_outputs: the float model's tensors per batch, by block, in the shape of these nodes.
-        whole: the loss of the model on its kernels.
     """
     select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
-    causes = Attribution(whole, least)
-    before = whole
+    before = causes.whole
     for name, node in outputs.items():
         advance(name)
         if not all(name in found for found in float_outputs):
@@ -136,7 +134,6 @@ def causes_by_substitution(
         without = total / sum(batch.images for batch in images.batches)
         causes.blocks[name] = without, causes.share(before - without)
         before = without
-    return causes
 
 
 def _substituted(name: str, float_value: Tensor, node: Node, value: Any) -> Any:

@@ -25,10 +25,13 @@ class Survey:
     Args:
         backend: of the model; nothing is written.
         blocks: of its sites.
+
+    Attributes:
+        blocks: as given.
     """
 
     def __init__(self, backend: Backend, blocks: Sequence[Block]) -> None:
-        self._backend, self._blocks = backend, blocks
+        self._backend, self.blocks = backend, blocks
         self._nodes: list[Node] = list(backend.model.graph.nodes)
         self._modules = dict(backend.model.named_modules(remove_duplicate=False))
         weights = [site for site in backend.sites.values() if site.kind == "weight"]
@@ -39,8 +42,8 @@ class Survey:
     def block_outputs(self) -> dict[str, str]:
         """The node that holds the output of each block: the last one that has a site of it or was traced in it."""
         found: dict[str, str] = {}
-        own = {name: block.name for block in self._blocks for site in block.sites for name in site.nodes}
-        names = {block.name for block in self._blocks}
+        own = {name: block.name for block in self.blocks for site in block.sites for name in site.nodes}
+        names = {block.name for block in self.blocks}
         for node in self._nodes:
             if not node.op.startswith("call_"):
                 continue

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cptv_ao.core.formatting import decibels, number, percent, table
-from cptv_ao.core.plain import plain
+from cptv_ao.core.plain import as_plain
 
 _ROWS = 10
 
@@ -126,7 +126,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers; what is not finite becomes None."""
-        data: dict[str, Any] = plain(asdict(self))
+        data: dict[str, Any] = as_plain(self, finite=True)
         return data
 
     def to_pandas(self) -> tuple[Any, Any]:

@@ -65,7 +65,7 @@ def _diagnosis(
         blocks = find_blocks(backend.sites.values(), config.blocks)
         survey = Survey(backend, blocks)
         with progress_bar("diagnose", steps(blocks), progress) as advance:
-            measured = _measured(backend, teacher, images, blocks, survey, config, loss, advance)
+            measured = _measured(backend, teacher, images, survey, config, loss, advance)
     causes, outputs = measured.causes, kernels.outputs()
     notes = told + ([measured.note] if measured.note else [])
     if sources.weights is None:
@@ -90,14 +90,13 @@ def _measured(
     backend: Backend,
     teacher: nn.Module,
     images: Images,
-    blocks: Sequence[Block],
     survey: Survey,
     config: RefineConfig,
     loss: float,
     advance: Advance,
 ) -> _Measured:
     """On the twin; where it does not know an op, with the float model's own tensors."""
-    outputs = survey.block_outputs()
+    blocks, outputs = survey.blocks, survey.block_outputs()
     least = _least(images, config)
     try:
         simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
@@ -110,7 +109,8 @@ def _measured(
         )
     compared, float_outputs = compared_by_modules(backend, teacher, images.batches, outputs)
     ordered = {block.name: outputs[block.name] for block in blocks if block.name in outputs}
-    causes = causes_by_substitution(backend, ordered, float_outputs, images, config, loss, least, advance)
+    causes = Attribution(loss, least)
+    causes_by_substitution(causes, backend, ordered, float_outputs, images, config, advance)
     return _Measured(causes, compared, False, note)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.core.formatting import change, number, percent, table
 from cptv_ao.core.outcome import META_KEY, Outcome, per_block
-from cptv_ao.core.plain import as_plain, from_plain, plain
+from cptv_ao.core.plain import as_plain, from_plain
 
 if TYPE_CHECKING:
     import os
@@ -48,10 +48,7 @@ class Report(Outcome):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers; what is not finite becomes None."""
-        data: dict[str, Any] = plain(asdict(self))
-        data["status"] = self.status.name
-        data["message"] = self.status.value
-        return data
+        return {**as_plain(self, finite=True), "message": self.status.value}
 
     def __str__(self) -> str:
         lines = [f"cptv_ao.refine: {self.status.value}", ""]

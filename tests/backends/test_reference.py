@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "functional": lambda: (nets.seeded(nets.FunctionalNet), list(nets.images(8, 3, 8, 8).split(4))),
     "vit": lambda: _vit(),
 }
+# The networks that hold every kind of slot, and beside them, where there is time, one that is deep.
+TRIED = ["conv", "functional", pytest.param("vit", marks=pytest.mark.slow)]
 
 
 def _vit() -> tuple[nn.Module, list[Tensor]]:
@@ -40,12 +43,17 @@ def _vit() -> tuple[nn.Module, list[Tensor]]:
 
 
 def _reference(name: str, per_tensor: bool, engine: str = "x86") -> tuple[GraphModule, GraphModule, list[Tensor]]:
-    """A reference model, what convert_fx makes of the same prepared model, and batches."""
+    """A reference model, what convert_fx makes of the same prepared model, and batches: the caller's own."""
+    torch.backends.quantized.engine = engine
+    return copy.deepcopy(_converted(name, per_tensor, engine))
+
+
+@cache
+def _converted(name: str, per_tensor: bool, _: str) -> tuple[GraphModule, GraphModule, list[Tensor]]:
     model, batches = NETS[name]()
     mapping = QConfigMapping().set_global(nets.qconfig(3, per_tensor))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.backends.quantized.engine = engine
         both = []
         for convert in (convert_to_reference_fx, convert_fx):
             prepared = prepare_fx(copy.deepcopy(model), mapping, (batches[0],))
@@ -67,7 +75,7 @@ def _shaken(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", TRIED)
 def test_lowered_copy_is_what_convert_fx_returns(name: str, per_tensor: bool) -> None:
     reference, converted, batches = _reference(name, per_tensor)
     lowered = lower(reference)
@@ -80,7 +88,7 @@ def test_lowered_copy_is_what_convert_fx_returns(name: str, per_tensor: bool) ->
 
 @pytest.mark.parametrize("engine", ["x86", "qnnpack"])
 @pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", TRIED)
 def test_written_back_scales_lower_to_the_same_model(name: str, per_tensor: bool, engine: str) -> None:
     reference, _, batches = _reference(name, per_tensor, engine)
     lowered = lower(reference)
@@ -153,7 +161,7 @@ def _config(**changes: Any) -> cptv_ao.RefineConfig:
 
 @pytest.mark.parametrize("score_on", ["kernels", "simulation"])
 @pytest.mark.parametrize("teacher", ["float model", "twin"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", TRIED)
 def test_a_refined_reference_model_lowers_to_what_was_scored(name: str, teacher: str, score_on: Any) -> None:
     reference, converted, batches = _reference(name, False)
     float_model = NETS[name]()[0] if teacher == "float model" else None
@@ -187,7 +195,7 @@ def test_a_refined_reference_model_lowers_to_what_was_scored(name: str, teacher:
     assert report.after.search < report.before.search
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", TRIED)
 def test_a_reference_model_is_refined_as_what_it_lowers_to(name: str) -> None:
     """The same search as on what convert_fx returns: the outputs are equal bit for bit."""
     reference, converted, batches = _reference(name, False)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cptv_ao.core.plain import as_plain, from_plain, plain
+from cptv_ao.core.plain import as_plain, from_plain
 
 
 class Kind(Enum):
@@ -74,5 +74,7 @@ def test_a_whole_number_will_do_for_a_float() -> None:
     assert from_plain(Inner, {"value": 2, "name": None}) == Inner(2.0, None)
 
 
-def test_what_is_not_finite_becomes_none() -> None:
-    assert plain({"a": [math.nan, (math.inf, 1.0)], "b": "nan"}) == {"a": [None, [None, 1.0]], "b": "nan"}
+def test_what_is_not_finite_becomes_none_where_json_has_no_word_for_it() -> None:
+    held = {"a": [math.nan, (math.inf, 1.0)], "b": "nan", "c": Inner(-math.inf, "inf")}
+    assert as_plain(held, finite=True) == {"a": [None, [None, 1.0]], "b": "nan", "c": {"value": None, "name": "inf"}}
+    assert as_plain(held)["c"] == {"value": -math.inf, "name": "inf"}
