@@ -22,11 +22,10 @@ from cptv_ao.backends.scale_slots import (
     infer_range,
 )
 from cptv_ao.backends.tensor_slots import TensorSlot
-from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable, output_name, weight_name
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.ops import op_name, op_of
-from cptv_ao.fx.paths import ModulePaths, fetch
+from cptv_ao.fx.paths import ModulePaths, fetch, is_scalar
 from cptv_ao.fx.producers import producer
 from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_module, of_node, quantized_inside
 
@@ -110,7 +109,7 @@ class Scanner:
         else:
             activation = AttributeScaleSlot(module)
         fixed = known.fixed
-        if not fixed and "scale" not in module.state_dict():  # nnq.ELU
+        if not fixed and not known.product and "scale" not in module.state_dict():  # nnq.ELU
             fixed = "a state_dict does not keep it"
         dtype = module.dtype if isinstance(module, nnq.Quantize) else torch.quint8
         self._add_activation(node, output_name(path), name, path, activation, dtype, fixed, known.channels)
@@ -155,8 +154,8 @@ class Scanner:
     def _visit_buffers(self, node: Node, op: str, dtype: Any, channels: int | None) -> bool:
         """Add the site of a function whose scale and zero_point are buffers of the root."""
         sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        scales = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=True)]
-        zeros = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=False)]
+        scales = [n for n in sources if is_scalar(fetch(self._model, str(n.target)), floating=True)]
+        zeros = [n for n in sources if is_scalar(fetch(self._model, str(n.target)), floating=False)]
         if len(scales) != 1 or len(zeros) != 1:
             return False
         attribute = str(scales[0].target)
@@ -208,12 +207,9 @@ class Scanner:
             return
         try:
             weight = slot.weight()
-        except RuntimeError as error:  # QNNPACK, of what it packs for three dimensions: no state_dict either
-            raise UnsupportedModelError(
-                f"{name}: the engine does not give the weight of {op} back ({error}); convert for another engine "
-                "(torch.backends.quantized.engine), or leave the layer in float",
-                node.name,
-            ) from error
+        except RuntimeError:  # QNNPACK, of what it packs for three dimensions: no state_dict either
+            self._weight_only.append(f"{name} ({op}, which {torch.backends.quantized.engine} does not give back)")
+            return
         if not weight.is_quantized:  # float16, of dynamic linears
             self._weight_only.append(f"{name} ({op}, in float)")
             return
@@ -267,7 +263,3 @@ class Scanner:
     def _is_packed(self, attribute: str) -> bool:
         value = fetch(self._model, attribute)
         return isinstance(value, torch.ScriptObject) and hasattr(value, "unpack")
-
-
-def _is_scalar(value: Any, *, floating: bool) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() == floating

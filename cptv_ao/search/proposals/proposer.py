@@ -51,7 +51,7 @@ class Proposer:
         budget: asked before each proposal and step whether to go on.
 
     Raises:
-        UnsupportedModelError: the model has an op that the float twin does not know.
+        UnsupportedModelError: the model has a node that neither the float twin nor a kernel computes.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Proposer:
         self._steps = StepImages(calibration, _step_images(calibration))
         self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
+        #: what is to be said of the twin that proposes
+        self.twin_notes = self._twin.notes
         #: images run through the twin so far by this rank; forward and backward count as three
         self.image_forwards = 0
         self._budget = budget
