@@ -16,7 +16,7 @@ import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
 
 from cptv_ao.fx.ops import by_type
-from cptv_ao.fx.quantized_ops import is_quantized
+from cptv_ao.fx.quantized_ops import is_quantized, of_module
 from cptv_ao.simulation.pointwise import function_of
 
 
@@ -40,9 +40,10 @@ def float_form(module: nn.Module) -> nn.Module | None:
             return make(module)
         except RuntimeError:  # QNNPACK does not give weights of three dimensions back
             return None
-    function = function_of(module)
-    if function is not None:
+    if (function := function_of(module)) is not None:
         return Applied(function)
+    if (known := of_module(module)) is not None and known.role == "reference":
+        return copy.deepcopy(module)  # it computes in float
     if is_quantized(module) and not isinstance(module, nnq.LSTM):
         return None
     own = copy.copy(module)
