@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.backends.kernel_faults import in_order, packing_for_the_right_one
+from cptv_ao.backends.kernel_faults import is_right
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
@@ -91,14 +91,14 @@ class WeightSlot(ABC):
         float_weight: the float weight, where the graph itself holds one and rounds it each time; None else.
         packs_bias: whether the bias of the layer is held with the weight.
         pads: whether it is of a convolution that pads its input.
-        in_order: whether the kernel computes with this weight, not with a scrambled one.
+        is_right: whether the kernel computes with this weight, not with another one.
     """
 
     tensors: tuple[TensorSlot, ...] = ()
     float_weight: Tensor | None = None
     packs_bias = False
     pads = False
-    in_order = True
+    is_right = True
 
     @abstractmethod
     def read(self) -> QParams:
@@ -136,7 +136,7 @@ class PackedWeightSlot(WeightSlot):
     """
 
     packs_bias = True
-    _tried: tuple[Any, bool] | None = None  # an object, and whether it is `in_order`
+    _tried: tuple[Any, bool] | None = None  # an object, and whether it `is_right`
     _renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
 
     @abstractmethod
@@ -171,22 +171,15 @@ class PackedWeightSlot(WeightSlot):
         self._put(state)
 
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        self._pack_right(quantized_weight(codes, qparams, site.axis), self.bias() if bias is None else bias)
+        self._pack(quantized_weight(codes, qparams, site.axis), self.bias() if bias is None else bias)
 
     @property
-    def in_order(self) -> bool:  # type: ignore[override]
+    def is_right(self) -> bool:  # type: ignore[override]
         """As of `WeightSlot`."""
         packed = self._packed()
         if self._tried is None or self._tried[0] is not packed:
-            self._tried = packed, in_order(packed)
+            self._tried = packed, is_right(packed)
         return self._tried[1]
-
-    def _pack_right(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack for the engine, or for another one where its kernel would scramble the weight."""
-        self._pack(weight, bias)
-        if not self.in_order:
-            with packing_for_the_right_one():
-                self._pack(weight, bias)
 
     def renew(self) -> None:
         """Pack the same weight once more, for QNNPACK forgets nothing (torch 2.13 to 2.15); `state` is as before.

@@ -30,8 +30,8 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
         backend: of the lowered model, as it was given.
         few: some search images.
     """
-    if broken := backend.scrambled():
-        return [_scrambled(broken)]
+    if broken := backend.broken():
+        return [_broken(broken)]
     try:
         gap, found = disagreeing(backend, few, config)
     except UnsupportedModelError:
@@ -50,12 +50,11 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
     return [told + "; the search ran on exact arithmetic, which does not see it"]
 
 
-def _scrambled(names: Sequence[str]) -> str:
+def _broken(names: Sequence[str]) -> str:
     return (
-        f"torch's kernel of transposed convolutions on {torch.backends.quantized.engine} computes with scrambled "
-        f"weights where a layer has other numbers of inputs than of outputs ({_named(names)}): weights that refine "
-        "writes are packed for FBGEMM, whose kernel is right; set torch.backends.quantized.engine = 'fbgemm' before "
-        "convert_fx, and before a saved state is loaded"
+        f"torch's kernel of transposed convolutions on {torch.backends.quantized.engine} computes something else than "
+        f"these layers ({_named(names)}): quantize for another engine (qnnpack), leave them in float, or upsample and "
+        "convolve instead"
     )
 
 

@@ -130,7 +130,7 @@ class LoweredBuilder(Builder):
         return ByKernel(told, function, None, output, self._scales(given)), args, kwargs
 
     def _weighted(self, node: Node, known: Quantized, product: Product, slope: float) -> QuantizedLayer:
-        if node.name not in self._weight_of:
+        if node.name not in self._weight_of or not self._backend.weights.slot(self._weight_of[node.name]).is_right:
             raise self._unsupported(node, self._told(node))
         if known.adds:
             self._check_added(node)

@@ -29,14 +29,14 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
         twin: its twin, with the same scales and weight codes.
         batch: some images; each weighted op of the twin gets the inputs that its kernel was given.
     """
-    recorder, scrambled = Recorder(model), set(twin.backend.scrambled())
+    recorder = Recorder(model)
     with torch.no_grad():
         recorder.run(*ordered(model, batch))
         sources = _sources(twin, batch)
         found: dict[str, int] = {}
         for node in twin.module.graph.nodes:
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if not isinstance(layer, QuantizedLayer) or layer not in sources or layer.weight.site.name in scrambled:
+            if not isinstance(layer, QuantizedLayer) or layer not in sources:
                 continue
             if any(given.name not in recorder.values for given in node.all_input_nodes):
                 continue  # of a value that was written in place, which the kernels have under another name

@@ -50,7 +50,7 @@ class ShiftedBy(OutOfPlace):
         ends = moved.detach().clamp(value.low, value.high)
         codes = value.codes + steps
         shifted = replace(value, codes=codes, zero_point=moved)
-        if float(ends) != float(moved):
+        if not torch.equal(ends, moved.detach()):
             shifted = _on_larger_scale(value, codes, moved.detach(), ends)
         return shifted.with_codes(functional.relu(shifted.codes)) if self._relu else shifted
 

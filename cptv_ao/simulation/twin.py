@@ -46,12 +46,11 @@ class Twin:
         UnsupportedModelError: an op is not known; the message names its node.
 
     Attributes:
-        backend: that was given.
         graph_bytes: about what the graph of one image holds; known once the twin is `checked`.
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
-        self.backend, self._engine = backend, engine or str(torch.backends.quantized.engine)
+        self._backend, self._engine = backend, engine or str(torch.backends.quantized.engine)
         self._model = backend.model
         self.graph_bytes = 0.0
         self._by_kernel: set[str] = set()  # nodes whose kernels compute, since it turned out that the twin cannot
@@ -59,10 +58,10 @@ class Twin:
 
     def _build(self) -> None:
         builder: Builder
-        if self.backend.form.simulates_itself:
-            builder = Pt2eBuilder(self.backend)
+        if self._backend.form.simulates_itself:
+            builder = Pt2eBuilder(self._backend)
         else:
-            builder = LoweredBuilder(self.backend, self._engine, self._by_kernel)
+            builder = LoweredBuilder(self._backend, self._engine, self._by_kernel)
         self.module = builder.build()
         self._sites, self._notes = builder.sites, builder.notes
         by_id = {id(module): path for path, module in self.module.named_modules()}
@@ -82,7 +81,7 @@ class Twin:
         """Have a node's kernel compute it, all else as it is; whether it was not so yet, and can be."""
         before, nodes = self._sites, {n.name: n for n in self._model.graph.nodes}
         called = node in nodes and nodes[node].op.startswith("call_")
-        if node is None or not called or node in self._by_kernel or self.backend.form.simulates_itself:
+        if node is None or not called or node in self._by_kernel or self._backend.form.simulates_itself:
             return False
         self._by_kernel.add(node)
         device = self.device

@@ -4,6 +4,7 @@ know the op. Nothing between."""
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 from helpers import nets
 from helpers.op_nets import BACKENDS, ENGINES, FLAT, KNOWN, PLANE, Residual, quantized
+from tools import op_table
 from torch import Tensor, nn
 from torch.ao.quantization.backend_config import (
     get_native_backend_config,
@@ -38,10 +40,6 @@ OTHER_EACH_TIME = {"ConvTranspose3d", "conv_transpose3d"}
 def check(model: GraphModule, images: Tensor) -> None:
     """Kernels and twin have the same codes: the real numbers of the output lie on its scale."""
     backend = Backend(model)
-    for name in backend.scrambled():  # by a kernel of torch; what is written anew is not
-        backend.weights.set_float(name, backend.weight(name).dequantize())
-        backend.write(name, backend.read(name))
-    assert not backend.scrambled()
     with torch.no_grad():
         wanted, got = model(images.clone()), Twin(backend).checked(Batch((images,), {}, len(images)))(images)
     assert got.shape == wanted.shape
@@ -159,3 +157,13 @@ def test_every_op_that_torch_quantizes_is_tested_here() -> None:
         for leaf in _leaves(one.pattern or ())
     }
     assert sorted(map(str, wanted - seen - _APART)) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_ops_is_true() -> None:
+    """Written by `python tests/tools/op_table.py`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = op_table.table()
+    assert found == op_table.PAGE.read_text()
+    assert op_table.NOT not in found.replace(op_table.HEAD, "")
