@@ -36,11 +36,12 @@ def is_right(packed: Any) -> bool:
     settings = packed.stride(), packed.padding(), packed.output_padding(), packed.dilation(), packed.groups()
     own = prepack(weight, packed.unpack()[1], *settings)
     given = torch._make_per_tensor_quantized_tensor(codes.to(torch.uint8), 1.0, _ZERO)
-    off = (op(given, own, scale, 128).int_repr() - 128 - meant / scale).abs() > 1
+    off = (op(given, own, scale, 128).int_repr().int() - 128 - meant / scale).abs() > 1
     return float(off.float().mean()) <= _TOLERATED
 
 
 def _meant(packed: Any, weight: Tensor, codes: Tensor) -> Tensor:
     settings = packed.stride(), packed.padding(), packed.dilation(), True, packed.output_padding(), packed.groups()
     bias: Tensor | None = packed.unpack()[1]
+    bias = None if bias is None else bias.detach()
     return torch.convolution(codes.float() - _ZERO, weight.dequantize(), bias, *settings)
