@@ -158,6 +158,11 @@ class Backend:
         """Whether a bias is packed with a weight, and may be corrected: so in lowered models."""
         return name in self.weights and self.weights.slot(name).packs_bias
 
+    def broken(self) -> list[str]:
+        """The weights that a kernel does not compute with: see `cptv_ao.backends.kernel_faults`."""
+        weights = [site.name for site in self.sites.values() if site.kind == "weight"]
+        return [name for name in weights if not self.weights.slot(name).is_right]
+
     def movable(self) -> dict[str, tuple[ScaleSite, ...]]:
         """Tied groups that can be searched: not fixed, and weights only where their float weights are known."""
         return {

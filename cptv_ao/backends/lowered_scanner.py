@@ -24,7 +24,7 @@ from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.sites import output_name, weight_name
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.ops import op_name, op_of
-from cptv_ao.fx.paths import ModulePaths, fetch
+from cptv_ao.fx.paths import ModulePaths, fetch, is_scalar
 from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_module, of_node, quantized_inside
 
 _DYNAMIC = "dynamic quantization computes its scales at run time"
@@ -84,7 +84,7 @@ class Scanner:
         else:
             slot = AttributeScaleSlot(module)
         fixed = known.fixed
-        if not fixed and "scale" not in module.state_dict():  # nnq.ELU
+        if not fixed and not known.product and "scale" not in module.state_dict():  # nnq.ELU
             fixed = "a state_dict does not keep it"
         dtype = module.dtype if isinstance(module, nnq.Quantize) else torch.quint8
         at = Place(node, output_name(path), name, path)
@@ -128,16 +128,16 @@ class Scanner:
         return bool(packed)
 
     def _add_weight(self, at: Place, slot: WeightSlot, known: Quantized) -> None:
-        if self._sites.add_weight(at, slot, _DYNAMIC if known.role == "dynamic" else ""):
-            self._lowered = True
+        if why := self._sites.add_weight(at, slot, _DYNAMIC if known.role == "dynamic" else ""):
+            self._weight_only.append(f"{at.name} ({at.op}, {why})")
         else:
-            self._weight_only.append(f"{at.name} ({at.op}, in float)")
+            self._lowered = True
 
     def _visit_buffers(self, node: Node, op: str, dtype: Any, channels: int | None) -> bool:
         """Add the site of a function whose scale and zero_point are buffers of the root."""
         sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        scales = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=True)]
-        zeros = [n for n in sources if _is_scalar(fetch(self._model, str(n.target)), floating=False)]
+        scales = [n for n in sources if is_scalar(fetch(self._model, str(n.target)), floating=True)]
+        zeros = [n for n in sources if is_scalar(fetch(self._model, str(n.target)), floating=False)]
         if len(scales) != 1 or len(zeros) != 1:
             return False
         attribute = str(scales[0].target)
@@ -162,7 +162,3 @@ class Scanner:
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, torch.ScriptObject) and hasattr(value, "unpack")
-
-
-def _is_scalar(value: Any, *, floating: bool) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() == floating

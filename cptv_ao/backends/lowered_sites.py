@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from cptv_ao.backends.scale_slots import ScaleSlot, ScannedGraph, WeightSlot, infer_range
-from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.fx.producers import producer
 
@@ -89,18 +88,17 @@ class LoweredSites:
             channels,
         )
 
-    def add_weight(self, at: Place, slot: WeightSlot, fixed: str) -> bool:
-        """Add the site of what a node multiplies by; False where the weight is not quantized.
-
-        Raises:
-            UnsupportedModelError: the engine does not give it back.
-        """
+    def add_weight(self, at: Place, slot: WeightSlot, fixed: str) -> str:
+        """Add the site of what a node multiplies by, or say why there is none."""
         if self._seen(at):
             self._weighted.append((at.node, at.name))
-            return True
-        weight = _weight_of(slot, at)
+            return ""
+        try:
+            weight = slot.weight()
+        except RuntimeError:  # QNNPACK, of what it packs for three dimensions: no state_dict either
+            return f"which {torch.backends.quantized.engine} does not give back"
         if not weight.is_quantized:  # float16, of dynamic linears
-            return False
+            return "in float"
         shape: tuple[int, ...]
         axis: int | None
         if weight.dtype != torch.qint8:
@@ -116,7 +114,7 @@ class LoweredSites:
         self._sites[at.name] = ScaleSite(
             at.name, "weight", at.op, at.scope, shape, axis, qmin, qmax, False, (at.node.name,), at.name, fixed
         )
-        return True
+        return ""
 
     def _seen(self, at: Place) -> bool:
         """Whether the site was found at another node before; this one is added to it."""
@@ -176,14 +174,3 @@ class LoweredSites:
         for name, site in self._sites.items():
             if site.tied == other:
                 self._sites[name] = replace(site, tied=lead)
-
-
-def _weight_of(slot: WeightSlot, at: Place) -> Tensor:
-    try:
-        return slot.weight()
-    except RuntimeError as error:  # QNNPACK, of what it packs for three dimensions: no state_dict either
-        raise UnsupportedModelError(
-            f"{at.name}: the engine does not give the weight of {at.op} back ({error}); convert for another engine "
-            "(torch.backends.quantized.engine), or leave the layer in float",
-            at.node.name,
-        ) from error

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from cptv_ao.backends.kernel_faults import is_right
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
@@ -90,12 +91,14 @@ class WeightSlot(ABC):
         float_weight: the float weight, where the graph itself holds one and rounds it each time; None else.
         packs_bias: whether the bias of the layer is held with the weight.
         pads: whether it is of a convolution that pads its input.
+        is_right: whether the kernel computes with this weight, not with another one.
     """
 
     tensors: tuple[TensorSlot, ...] = ()
     float_weight: Tensor | None = None
     packs_bias = False
     pads = False
+    is_right = True
 
     @abstractmethod
     def read(self) -> QParams:
@@ -133,6 +136,7 @@ class PackedWeightSlot(WeightSlot):
     """
 
     packs_bias = True
+    _tried: tuple[Any, bool] | None = None  # an object, and whether it `is_right`
     _renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
 
     @abstractmethod
@@ -167,8 +171,15 @@ class PackedWeightSlot(WeightSlot):
         self._put(state)
 
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        weight = quantized_weight(codes, qparams, site.axis)
-        self._pack(weight, self.bias() if bias is None else bias)
+        self._pack(quantized_weight(codes, qparams, site.axis), self.bias() if bias is None else bias)
+
+    @property
+    def is_right(self) -> bool:  # type: ignore[override]
+        """As of `WeightSlot`."""
+        packed = self._packed()
+        if self._tried is None or self._tried[0] is not packed:
+            self._tried = packed, is_right(packed)
+        return self._tried[1]
 
     def renew(self) -> None:
         """Pack the same weight once more, for QNNPACK forgets nothing (torch 2.13 to 2.15); `state` is as before.

@@ -102,6 +102,7 @@ _OPS = (
     Op("permute", "moves", (torch.permute, torch.movedim), ("permute", "movedim"), (), ("permute", "movedim")),
     Op("repeat", "moves", (), ("repeat",), (), ("repeat",)),
     Op("reshape", "moves", (torch.reshape,), ("reshape", "reshape_as"), (), ("reshape", "reshape_as")),
+    Op("resize", "moves", (), ("resize_",)),
     Op("roll", "moves", (torch.roll,), ("roll",), (), ("roll",)),
     Op("split", "moves", (torch.split,), ("split",), (), ("split", "split_with_sizes")),
     Op("squeeze", "moves", (torch.squeeze,), ("squeeze", "squeeze_"), (), ("squeeze",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 from torch.nn import Module
 
@@ -12,6 +13,11 @@ from torch.nn import Module
 def fetch(model: Module, target: str) -> Any:
     """What the target of a `get_attr` or `call_module` node refers to."""
     return attrgetter(target)(model)
+
+
+def is_scalar(value: Any, *, floating: bool) -> bool:
+    """Whether a value is a tensor of one number without dimensions, as scales (floating) and zero_points are held."""
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() == floating
 
 
 class ModulePaths:

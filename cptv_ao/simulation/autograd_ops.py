@@ -8,18 +8,16 @@ scales follow from sums of `gradient * u`, so that no other pass over an activat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cptv_ao.core.weight_rounding import weight_steps
+from cptv_ao.simulation.products import Product
 from cptv_ao.simulation.qtensor import Limits, dot
-
-_aten = torch.ops.aten
 
 
 class Quantize(torch.autograd.Function):
@@ -92,112 +90,6 @@ class Clamp(torch.autograd.Function):
         return passed if ctx.needs_input_grad[0] else None, d_scale, None, None, None
 
 
-class _Product:
-    """What linear layers and convolutions have in common."""
-
-    channel_dim: int
-
-    def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def error(self, value: Tensor, weight: Tensor) -> Tensor:
-        """Squared error of the output per channel (C,) that an error of the weight makes for an input."""
-        output = self.forward(value, weight).square_()
-        return output.sum([d for d in range(output.dim()) if d != self.channel_dim % output.dim()])
-
-    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
-        """What the rows of a weight, flattened to (C, K), are multiplied with, for an input: (groups, n, K), evenly
-        spread where there are more than `most`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Linear(_Product):
-    """accumulator = codes @ weight.T, channels last."""
-
-    channel_dim: int = -1
-
-    def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
-        return functional.linear(codes, weight)
-
-    def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        d_codes = (rows @ weight).reshape(codes.shape) if mask[0] else None
-        return d_codes, rows.t() @ codes.reshape(-1, codes.shape[-1]) if mask[1] else None
-
-    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
-        found = value.reshape(-1, value.shape[-1])
-        return found[_spread(len(found), most)].unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class Convolution(_Product):
-    """accumulator = convolution of any rank, channels first; padding is zero, which is what zero_point stands for.
-
-    Images are laid out channels last in memory, where forward and backward take half the time on a CPU; what follows
-    keeps the layout. Not so for strided 1x1 kernels: oneDNN's gradient of these writes out of bounds with 3 channels
-    last (seen on torch 2.14).
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    channel_dim: int = 1
-
-    def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
-        layout = self._layout(codes, weight)
-        return torch.convolution(codes.contiguous(memory_format=layout), weight, None, *self.settings)
-
-    def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
-        layout = self._layout(codes, weight)
-        gradient, codes = gradient.contiguous(memory_format=layout), codes.contiguous(memory_format=layout)
-        return _aten.convolution_backward(gradient, codes, weight, None, *self.settings, [*mask, False])[:2]
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """What follows the bias among the arguments of `torch.convolution`."""
-        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
-
-    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
-        sizes = weight.shape[2:]
-        value = functional.pad(value, [side for amount in reversed(self.padding) for side in (amount, amount)])
-        for dim, (size, stride, dilation) in enumerate(zip(sizes, self.stride, self.dilation, strict=True), 2):
-            value = value.unfold(dim, dilation * (size - 1) + 1, stride)
-            value = value[..., ::dilation]
-        value = value.movedim(1, 1 + len(sizes))  # (N, *positions, channels, *sizes): a view of the input
-        places = value.shape[: 1 + len(sizes)]
-        chosen = torch.unravel_index(_spread(math.prod(places), most).to(value.device), places)
-        return value[chosen].reshape(len(chosen[0]), self.groups, -1).transpose(0, 1)
-
-    def _layout(self, codes: Tensor, weight: Tensor) -> torch.memory_format:
-        strided_pointwise = weight[0, 0].numel() == 1 and max(self.stride) > 1
-        return torch.channels_last if codes.dim() == 4 and not strided_pointwise else torch.contiguous_format
-
-
-@dataclass(frozen=True)
-class Line(Convolution):
-    """A convolution of one dimension whose weight (C, C', 1, K) is packed as one of two, as functional ones are."""
-
-    def forward(self, codes: Tensor, weight: Tensor) -> Tensor:
-        return super().forward(codes.unsqueeze(2), weight).squeeze(2)
-
-    def backward(self, gradient: Tensor, codes: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> Any:
-        d_codes, d_weight = super().backward(gradient.unsqueeze(2), codes.unsqueeze(2), weight, mask)
-        return None if d_codes is None else d_codes.squeeze(2), d_weight
-
-    def rows(self, value: Tensor, weight: Tensor, most: int) -> Tensor:
-        return super().rows(value.unsqueeze(2), weight, most)
-
-
-def _spread(count: int, most: int) -> Tensor:
-    """Places of so many, or of some of them."""
-    return torch.arange(count) if count <= most else torch.arange(most) * count // most
-
-
-Product = Linear | Convolution
-
-
 class QuantizedProduct(torch.autograd.Function):
     """u = (accumulator + bias / (s_x s_w)) * (s_x s_w / s_y), in this order of rounding.
 
@@ -243,13 +135,13 @@ class QuantizedProduct(torch.autograd.Function):
         passed = ctx.limits.inside(gradient, u)
         dims = [d for d in range(u.dim()) if d != product.channel_dim % u.dim()]
         total = passed.sum(dims)
-        per_weight = multiplier.reshape([-1] + [1] * (weight.dim() - 1))
+        per_weight = product.over_weight(multiplier, weight)
         mask = (needs[0], needs[2])
         d_codes, d_weight = product.backward(passed, codes, weight * per_weight, mask)
         if d_weight is None:
             moment = (passed * u).sum(dims)
         else:  # sum(passed * u) from the weight's gradient: u is linear in the weight
-            moment = (d_weight * weight).flatten(1).sum(1)
+            moment = product.per_channel(d_weight * weight)
             moment = (moment if offset is None else moment + offset * total) * multiplier
             d_weight = d_weight * per_weight
         direct = moment if bias is None else moment - total * bias / out_scale

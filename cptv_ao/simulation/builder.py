@@ -26,6 +26,7 @@ class Builder(ABC):
     Attributes:
         sites: the twin's modules that hold qparams, by the name of their site.
         nodes: the twin's node by the name of the model's one.
+        notes: what is to be said of the model or its twin.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -33,6 +34,7 @@ class Builder(ABC):
         self._graph, self._owned = Graph(), dict[str, nn.Module]()
         self.sites: dict[str, SiteModule] = {}
         self.nodes: dict[str, Node] = {}
+        self.notes: list[str] = []
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
         self._made: dict[str, Node] = {}  # what first gave a value that was written into later
         activations = (site for site in backend.sites.values() if site.kind == "activation")
@@ -48,7 +50,10 @@ class Builder(ABC):
         self._graph.eliminate_dead_code(is_impure_node=self._is_needed)
         for node in self._graph.nodes:
             if node.op == "get_attr":
-                _assign(root, str(node.target), copy.deepcopy(fetch(self._model, str(node.target))))
+                value = fetch(self._model, str(node.target))
+                # A packed weight is only given to a kernel, and not each can be copied.
+                packed = isinstance(value, torch.ScriptObject)
+                _assign(root, str(node.target), value if packed else copy.deepcopy(value))
         for name, module in self._owned.items():
             root.add_module(name, module)
         twin = GraphModule(root, self._graph, "Twin")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,8 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
         backend: of the lowered model, as it was given.
         few: some search images.
     """
+    if broken := backend.broken():
+        return [_broken(broken)]
     try:
         gap, found = disagreeing(backend, few, config)
     except UnsupportedModelError:
@@ -39,14 +41,25 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
     told = f"kernels and exact arithmetic differ by {100 * gap:.3g} % on the outputs of the model that was given: "
     if not found:
         return [told + "no kernel saturates, roundings by one code grow on the way to the output"]
-    named = ", ".join(found[:_NAMES]) + (f" and {len(found) - _NAMES} more" if len(found) > _NAMES else "")
     told += (
-        f"kernels of this CPU saturate on the activations of {named}; observers with reduce_range=True or a CPU with "
-        "VNNI avoid it (depthwise convolutions saturate on any x86 CPU)"
+        f"kernels of this CPU saturate on the activations of {_named(found)}; observers with reduce_range=True or a "
+        "CPU with VNNI avoid it (depthwise convolutions saturate on any x86 CPU)"
     )
     if config.score_on == "kernels":
         return [told + "; the search ran on these kernels, so its result is right for machines that saturate alike"]
     return [told + "; the search ran on exact arithmetic, which does not see it"]
+
+
+def _broken(names: Sequence[str]) -> str:
+    return (
+        f"torch's kernel of transposed convolutions on {torch.backends.quantized.engine} computes something else than "
+        f"these layers ({_named(names)}): quantize for another engine (qnnpack), leave them in float, or upsample and "
+        "convolve instead"
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
 
 
 def disagreeing(backend: Backend, few: Batch, config: RefineConfig) -> tuple[float, list[str]]:

@@ -7,7 +7,6 @@ round((acc + b / (s_x s_w)) * (s_x s_w / s_y)) + z_y.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from cptv_ao.core.qparams import SHIFT_PARTS, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, nearest_codes, weight_steps
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.simulation.autograd_ops import Add, Product, Quantize, QuantizedProduct, RoundWeight
+from cptv_ao.simulation.autograd_ops import Add, Quantize, QuantizedProduct, RoundWeight
 from cptv_ao.simulation.layer_norm import LayerNorm
+from cptv_ao.simulation.products import Product
 from cptv_ao.simulation.qtensor import Limits, QTensor, Rounding, straight_through_round
 
 
@@ -35,6 +35,12 @@ class SiteModule(OutOfPlace):
         self.rounding: Rounding = "round"
         self.register_buffer("scale", qparams.scale.to(torch.float32))
         self.register_buffer("zero_point", qparams.zero_point.to(torch.float32))
+
+    def follow(self, other: SiteModule) -> None:
+        """Hold what another one of the same site does."""
+        self.site, self.rounding = other.site, other.rounding
+        for name, value in other._buffers.items():
+            setattr(self, name, value)
 
 
 class Quantizer(SiteModule):
@@ -82,6 +88,11 @@ class WeightQuantizer(SiteModule):
         self.shiftable = shiftable and float_weight is not None
         #: take the codes from `codes` (True) or from the float weight at the present scale (False)
         self.keep_codes = True
+
+    def follow(self, other: SiteModule) -> None:
+        super().follow(other)
+        assert isinstance(other, WeightQuantizer)
+        self.keep_codes = other.keep_codes
 
     def set_beside(self, qparams: QParams) -> None:
         """Round as the shift of qparams says, and correct the bias so."""
@@ -189,8 +200,9 @@ class QuantizedLayer(OutOfPlace):
         """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
         return self._product.error(value, self.weight.error(scale))
 
-    def rows(self, value: Tensor, most: int) -> Tensor:
-        """What the rows of the weight, flattened to (C, K), are multiplied with for a float input: (groups, n, K)."""
+    def rows(self, value: Tensor, most: int) -> Tensor | None:
+        """What the rows of the weight, flattened to (C, K), are multiplied with for a float input, (groups, n, K); None
+        where it has none."""
         return self._product.rows(value, self.weight.codes, most)
 
 
@@ -255,34 +267,16 @@ class NormModule(Norm):
 
 
 class Pointwise(OutOfPlace):
-    """An op that the kernel computes in float on dequantized values (hardswish, softmax, batch norm ...)."""
+    """An op that the kernel computes in float on dequantized values (hardswish, softmax, matmul ...)."""
 
     def __init__(self, output: Quantizer, op: Callable[..., Tensor]) -> None:
         super().__init__()
         self.output, self._op = output, op
 
-    def forward(self, value: QTensor, **settings: Any) -> QTensor:
-        result: QTensor = self.output(self._op(value.dequantize(), **settings))
+    def forward(self, *values: QTensor, **settings: Any) -> QTensor:
+        named = {name: part.dequantize() if isinstance(part, QTensor) else part for name, part in settings.items()}
+        result: QTensor = self.output(self._op(*(value.dequantize() for value in values), **named))
         return result
-
-
-class ScaledBy(OutOfPlace):
-    """quantized.mul of a value and a number, and its fused ReLU: the codes stay, the scale is multiplied."""
-
-    def __init__(self, factor: float, relu: bool) -> None:
-        super().__init__()
-        self._factor, self._relu = factor, relu
-
-    def forward(self, value: QTensor) -> QTensor:
-        factor = self._factor
-        if factor == 0:
-            return replace(value, codes=0 * value.codes, scale=torch.ones_like(value.scale), zero_point=0 * value.scale)
-        if factor < 0:  # the codes are mirrored in their range
-            mirrored = value.low + value.high - value.zero_point
-            value = replace(value, codes=-value.codes, scale=value.scale * -factor, zero_point=mirrored)
-        else:
-            value = replace(value, scale=value.scale * factor)
-        return value.with_codes(functional.relu(value.codes)) if self._relu else value
 
 
 def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,11 @@ def leaky_relu(x: Tensor, negative_slope: float, inplace: bool = False) -> Tenso
     return functional.leaky_relu(x, negative_slope)
 
 
+def matmul(x: Tensor, qb: Tensor) -> Tensor:
+    """Of two quantized tensors."""
+    return torch.matmul(x, qb)
+
+
 # By type of module: what makes its function.
 _MODULES: dict[type[nn.Module], Callable[[Any], Function]] = {
     nnq.BatchNorm2d: _batch_norm,
@@ -85,6 +90,10 @@ FUNCTIONS: dict[Any, Function] = {
     torch.ops.quantized.leaky_relu: leaky_relu,
     torch.ops.quantized.instance_norm: instance_norm,
     torch.ops.quantized.group_norm: group_norm,
+    torch.ops.quantized.matmul: matmul,
+    torch.ops.quantized.softmax: functional.softmax,
+    torch.ops.quantized.sigmoid: torch.sigmoid,
+    torch.ops.quantized.celu: functional.celu,
 }
 
 

@@ -17,9 +17,10 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.decomposed_ops import is_decomposed
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.simulation.autograd_ops import Convolution, Linear, Product
 from cptv_ao.simulation.builder import Builder
+from cptv_ao.simulation.by_kernel import PassedOn
 from cptv_ao.simulation.modules import WeightQuantizer
+from cptv_ao.simulation.products import Convolution, Linear
 from cptv_ao.simulation.qtensor import QTensor
 
 _aten = torch.ops.aten
@@ -41,20 +42,8 @@ class Rounded(OutOfPlace):
         self._dequantize = dequantize
 
     def forward(self, value: Tensor, *given: Any) -> Tensor:
-        rounded: Tensor = _PassedOn.apply(value, self._dequantize(*given))
+        rounded: Tensor = PassedOn.apply(value, self._dequantize(*given))
         return rounded
-
-
-class _PassedOn(torch.autograd.Function):
-    """What a value was rounded to; the gradient is straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 class DequantizedWeight(OutOfPlace):
@@ -71,7 +60,7 @@ class DequantizedWeight(OutOfPlace):
 class FloatLayer(OutOfPlace):
     """A float linear or convolution whose weight is on a scale."""
 
-    def __init__(self, weight: WeightQuantizer, product: Product) -> None:
+    def __init__(self, weight: WeightQuantizer, product: Linear | Convolution) -> None:
         super().__init__()
         self.weight, self._product = weight, product
 
@@ -89,7 +78,7 @@ class FloatLayer(OutOfPlace):
         """As of `QuantizedLayer`."""
         return self._product.error(value, self.weight.error(scale))
 
-    def rows(self, value: Tensor, most: int) -> Tensor:
+    def rows(self, value: Tensor, most: int) -> Tensor | None:
         """As of `QuantizedLayer`."""
         return self._product.rows(value, self.weight.codes, most)
 
@@ -141,7 +130,7 @@ class Pt2eBuilder(Builder):
         else:
             self._copy(node)
 
-    def _product(self, node: Node) -> Product | None:
+    def _product(self, node: Node) -> Linear | Convolution | None:
         """The linear or convolution that a node is, where its weight is a site."""
         weight = node.args[1] if len(node.args) > 1 else None
         if not isinstance(weight, Node) or weight.name not in self._weight_of or node.kwargs:

@@ -183,3 +183,23 @@ def real(value: Any) -> Tensor | None:
     if isinstance(value, Tensor) and value.is_quantized:
         return value.dequantize()
     return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def from_kernel(value: Any, device: torch.device | str = "cpu") -> Any:
+    """A tensor that kernels computed, quantized or not, as a value of the twin; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_quantized:
+        zero_point = torch.tensor(float(value.q_zero_point()), device=device)
+        low, high = (0, 255) if value.dtype == torch.quint8 else (-128, 127)
+        codes = value.int_repr().to(device).float() - zero_point
+        return QTensor(codes, torch.tensor(value.q_scale(), device=device).float(), zero_point, low, high, "round")
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def to_kernel(value: Any) -> Any:
+    """A value of the twin as the tensor that kernels take, on the CPU; anything else as it is."""
+    if not isinstance(value, QTensor):
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+    zero_point = int(value.zero_point.detach().round())
+    codes = (value.codes.detach().round() + zero_point).clamp(value.low, value.high)
+    kind = torch.uint8 if value.low >= 0 else torch.int8
+    return torch._make_per_tensor_quantized_tensor(codes.cpu().to(kind), float(value.scale.detach()), zero_point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.fx.ops import Op
 from cptv_ao.simulation.autograd_ops import Clamp
+from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.qtensor import QTensor, straight_through_round
 
 # The real values that clamps clamp to, where the call does not say otherwise.
@@ -34,16 +36,33 @@ class OnCodes(OutOfPlace):
 
     Args:
         name: to tell of it.
-        op: what it is; None where that is not known, so that it can be called with floats alone.
+        op: what it is; None where that is not known, so that its kernel is asked where values are quantized.
+
+    Attributes:
+        kernel: computes what is not known on quantized values, or not with these arguments; None as long as none is.
     """
 
     def __init__(self, name: str, op: Op | None, function: Callable[..., Any]) -> None:
         super().__init__()
         self._name, self._op, self.function = name, op, function
+        self.kernel: ByKernel | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not any(map(_is_quantized, (*args, *kwargs.values()))):
             return self.function(*args, **kwargs)
+        try:
+            return self._lifted(*args, **kwargs)
+        except UnsupportedModelError:
+            return self._by_kernel()(*args, **kwargs)
+
+    def _by_kernel(self) -> ByKernel:
+        if self.kernel is None:
+            function = self.function
+            own = copy.deepcopy(function).cpu() if isinstance(function, nn.Module) else function
+            self.kernel = ByKernel(self._name, own, function)
+        return self.kernel
+
+    def _lifted(self, *args: Any, **kwargs: Any) -> Any:
         if not args:  # by its name, as torch has it
             first = "tensors" if "tensors" in kwargs else "input"
             args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
@@ -94,6 +113,8 @@ def _moved(op: Op, function: Callable[..., Any], value: Any, *args: Any, **kwarg
         raise UnsupportedModelError("it is known on a quantized first input alone, without another dtype")
     if op.name == "relu":
         return value.with_codes(functional.relu(value.codes))
+    if op.name == "resize":
+        return value.with_codes(_resized(value.codes, *args, **kwargs))
     if op.name == "dropout":
         training = False if isinstance(function, nn.Module) else kwargs.get("training", kwargs.get("train", True))
         if len(args) > 1:
@@ -108,6 +129,14 @@ def _moved(op: Op, function: Callable[..., Any], value: Any, *args: Any, **kwarg
     if isinstance(result, (tuple, list)):
         return type(result)(value.with_codes(part) for part in result)
     return value.with_codes(result)
+
+
+def _resized(codes: Tensor, *shape: Any, **settings: Any) -> Tensor:
+    """The first of the codes in another shape."""
+    wanted = torch.Size(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+    if settings or wanted.numel() > codes.numel():
+        raise UnsupportedModelError("it is not known where it makes codes of nothing")
+    return codes.flatten()[: wanted.numel()].reshape(wanted)
 
 
 def _attribute(value: QTensor, name: str, *default: Any) -> Any:

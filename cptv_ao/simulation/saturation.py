@@ -6,33 +6,19 @@ exact as long as the activation codes stay below 128, which is what reduce_range
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, ordered
 from cptv_ao.simulation.modules import QuantizedLayer, Quantizer
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.qtensor import QTensor, from_kernel
 from cptv_ao.simulation.twin import Twin
 
 # Share of an op's codes that may be off by more than one before it counts as saturating.
 _TOLERATED = 1e-4
-
-
-def lift(value: Any, device: torch.device | str = "cpu") -> Any:
-    """What the kernels computed, as values of the twin."""
-    if isinstance(value, Tensor) and value.is_quantized:
-        zero_point = torch.tensor(float(value.q_zero_point()), device=device)
-        low, high = (0, 255) if value.dtype == torch.quint8 else (-128, 127)
-        codes = value.int_repr().to(device).float() - zero_point
-        return QTensor(codes, torch.tensor(value.q_scale(), device=device).float(), zero_point, low, high, "round")
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return type(value)(lift(v, device) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str, int]:
@@ -54,7 +40,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
                 continue
             if any(given.name not in recorder.values for given in node.all_input_nodes):
                 continue  # of a value that was written in place, which the kernels have under another name
-            given = map_arg(node.args, lambda n: lift(recorder.values[n.name]))
+            given = map_arg(node.args, lambda n: tree_map(from_kernel, recorder.values[n.name]))
             wanted = layer(*given)
             got = recorder.values[node.name].int_repr()
             off = (wanted.codes + wanted.zero_point - got).abs() > 1

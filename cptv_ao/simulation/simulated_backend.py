@@ -42,6 +42,7 @@ class SimulatedBackend:
     def checked(self, batch: Batch) -> SimulatedBackend:
         """Itself, once the twin has been run: see `Twin.checked`."""
         self.twin.checked(batch)
+        self._given = {name: self._given[name] for name in self.twin.names}
         return self
 
     @property

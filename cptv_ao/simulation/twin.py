@@ -18,6 +18,7 @@ from cptv_ao.core.tensors import moved
 from cptv_ao.fx.node_runner import ordered
 from cptv_ao.fx.running import call, changed_by_hooks, run
 from cptv_ao.simulation.builder import Builder
+from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.check import Checker
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
 from cptv_ao.simulation.modules import QuantizedLayer, WeightQuantizer, shift_codes
@@ -43,45 +44,78 @@ class Twin:
 
     Raises:
         UnsupportedModelError: an op is not known; the message names its node.
+
+    Attributes:
+        graph_bytes: about what the graph of one image holds; known once the twin is `checked`.
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
-        builder: Builder
-        if backend.form.simulates_itself:
-            builder = Pt2eBuilder(backend)
-        else:
-            builder = LoweredBuilder(backend, engine or str(torch.backends.quantized.engine))
+        self._backend, self._engine = backend, engine or str(torch.backends.quantized.engine)
         self._model = backend.model
+        self.graph_bytes = 0.0
+        self._by_kernel: set[str] = set()  # nodes whose kernels compute, since it turned out that the twin cannot
+        self._build()
+
+    def _build(self) -> None:
+        builder: Builder
+        if self._backend.form.simulates_itself:
+            builder = Pt2eBuilder(self._backend)
+        else:
+            builder = LoweredBuilder(self._backend, self._engine, self._by_kernel)
         self.module = builder.build()
-        self._sites = builder.sites
+        self._sites, self._notes = builder.sites, builder.notes
         by_id = {id(module): path for path, module in self.module.named_modules()}
         self._weighted = [m for m in self.module.modules() if isinstance(m, (QuantizedLayer, FloatLayer))]
-        #: about what the graph of one image holds, in bytes; known once the twin is `checked`
-        self.graph_bytes = 0.0
         self._paths = {name: by_id[id(module)] for name, module in self._sites.items() if id(module) in by_id}
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of it, once it is `checked`: where no gradient passes, where kernels are in doubt."""
+        calls = [node for node in self.module.graph.nodes if node.op == "call_module"]
+        parts = ((node.name, part) for node in calls for part in self.module.get_submodule(str(node.target)).modules())
+        closed = [f"{name} ({m.extra_repr()})" for name, m in parts if isinstance(m, ByKernel) and m.gradient == "none"]
+        told = f"no gradient passes {', '.join(closed)}: what is before that is proposed for without one"
+        return [*self._notes, told] if closed else list(self._notes)
+
+    def _let_kernel(self, node: str | None) -> bool:
+        """Have a node's kernel compute it, all else as it is; whether it was not so yet, and can be."""
+        before, nodes = self._sites, {n.name: n for n in self._model.graph.nodes}
+        called = node in nodes and nodes[node].op.startswith("call_")
+        if node is None or not called or node in self._by_kernel or self._backend.form.simulates_itself:
+            return False
+        self._by_kernel.add(node)
+        device = self.device
+        self._build()
+        self.to(device)
+        for name in self._sites.keys() & before.keys():
+            self._sites[name].follow(before[name])
+        return True
 
     def checked(self, batch: Batch) -> Twin:
         """Itself, once it has been run on a few images of a batch.
 
+        Where an op is not known on the values that it meets, its kernel computes it from then on.
+
         Raises:
-            UnsupportedModelError: an op is not known on the values that it meets (the message names its node); or hooks
-                change what the model returns.
+            UnsupportedModelError: hooks change what the model returns; or neither the twin nor a kernel computes a node
+                (the message names it).
             CalibrationDataError: the model itself cannot be run on this batch.
         """
         if told := changed_by_hooks(self._model, batch):
             raise UnsupportedModelError(told)
         few = batch.few(_FEW)
-        device = self.device if self._sites else torch.device("cpu")
-        given = replace(few, args=moved(few.args, device), kwargs=moved(few.kwargs, device))
-        checker = Checker(self.module)
-        try:
-            with torch.no_grad():
-                checker.run(*ordered(self.module, given))
-            self.graph_bytes = checker.bytes / max(few.images, 1)
-        except UnsupportedModelError:
-            run(self._model, few, 0)  # not for want of an op, where the kernels fail too
-            raise
-        return self
+        given = replace(few, args=moved(few.args, self.device), kwargs=moved(few.kwargs, self.device))
+        while True:
+            checker = Checker(self.module)
+            try:
+                with torch.no_grad():
+                    checker.run(*ordered(self.module, given))
+                self.graph_bytes = checker.bytes / max(few.images, 1)
+                return self
+            except UnsupportedModelError as error:
+                run(self._model, few, 0)  # not for want of an op, where the kernels fail too
+                if not self._let_kernel(error.node):
+                    raise
 
     @property
     def names(self) -> list[str]:
@@ -195,6 +229,7 @@ class Twin:
         """How activations are put on their scales: see `Rounding`."""
         for module in self._sites.values():
             module.rounding = rounding
+        self._compute_in_float(rounding != "round")
 
     def limit(self, names: Iterable[str], qmax: int) -> None:
         """Clip the codes of these activation sites at `qmax`."""
@@ -205,24 +240,34 @@ class Twin:
     def in_float(self, names: Iterable[str]) -> Iterator[None]:
         """Compute these sites in float while the context lasts: activations are not rounded, float weights are used
         where they are known; the codes of other weights stay."""
+        names = list(names)
         modules = [self._sites[name] for name in names]
+        whole = set(names) >= set(self.names)
         before = [(module, module.rounding, getattr(module, "keep_codes", None)) for module in modules]
         try:
             for module in modules:
                 module.rounding = "none"
                 if isinstance(module, WeightQuantizer):
                     module.keep_codes = False
+            self._compute_in_float(whole)
             yield
         finally:
+            self._compute_in_float(False)
             for module, rounding, keep_codes in before:
                 module.rounding = rounding
                 if isinstance(module, WeightQuantizer):
                     module.keep_codes = bool(keep_codes)
 
+    def _compute_in_float(self, wanted: bool) -> None:
+        """Of what kernels compute on floats, whose scales are their own affair."""
+        for module in self.module.modules():
+            if isinstance(module, ByKernel):
+                module.in_float = wanted
+
     @property
     def device(self) -> torch.device:
         """Where the scales are, and inputs are expected."""
-        return next(iter(self._sites.values())).scale.device
+        return next((site.scale.device for site in self._sites.values()), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Twin:
         """Move everything to a device."""

@@ -278,11 +278,13 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Ch
 def _proposer(
     target: KernelTarget, space: SearchSpace, config: RefineConfig, budget: Budget, notes: list[str]
 ) -> Proposer | None:
-    """The proposals for the whole model; None, with a note, where the float twin does not know an op of it."""
+    """The proposals for the whole model; None, with a note, where neither the twin nor a kernel computes a node."""
     if not (config.population or config.gradient_steps) or not space.groups:
         return None
     try:
-        return target.proposer(space.groups, budget)
+        proposer = target.proposer(space.groups, budget)
+        notes += proposer.twin_notes
+        return proposer
     except UnsupportedModelError as error:
         notes.append(f"no proposals from the float twin: {error}")
         return None

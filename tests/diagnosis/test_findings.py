@@ -102,7 +102,7 @@ def test_saturation_here_is_told(conv: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Odd(nn.Module):
-    """Blocks with an op that the float twin does not know: a quantized tensor plus a number."""
+    """Blocks and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class OddBlock(nn.Module):
         self.a, self.b = nn.Linear(12, 24), nn.Linear(24, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(functional.relu(self.a(x) + 0.5))
+        return x + self.b(functional.relu(self.a(x)))
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def odd() -> Case:
     model = nets.seeded(Odd)
     batches = list(nets.images(64, 12).split(16))
     prepared, converted = nets.quantize(model, batches)
-    return Case(model, prepared, converted, batches)
+    return Case(model, prepared, nets.without_twin(converted), batches)
 
 
 def test_by_substitution(odd: Case) -> None:
@@ -137,7 +137,9 @@ def test_by_substitution(odd: Case) -> None:
     found = diagnosed(odd)
     assert (everything(odd.converted), everything(odd.float_model)) == given
     assert found.simulated is None and found.floor is None
-    assert "does not know quantized.add" in found.notes[0] and "in place of the kernels'" in found.notes[0]
+    assert (
+        "forward hooks change what the model returns" in found.notes[0] and "in place of the kernels'" in found.notes[0]
+    )
     assert not any(s.sqnr is not None for s in found.sites if s.kind == "activation")
     assert site(found, "blocks.0.a.output").used > 0.3
     assert site(found, "blocks.0.a.weight").sqnr > 10

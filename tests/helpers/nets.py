@@ -141,3 +141,10 @@ def quantize(
         for batch in inputs:
             prepared(*batch)
         return prepared, convert_fx(prepared)
+
+
+def without_twin(converted: GraphModule) -> GraphModule:
+    """Itself, with a hook on its head that changes what it returns a little, so that no float twin is made of it."""
+    head: Any = converted.get_submodule("head")
+    head.register_forward_hook(lambda module, given, output: torch.ops.quantized.mul(output, 1 + 2**-7))
+    return converted

@@ -100,6 +100,12 @@ def trained(norm: nn.Module) -> nn.Module:
     return norm
 
 
+def slopes(norm: nn.PReLU) -> nn.Module:
+    """A PReLU with slopes of its own."""
+    nn.init.uniform_(norm.weight, 0.1, 0.9)
+    return norm
+
+
 def transposed(op: Any, rank: int) -> Any:
     """A transposed convolution with all its arguments, which lowering asks for."""
     return lambda x, weight, bias: op(x, weight, bias, [2] * rank, [1] * rank, [1] * rank, 1, [1] * rank)
@@ -259,13 +265,27 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dropout off": (flat(lambda x: F.dropout(x, 0.5, False)), FLAT),
     "roll": (flat(lambda x: x.roll(1, 1)), FLAT),
     "pad": (plane(lambda x: F.pad(x, (1, 1, 1, 1))), PLANE),
-}
-# What the twin does not know, and says so.
-UNKNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "Conv2d reflect": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), PLANE),
+    "Conv1d reflect": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3, 2, 2, padding_mode="reflect")), LINE),
+    "Conv2d reflect": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect")), PLANE),
+    "Conv2d replicate": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=2, padding_mode="replicate")), PLANE),
+    "Conv2d circular": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular")), PLANE),
+    "Conv2d reflect ReLU": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, padding=1, padding_mode="reflect"), nn.ReLU()),
+        PLANE,
+    ),
+    "Conv3d replicate": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3, padding=1, padding_mode="replicate")), SOLID),
     "ConvTranspose1d": (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3)), LINE),
+    "ConvTranspose1d all": (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 4, 2, 1, 1, dilation=2)), LINE),
     "ConvTranspose2d": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), PLANE),
-    "ConvTranspose3d": (lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 3)), SOLID),
+    "ConvTranspose2d all": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 6, (3, 2), (2, 3), (1, 0), (1, 2), 3, False, (1, 2))),
+        PLANE,
+    ),
+    "ConvTranspose2d BatchNorm": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), trained(nn.BatchNorm2d(4))),
+        PLANE,
+    ),
+    "ConvTranspose3d": (lambda: nn.Sequential(nn.ConvTranspose3d(3, 4, 3, 2, 1, 1)), SOLID),
     "conv_transpose1d": (lambda: Functional(transposed(F.conv_transpose1d, 1), 3, 4, 3, per_channel=False), LINE),
     "conv_transpose2d": (lambda: Functional(transposed(F.conv_transpose2d, 2), 3, 4, 3, 3, per_channel=False), PLANE),
     "conv_transpose3d": (
@@ -273,13 +293,14 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         SOLID,
     ),
     "resize_": (flat(lambda x: x.resize_(16, 4)), FLAT),
-    "add a number": (flat(lambda x: x + 0.5), FLAT),
+    **{f"add {k}": (flat(lambda x, k=k: x + k), FLAT) for k in (0.5, -0.5, 100.0, -100.0, 0, 2)},
+    **{f"{k} add": (flat(lambda x, k=k: k + x), FLAT) for k in (0.5, -100.0)},
+    **{f"add {k} relu": (flat(lambda x, k=k: F.relu(x + k)), FLAT) for k in (0.5, -0.5, 100.0, -100.0)},
     "PReLU": (flat(nn.PReLU()), FLAT),
-    "dropout on": (flat(lambda x: F.dropout(x, 0.5)), FLAT),
+    "PReLU of channels": (plane(slopes(nn.PReLU(4))), PLANE),
     "matmul": (lambda: Pair(lambda a, b: torch.matmul(a, b.transpose(0, 1))), FLAT),
+    "matmul of batches": (lambda: Pair(lambda a, b: torch.matmul(a.view(-1, 2, 8), b.view(-1, 8, 2))), FLAT),
 }
-# Its kernel divides by the whole window; it has no way back from the weights of three dimensions.
-NOT_ON_QNNPACK = {"AvgPool2d divisor", "avg_pool2d"}
 
 
 def quantized(make: Callable[[], nn.Module], shape: tuple[int, ...], engine: str) -> tuple[GraphModule, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.core.batches import Batch
 from cptv_ao.search.proposals.sequential_rounding import rounded_in_turn, sequential_roundings
-from cptv_ao.simulation.autograd_ops import Convolution, Linear
+from cptv_ao.simulation.products import Convolution, Linear, Transposed
 from cptv_ao.simulation.twin import Twin
 
 COLUMNS = 8
@@ -74,16 +74,25 @@ def test_the_rows_of_a_convolution_are_what_its_weights_meet(groups: int, size: 
     product = Convolution(stride, padding, dilation, groups)
     wanted = torch.convolution(value, weight, None, stride, padding, dilation, False, (0,) * dims, groups)
     rows = product.rows(value, weight, 10**6)
+    assert rows is not None
     found = torch.cat([own @ part.flatten(1).T for own, part in zip(rows, weight.chunk(groups), strict=True)], 1)
     assert torch.allclose(found, wanted.movedim(1, -1).flatten(0, -2), atol=1e-4)
     few = product.rows(value, weight, 5)
+    assert few is not None
     assert few.shape == (groups, 5, weight[0].numel())
     assert torch.equal(few[:, 0], rows[:, 0])
 
 
 def test_the_rows_of_a_linear_layer_are_its_inputs() -> None:
     value = nets.images(2, 5, 4, seed=1)
-    assert torch.equal(Linear().rows(value, nets.images(3, 4), 100), value.reshape(1, 10, 4))
+    rows = Linear().rows(value, nets.images(3, 4), 100)
+    assert rows is not None
+    assert torch.equal(rows, value.reshape(1, 10, 4))
+
+
+def test_a_transposed_convolution_has_no_rows() -> None:
+    product = Transposed((1,), (0,), (1,), 1, output_padding=(0,))
+    assert product.rows(nets.images(2, 3, 5), nets.images(3, 4, 2), 100) is None
 
 
 def test_a_search_gains_by_the_roundings_of_few_bits(vit_w2: Case) -> None:

@@ -4,6 +4,7 @@ know the op. Nothing between."""
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 from helpers import nets
-from helpers.op_nets import BACKENDS, ENGINES, FLAT, KNOWN, NOT_ON_QNNPACK, PLANE, UNKNOWN, Residual, quantized
+from helpers.op_nets import BACKENDS, ENGINES, FLAT, KNOWN, PLANE, Residual, quantized
+from tools import op_table
 from torch import Tensor, nn
 from torch.ao.quantization.backend_config import (
     get_native_backend_config,
@@ -24,7 +26,6 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.losses import get_loss
 from cptv_ao.core.qparams import QParams
 from cptv_ao.evaluation.evaluator import Evaluator
@@ -32,6 +33,8 @@ from cptv_ao.simulation.twin import Twin
 
 # Share of the codes that may be off by one: what falls between two codes falls to either side.
 FEW = 0.02
+# Kernels of QNNPACK that read what nobody wrote (torch 2.14).
+OTHER_EACH_TIME = {"ConvTranspose3d", "conv_transpose3d"}
 
 
 def check(model: GraphModule, images: Tensor) -> None:
@@ -52,29 +55,16 @@ def test_the_twin_has_the_kernels_codes(name: str, engine: str) -> None:
     try:
         model, images = quantized(*KNOWN[name], engine)
         model(images.clone())
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
         pytest.skip(f"torch cannot do it on {engine}: {error}")
-    if engine == "qnnpack" and (name in NOT_ON_QNNPACK or len(images.shape) == 5):
-        with pytest.raises(UnsupportedModelError):
-            check(model, images)
-    else:
-        check(model, images)
-
-
-@pytest.mark.parametrize(("name", "engine"), [(name, engine) for engine in ENGINES for name in UNKNOWN])
-def test_what_the_twin_does_not_know_it_says(name: str, engine: str) -> None:
-    try:
-        model, images = quantized(*UNKNOWN[name], engine)
-    except RuntimeError as error:
-        pytest.skip(f"torch cannot do it on {engine}: {error}")
-    with pytest.raises(UnsupportedModelError, match=r"does not (know|give)") as caught:
-        Twin(Backend(model)).checked(Batch((images,), {}, len(images)))
-    assert caught.value.node in {node.name for node in model.graph.nodes}
+    if engine == "qnnpack" and name in OTHER_EACH_TIME:
+        pytest.skip("the kernel gives other numbers each time")
+    check(model, images)
 
 
 @pytest.mark.parametrize("name", ["conv_transpose1d", "conv_transpose2d", "conv1d", "conv2d"])
 def test_a_functional_convolution_is_packed_again_as_what_it_is(name: str) -> None:
-    model, images = quantized(*(KNOWN | UNKNOWN)[name], "x86")
+    model, images = quantized(*KNOWN[name], "x86")
     backend, before = Backend(model), model(images)
     weight = next(site for site in backend.sites.values() if site.kind == "weight")
     backend.weights.set_float(weight.name, backend.weight(weight.name).dequantize())
@@ -100,11 +90,12 @@ def test_a_quantized_relu6_is_no_identity() -> None:
 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="needs the onednn engine")
-def test_what_a_kernel_overwrites_is_not_known() -> None:
-    """oneDNN's fused add writes its output over what it adds: the twin cannot tell what else is read of that."""
+def test_what_a_kernel_overwrites_is_told() -> None:
+    """oneDNN's fused add writes its output over what it adds: the twin computes what was meant, and says so."""
     model, images = quantized(lambda: Residual(True, other=False), PLANE, "onednn")
-    with pytest.raises(UnsupportedModelError, match="ConvAddReLU2d where what is added is read elsewhere"):
-        Twin(Backend(model)).checked(Batch((images,), {}, len(images)))
+    twin = Twin(Backend(model)).checked(Batch((images,), {}, len(images)))
+    (note,) = twin.notes
+    assert "ConvAddReLU2d writes over what it adds, which is read elsewhere too" in note
 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="needs the onednn engine")
@@ -153,7 +144,7 @@ def _leaves(pattern: Any) -> Iterator[Any]:
 
 def test_every_op_that_torch_quantizes_is_tested_here() -> None:
     """A new one in torch's own lists shows up."""
-    made = [make for make, _ in (KNOWN | UNKNOWN).values()]
+    made = [make for make, _ in KNOWN.values()]
     seen: set[Any] = set()
     for make in made:
         model = nets.seeded(make, random_norms=False)
@@ -166,3 +157,13 @@ def test_every_op_that_torch_quantizes_is_tested_here() -> None:
         for leaf in _leaves(one.pattern or ())
     }
     assert sorted(map(str, wanted - seen - _APART)) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_ops_is_true() -> None:
+    """Written by `python tests/tools/op_table.py`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = op_table.table()
+    assert found == op_table.PAGE.read_text()
+    assert op_table.NOT not in found.replace(op_table.HEAD, "")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao.simulation.qtensor import QTensor, Rounding, straight_through_round
-from cptv_ao.simulation.saturation import lift
+from cptv_ao.simulation.qtensor import QTensor, Rounding, from_kernel, straight_through_round
 
 VALUES = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 2
 
@@ -22,7 +21,7 @@ def test_codes_are_those_of_torch() -> None:
     assert torch.equal(found.codes + 40, wanted.int_repr().float())
     assert 0 in wanted.int_repr(), "some are clipped"
     assert torch.equal(found.dequantize(), wanted.dequantize())
-    taken = lift(wanted)
+    taken = from_kernel(wanted)
     assert torch.equal(taken.codes, found.codes) and (float(taken.zero_point), taken.low, taken.high) == (40, 0, 255)
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.cases import Case, backend_of
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
@@ -30,8 +32,7 @@ from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation.autograd_ops import Clamp
 from cptv_ao.simulation.kernel_agreement import disagreement
-from cptv_ao.simulation.qtensor import Limits
-from cptv_ao.simulation.saturation import lift
+from cptv_ao.simulation.qtensor import Limits, from_kernel
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.simulation.twin import Twin, unquantized
 
@@ -72,7 +73,7 @@ def _check_parity(
     compared = 0
 
     def given(node: Node) -> Any:
-        return lift(recorder.values[node.name], device)
+        return tree_map(partial(from_kernel, device=device), recorder.values[node.name])
 
     for node in twin.graph.nodes:
         if node.op != "call_module" or skip(nodes[node.name]):
@@ -246,7 +247,7 @@ def test_the_gradient_of_a_strided_pointwise_convolution_stays_in_its_memory() -
     """In a process of its own: with channels last oneDNN corrupts the heap."""
     code = """
 import torch
-from cptv_ao.simulation.autograd_ops import Convolution
+from cptv_ao.simulation.products import Convolution
 product = Convolution((2, 2), (0, 0), (1, 1), 1)
 for _ in range(40):
     codes, weight = torch.randn(4, 3, 128, 128), torch.randn(48, 3, 1, 1)

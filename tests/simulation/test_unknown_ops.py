@@ -1,4 +1,4 @@
-"""Networks with what the float twin does not know: it costs the proposals, with a note, or is told by name."""
+"""Networks with what the float twin does not know: kernels compute it, and all others are proposed for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.ao.nn.quantized as nnq
 from helpers import nets
 from helpers.search import small_config
 from torch import Tensor, nn
@@ -19,15 +20,28 @@ import cptv_ao
 from cptv_ao.evaluation.teacher import as_float
 
 
-class Resized(nn.Module):
-    """`resize_` is only met when the twin runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(4, 5)
+class Cut(nnq.Linear):
+    """A quantized op that nobody knows, whose output has another shape than its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x).resize_(16, 4))
+        return super().forward(x)[:, :6]
+
+
+class Same(nnq.Linear):
+    """One whose output has the shape of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clone()
+
+
+class Chain(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(width, 5)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu())[:, : self.width])
 
 
 class Solid(nn.Module):
@@ -43,10 +57,14 @@ class Solid(nn.Module):
         return self.head(self.mean(functional.avg_pool3d(x, 2, 1)).flatten(1))
 
 
-@pytest.fixture
-def resized() -> tuple[nn.Module, GraphModule, list[Tensor]]:
-    model, batches = nets.seeded(Resized), list(nets.images(32, 8).split(8))
-    return model, nets.quantize(model, batches, weight_bits=3)[1], batches
+@pytest.fixture(params=[Cut, Same])
+def unknown(request: Any) -> tuple[nn.Module, GraphModule, list[Tensor], str]:
+    """A network with an op that nobody knows, its quantized form, images, and how its gradient is told of."""
+    model = nets.seeded(lambda: Chain(6 if request.param is Cut else 8))
+    batches = list(nets.images(32, 8).split(8))
+    converted = nets.quantize(model, batches, weight_bits=3)[1]
+    converted.b.__class__ = request.param
+    return model, converted, batches, "no gradient passes b (Cut)" if request.param is Cut else ""
 
 
 def refined(model: GraphModule, batches: list[Tensor], float_model: Any, **changes: Any) -> cptv_ao.Report:
@@ -55,28 +73,25 @@ def refined(model: GraphModule, batches: list[Tensor], float_model: Any, **chang
     return cptv_ao.report(model)
 
 
-def test_an_op_that_is_met_at_run_time_costs_the_proposals(resized: Any) -> None:
-    model, converted, batches = resized
-    report = refined(converted, batches, model)
-    (note,) = (note for note in report.notes if "no proposals" in note)
-    assert note.startswith("no proposals from the float twin: resize_: the float twin does not know resize_")
-    assert report.stages == ()
-    assert (
-        "resize_: the float twin does not know"
-        in cptv_ao.diagnose(converted, batches, float_model=model, progress=False).notes[0]
-    )
-
-
 @pytest.mark.filterwarnings("ignore:refine without float_model:cptv_ao.CptvWarning")
-@pytest.mark.parametrize(("given", "score_on"), [(False, "kernels"), (True, "simulation"), (False, "simulation")])
-def test_where_the_twin_is_indispensable_the_op_is_named(resized: Any, given: bool, score_on: str) -> None:
-    model, converted, batches = resized
-    before = copy.deepcopy(converted.state_dict())
-    with pytest.raises(cptv_ao.UnsupportedModelError, match=r"resize_: the float twin does not know resize_") as caught:
-        refined(converted, batches, model if given else None, score_on=score_on)
-    assert caught.value.node == "resize_"
-    assert given or "pass float_model=" in str(caught.value)
-    assert str(before) == str(converted.state_dict())
+@pytest.mark.filterwarnings("ignore:not understood, left alone. b :cptv_ao.CptvWarning")
+@pytest.mark.parametrize(
+    ("given", "score_on"), [(True, "kernels"), (False, "kernels"), (True, "simulation"), (False, "simulation")]
+)
+def test_an_op_that_nobody_knows_costs_no_proposals(unknown: Any, given: bool, score_on: str) -> None:
+    model, converted, batches, told = unknown
+    report = refined(converted, batches, model if given else None, score_on=score_on)
+    assert report.stages
+    assert report.after.search < report.before.search or not given
+    notes = [note for note in report.notes if "twin" in note or "gradient" in note]
+    assert [note.startswith(told) for note in notes] == ([True] if told else [])
+
+
+def test_diagnose_measures_around_an_op_that_nobody_knows(unknown: Any) -> None:
+    model, converted, batches, _ = unknown
+    diagnosis = cptv_ao.diagnose(converted, batches, float_model=model, progress=False)
+    assert not [note for note in diagnosis.notes if "twin" in note]
+    assert all(site.share is not None for site in diagnosis.sites)
 
 
 @pytest.mark.filterwarnings("ignore:refine without float_model:cptv_ao.CptvWarning")

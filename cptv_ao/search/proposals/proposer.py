@@ -52,7 +52,7 @@ class Proposer:
         budget: asked before each proposal and step whether to go on.
 
     Raises:
-        UnsupportedModelError: the model has an op that the float twin does not know.
+        UnsupportedModelError: the model has a node that neither the float twin nor a kernel computes.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class Proposer:
         self._steps = StepImages(calibration, _step_images(calibration))
         self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
+        #: what is to be said of the twin that proposes
+        self.twin_notes = self._twin.notes
         self._limits = SaturationLimits(backend, self._twin, groups, calibration.probe, self._world)
         self._biases = BiasCorrector(self._twin, groups, self._steps, calibration.cost)
         self._ranges = LeastLossRanges(self._twin, groups, self._steps, calibration)

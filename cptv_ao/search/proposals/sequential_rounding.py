@@ -39,7 +39,8 @@ def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> As
         site = layer.weight.site
         if site.name in names and site.qmax - site.qmin <= _CODES and twin.shiftable_weight(site.name) is not None:
             rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
-            found[site.name] = _rounded(layer.weight, rows, twin.get(site.name))
+            if rows is not None:
+                found[site.name] = _rounded(layer.weight, rows, twin.get(site.name))
     return found
 
 
