@@ -9,7 +9,7 @@ from cptv_ao.core.formatting import percent
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess, some
 
 # Outputs this near to the float model's (in dB) leave nothing to gain.
-_NEAR = 25.0
+_NEAR = 40.0
 # A block stands out whose share is this many times the mean share.
 _STANDS_OUT = 1.5
 # Share of a block's part that one site must have to be named alone.
@@ -37,7 +37,7 @@ def advise(found: Diagnosis, refined: bool) -> tuple[str, ...]:
 
 def _from_blocks(found: Diagnosis, refined: bool) -> list[str]:
     near = found.sqnr is not None and found.sqnr >= _NEAR
-    if found.loss <= found.least or (near and found.agreement in (None, 1.0)):
+    if near and (found.loss <= found.least or found.agreement in (None, 1.0)):
         what = "exactly those of the float model" if found.sqnr == math.inf else f"{found.sqnr or 0:.0f} dB from float"
         return [f"little to gain: {found.loss_name} is {found.loss:.3g} already, outputs are {what}"]
     do = "refine has been run already: what is left needs a longer search or more bits" if refined else "run refine"

@@ -168,7 +168,7 @@ def _few(batches: Sequence[Batch]) -> list[Batch]:
     kept: list[Batch] = []
     left = _IMAGES
     for batch in batches:
-        if not kept or min(batch.images, left) > 1:  # a loss may need more than one image
+        if not kept or 0 < batch.images <= left or left > 1:  # a loss may need more than one image of a batch
             kept.append(batch.few(left))
             left -= kept[-1].images
     return kept

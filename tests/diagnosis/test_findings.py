@@ -98,6 +98,32 @@ def test_saturation_here_is_told(conv: Case, monkeypatch: pytest.MonkeyPatch) ->
     assert found.advice[0].startswith("kernels of this CPU saturate at a, b: ")
 
 
+def test_a_loader_of_single_images_is_used_whole() -> None:
+    model = nets.seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)))
+    images = nets.images(24, 3, 8, 8)
+    _, converted = nets.quantize(model, [images])
+    by_one = cptv_ao.diagnose(converted, list(images.split(1)), float_model=model, progress=False)
+    together = cptv_ao.diagnose(converted, [images], float_model=model, progress=False)
+    assert by_one.images == together.images == 24
+    assert by_one.loss == pytest.approx(together.loss, rel=1e-3)
+    many = cptv_ao.diagnose(converted, [*nets.images(130, 3, 8, 8).split(1)], float_model=model, progress=False)
+    assert many.images == 128
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_outputs_that_are_off_are_something_to_gain(spread: float) -> None:
+    """However small the loss is: the logits may be small."""
+    model = nets.seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5)))
+    with torch.no_grad():
+        model[2].weight.mul_(spread)
+        model[2].bias.mul_(spread)
+    images = nets.images(64, 12)
+    _, converted = nets.quantize(model, [images], weight_bits=5)
+    found = cptv_ao.diagnose(converted, [images], float_model=model, progress=False)
+    assert found.sqnr is not None and 15 < found.sqnr < 35
+    assert "run refine" in found.advice[0] and not any("little to gain" in sentence for sentence in found.advice)
+
+
 # where the twin is of no help
 
 

@@ -151,7 +151,8 @@ def test_advice_where_nothing_is_to_be_gained(made: Diagnosis) -> None:
     exact = replace(near, loss=0.0, sqnr=math.inf, agreement=None)
     assert advise(exact, False) == ("little to gain: kl is 0 already, outputs are exactly those of the float model",)
     assert "causes 41 %" in advise(replace(near, agreement=0.99), False)[0]
-    assert advise(replace(near, loss=2.0, least=2.0, sqnr=12.0), False)[0].startswith("little to gain: kl is 2 already")
+    assert advise(replace(near, loss=2.0, least=2.0), False)[0].startswith("little to gain: kl is 2 already")
+    assert "little" not in advise(replace(near, loss=2.0, least=2.0, sqnr=28.0), False)[0], "whatever the loss says"
 
 
 def test_advice_from_the_graph(made: Diagnosis) -> None:
