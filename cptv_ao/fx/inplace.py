@@ -7,6 +7,7 @@ known of a function or module, it may write into all that it is given.
 from __future__ import annotations
 
 import inspect
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -71,14 +72,22 @@ def written(node: Node, held: Any) -> Node | None:
         return out
     target: Any = node.target
     if packet_of(target) is not None:
-        target = target if isinstance(target, torch._ops.OpOverload) else overloads(target)[0]
-        for index, argument in enumerate(target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-                return given if isinstance(given, Node) else None
+        place = _written_argument(target if isinstance(target, torch._ops.OpOverload) else overloads(target)[0])
+        if place is not None:
+            index, name = place
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+            return given if isinstance(given, Node) else None
     if target in DROPOUT_FUNCTIONS and argument_of(node, "training", True) is False:
         return None
     return first if works_in_place(target) or argument_of(node, "inplace", False) else None
+
+
+@cache
+def _written_argument(op: torch._ops.OpOverload) -> tuple[int, str] | None:
+    """Place and name of the argument that an op writes into."""
+    arguments = enumerate(op._schema.arguments)
+    places = (place for place in arguments if place[1].alias_info is not None and place[1].alias_info.is_write)
+    return next(((index, argument.name) for index, argument in places), None)
 
 
 def first_input(node: Node) -> Node | None:
@@ -96,16 +105,17 @@ def argument_of(node: Node, name: str, default: Any = None) -> Any:
     return node.args[place] if place < len(node.args) else default
 
 
-def parameters(target: Any) -> list[str]:
+@lru_cache(maxsize=4096)
+def parameters(target: Any) -> tuple[str, ...]:
     """Names of the parameters of a function; none where they are not known."""
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = overloads(target)[0]
     if isinstance(target, torch._ops.OpOverload):
-        return [argument.name for argument in target._schema.arguments]
+        return tuple(argument.name for argument in target._schema.arguments)
     try:
-        return list(inspect.signature(target).parameters)
+        return tuple(inspect.signature(target).parameters)
     except (TypeError, ValueError):  # of a function in C
-        return []
+        return ()
 
 
 def overloads(packet: Any) -> list[Any]:

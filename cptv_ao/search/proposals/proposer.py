@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,7 @@ from cptv_ao.search.proposals.initial_scales import Proposal, individuals
 from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges
 from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.schedule import Schedule
-from cptv_ao.search.proposals.sequential_rounding import sequential_roundings
+from cptv_ao.search.proposals.sequential_rounding import is_coarse, sequential_roundings
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import Twin
 
@@ -138,16 +138,16 @@ class Proposer:
                 yield individual
         if "curvature" in population and self._budget.left:
             yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
-        if "output_error" in population and self._config.rounding_rate and self._budget.left:
-            yield "weights rounded for least output error", self._rounded_in_turn
+        coarse = [lead for lead, group in self._groups.items() if is_coarse(group[0])]
+        if coarse and "output_error" in population and self._config.rounding_rate and self._budget.left:
+            yield "weights rounded for least output error", partial(self._rounded_in_turn, coarse)
         if "biases" in population and self._biases.worth(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
-    def _rounded_in_turn(self) -> Assignment:
-        """Weights at their present scales."""
+    def _rounded_in_turn(self, weights: Collection[str]) -> Assignment:
+        """At their present scales."""
         self._follow()
         images = self._cost.images(_TOLD_BY, forwards=1, share=0.03, least=4)
-        weights = [lead for lead, group in self._groups.items() if group[0].kind == "weight"]
         return sequential_roundings(self._twin, weights, self._images.few(images))
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
 from cptv_ao.simulation.modules import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
@@ -22,6 +23,11 @@ _ROWS, _DAMPING = 16_384, 0.01
 _BLOCK = 128
 # Weights of more codes lose so little by the nearest ones that nothing is to be had.
 _CODES = 127
+
+
+def is_coarse(site: ScaleSite) -> bool:
+    """Whether a weight has so few codes that it matters which of two it is rounded to."""
+    return site.kind == "weight" and site.qmax - site.qmin <= _CODES
 
 
 def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
@@ -37,7 +43,7 @@ def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> As
     found: Assignment = {}
     for layer, value in inputs.items():
         site = layer.weight.site
-        if site.name in names and site.qmax - site.qmin <= _CODES and twin.shiftable_weight(site.name) is not None:
+        if site.name in names and is_coarse(site) and twin.shiftable_weight(site.name) is not None:
             rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
             if rows is not None:
                 found[site.name] = _rounded(layer.weight, rows, twin.get(site.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import Graph
 
-from cptv_ao.core.contexts import without_torch_floods
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.tensors import copied
 
@@ -73,7 +73,8 @@ def _error(
 ) -> Exception | None:
     """What preparing, calibrating, converting and running a copy raises."""
     try:
-        with without_torch_floods():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the user is told when they call these themselves
             prepared = prepare_fx(copy.deepcopy(model), mapping, example, prepare_custom_config=custom)
             prepared(*copied(example))  # a model may work in place on its input
             convert_fx(prepared)(*copied(example))
