@@ -139,7 +139,7 @@ class Proposer:
         if "curvature" in population and self._budget.left:
             yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
         coarse = [lead for lead, group in self._groups.items() if is_coarse(group[0])]
-        if coarse and "output_error" in population and self._config.rounding_rate and self._budget.left:
+        if coarse and "output_error" in self._config.population and self._config.rounding_rate and self._budget.left:
             yield "weights rounded for least output error", partial(self._rounded_in_turn, coarse)
         if "biases" in population and self._biases.worth(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)

@@ -34,11 +34,11 @@ def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> As
     """The present scales, with weights that are rounded so; without those that have too many codes to gain by it.
 
     Args:
-        twin: whose layers are given their inputs in float.
+        twin: whose layers are given their inputs: of rounded activations and float weights.
         names: of the weight sites that may be rounded otherwise than to the nearest code.
         batch: search images.
     """
-    with torch.no_grad(), twin.in_float(twin.names):
+    with twin.in_float([layer.weight.site.name for layer in twin.layers]):
         inputs = twin.layer_inputs(batch)
     found: Assignment = {}
     for layer, value in inputs.items():
