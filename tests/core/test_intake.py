@@ -116,7 +116,7 @@ def test_images_of_several_lengths_are_not_put_into_one_batch() -> None:
 
 
 def test_an_image_without_a_batch_dimension_is_not_cut() -> None:
-    match = r"batch 0: expected an input of 4 dimensions, .* \(1, 3, 8, 8\), got one of shape \(3, 8, 8\)"
+    match = r"batch 0: expected an input of 4 dimensions: .* \(1, 3, 8, 8\), got one of shape \(3, 8, 8\)"
     with pytest.raises(CalibrationDataError, match=match):
         read_batches([torch.ones(3, 8, 8)], exported(x=(1, 3, 8, 8)))
 
