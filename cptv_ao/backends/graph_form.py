@@ -14,6 +14,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.scale_slots import ScannedGraph
+from cptv_ao.core.intake import Intake
+from cptv_ao.fx.inputs import taken
 
 
 class GraphForm(ABC):
@@ -46,6 +48,6 @@ class GraphForm(ABC):
             UnsupportedModelError: the model is not converted, or has no quantized op.
         """
 
-    def takes_fixed_batch(self, model: GraphModule) -> bool:
-        """Whether a model takes one number of images alone, the first dimension of its inputs."""
-        return False
+    def intake(self, model: GraphModule) -> Intake:
+        """What inputs a model takes."""
+        return taken(model)

@@ -19,10 +19,12 @@ from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.graph_form import GraphForm
 from cptv_ao.backends.scale_slots import BufferScaleSlot, ScaleSlot, ScannedGraph, WeightSlot, quantized_weight
 from cptv_ao.backends.tensor_slots import TensorSlot
+from cptv_ao.core.intake import Intake
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.core.weight_rounding import round_by_reciprocal
 from cptv_ao.fx.decomposed_ops import calls, calls_default, is_decomposed
+from cptv_ao.fx.inputs import taken_by_exported
 from cptv_ao.fx.paths import fetch
 
 # Ops that put a value, or a weight, on a scale.
@@ -43,11 +45,8 @@ class Pt2eForm(GraphForm):
     def scan(self, model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> ScannedGraph:
         return _scan(model)
 
-    def takes_fixed_batch(self, model: GraphModule) -> bool:
-        """Where it was exported without a dynamic batch."""
-        examples = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
-        sizes = [example.shape[0] for example in examples if isinstance(example, Tensor) and example.dim()]
-        return bool(sizes) and all(isinstance(size, int) for size in sizes)
+    def intake(self, model: GraphModule) -> Intake:
+        return taken_by_exported(model)
 
 
 def _scan(model: GraphModule) -> ScannedGraph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.errors import CalibrationDataError, CptvWarning
+from cptv_ao.core.intake import ANY, Intake
+from cptv_ao.core.nested import Path, leaves, mapped
 
 # What a loader may give that does not say how much it is: beyond it, it is taken for one without an end.
 _IMAGES, _BYTES = 100_000, 4 << 30
-
-Path = tuple[Any, ...]
-"""Where an input stands in a batch: its place or keyword, and those inside of nested lists and dicts."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +76,20 @@ class Batch:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def read_batches(
-    loader: Iterable[Any],
-    fixed: bool = False,
-    limit: int | None = None,
-    takes: Callable[[str], bool] = lambda keyword: True,
-) -> list[Batch]:
-    """Read the loader once: tensors, tuples or lists whose first item is the input, or dicts of keyword inputs.
+def read_batches(loader: Iterable[Any], intake: Intake = ANY, limit: int | None = None) -> list[Batch]:
+    """Read the loader once: tensors, tuples or lists of the inputs and labels, or dicts of keyword inputs.
 
-    Labels (further items of a tuple) are never looked at. How many images a dict of several tensors holds is a guess,
-    which is never too high, until `cptv_ao.evaluation.image_counting` asks a model.
+    Labels are never looked at. How many images a dict of several tensors holds is a guess, which is never too high,
+    until `cptv_ao.evaluation.image_counting` asks a model. Shapes may differ from batch to batch, as those of sequences
+    that are padded to the longest of their batch do: whether the model takes that is seen when it runs.
 
     Args:
-        fixed: see `Batch`.
+        intake: what the model takes. For a graph that was exported for one number of images they are put together anew,
+            in batches of as many; those that do not fill one are left out, with a warning.
         limit: stop once so many images are there; the batch that reaches it is read whole.
-        takes: whether the model has an input of this name: dicts may hold others (labels, names of files), which are
-            left.
 
     Raises:
-        CalibrationDataError: empty, without an end, of another type, of changing shape, or not finite; names the batch.
+        CalibrationDataError: empty, without an end, of another type, or not finite; names the batch.
     """
     if isinstance(loader, (Tensor, str, bytes, Mapping)) or not isinstance(loader, Iterable):
         hint = "; wrap it in a list: [images]" if isinstance(loader, Tensor) else ""
@@ -104,7 +98,7 @@ def read_batches(
     images = size = 0
     told = _told_length(loader)
     for index, item in enumerate(loader):
-        batch = replace(_batch(_taken(item, takes, index), index), fixed=fixed)
+        batch = _batch(item, intake, index)
         if batches:
             _check_alike(batches[0], batch, index)
         elif limit is None:
@@ -122,21 +116,7 @@ def read_batches(
             )
     if not batches:
         raise CalibrationDataError("calib_loader: expected at least one batch, got an empty iterable")
-    return batches
-
-
-def _taken(item: Any, takes: Callable[[str], bool], index: int) -> Any:
-    """Of a dict what the model takes; anything else as it is."""
-    if not isinstance(item, Mapping) or not item:
-        return item
-    taken = {key: value for key, value in item.items() if not isinstance(key, str) or takes(key)}
-    if not taken:
-        raise CalibrationDataError(
-            f"calib_loader, batch {index}: expected a dict of the model's inputs, got none of them among "
-            f"{sorted(map(str, item))}",
-            index,
-        )
-    return taken
+    return _refilled(batches, intake) if intake.fixed else batches
 
 
 def _told_length(loader: Iterable[Any]) -> int:
@@ -159,39 +139,14 @@ def _warn_of_many(first: Batch, count: int) -> None:
         )
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """What stands in nested dicts, lists and tuples, with where it stands."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from leaves(part, (*path, key))
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from leaves(part, (*path, index))
-    else:
-        yield path, value
-
-
-def mapped(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """The same with each leaf changed; dicts of any kind become plain ones."""
-    if isinstance(value, Mapping):
-        return {key: mapped(part, change, (*path, key)) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [mapped(part, change, (*path, index)) for index, part in enumerate(value)]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return change(path, value)
-
-
-def _batch(item: Any, index: int) -> Batch:
+def _batch(item: Any, intake: Intake, index: int) -> Batch:
     where = f"calib_loader, batch {index}"
-    first = item[0] if isinstance(item, (list, tuple)) and item else item
-    keyed = isinstance(item, Mapping)
+    given, keywords = intake.inputs(item, index)
 
     def own(path: Path, value: Any) -> Any:
-        return _own(value, f"{where}, input {path[0]!r}" if keyed else where, index)
+        return _own(value, f"{where}, input {path[0]!r}" if keywords or len(given) > 1 else where, index)
 
-    kwargs = mapped(dict(item), own) if keyed else {}
-    args = () if keyed else (_own(first, where, index),)
-    batch = Batch(args, kwargs, 1)
+    batch = Batch(mapped(given, own), mapped(keywords, own), 1, fixed=intake.fixed)
     if not batch.tensors:
         raise CalibrationDataError(
             f"{where}: expected a tensor, a tuple whose first item is the input tensor, or a dict of keyword inputs, "
@@ -258,9 +213,88 @@ def _check_alike(first: Batch, batch: Batch, index: int) -> None:
         )
     for path, a in wanted.items():
         b = found[path]
-        if a.dim() != b.dim() or a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
+        if a.dim() != b.dim() or a.dtype != b.dtype:
+            raise CalibrationDataError(unlike(a, b, index), index)
+
+
+def unlike(first: Tensor, other: Tensor, index: int) -> str:
+    """What is said of a tensor that differs from that of the first batch."""
+    return (
+        f"calib_loader, batch {index}: expected images of shape {tuple(first.shape[1:])} and {first.dtype} as in "
+        f"batch 0, got {tuple(other.shape[1:])} and {other.dtype}"
+    )
+
+
+def _refilled(batches: Sequence[Batch], intake: Intake) -> list[Batch]:
+    """The same images in batches of as many as a graph takes. Inputs that have the rows it was exported for in a batch
+    where others have not are the same for all images.
+
+    Raises:
+        CalibrationDataError: there are fewer images than the graph takes, or rows that fit to no number of images.
+    """
+    rows = {path: shape[0] or 0 for path, shape in intake.shapes.items()}
+    filled: list[Batch] = []
+    rest: Batch | None = None
+    images = left = 0
+    for index, batch in enumerate(batches):
+        _check_dimensions(batch, intake, index)
+        other = {path for path, size in batch.sizes.items() if size != rows.get(path, size)}
+        if not other:
+            filled.append(batch)
+            continue
+        sizes, wanted = {batch.sizes[path] for path in other}, {rows[path] for path in other}
+        if len(sizes) > 1 or len(wanted) > 1:
             raise CalibrationDataError(
-                f"calib_loader, batch {index}: expected images of shape {tuple(a.shape[1:])} and {a.dtype} as in "
-                f"batch 0, got {tuple(b.shape[1:])} and {b.dtype}",
+                f"calib_loader, batch {index}: expected inputs with the rows that the model was exported for, "
+                f"{_by_name(rows, other)}, got {_by_name(batch.sizes, other)}; export it with a dynamic batch",
                 index,
             )
+        (count,), (images,) = sizes, wanted
+        batch = replace(batch, images=count, shared=frozenset(batch.sizes.keys() - other))
+        if rest is not None and (joined := _joined(rest, batch)) is not None:
+            batch, left = joined, left - rest.images
+        full = batch.images // images
+        filled += [batch.rows(images * i, images * (i + 1)) for i in range(full)]
+        rest = batch.rows(images * full, batch.images) if batch.images % images else None
+        left += 0 if rest is None else rest.images
+    if not filled:
+        raise CalibrationDataError(
+            f"calib_loader: expected at least {images} images, for which the model was exported, got {left}; give more "
+            "of them, or export it with a dynamic batch"
+        )
+    if left:
+        warnings.warn(
+            f"calib_loader: the last {left} images are left out, for the model was exported for batches of {images}",
+            CptvWarning,
+            stacklevel=4,
+        )
+    return filled
+
+
+def _check_dimensions(batch: Batch, intake: Intake, index: int) -> None:
+    for path, tensor in batch.tensors.items():
+        wanted = intake.shapes.get(path)
+        if wanted is not None and len(wanted) != tensor.dim():
+            raise CalibrationDataError(
+                f"calib_loader, batch {index}: expected an input of {len(wanted)} dimensions: the model was exported "
+                f"for {wanted}, got one of shape {tuple(tensor.shape)}; a batch has the images as its first dimension",
+                index,
+            )
+
+
+def _by_name(sizes: Mapping[Path, int], paths: Iterable[Path]) -> str:
+    return ", ".join(f"{sizes[path]} of {'.'.join(map(str, path))}" for path in sorted(paths, key=str))
+
+
+def _joined(first: Batch, second: Batch) -> Batch | None:
+    """The images of both in one batch; None where these are of different shapes."""
+    known = first.tensors
+    each = [path for path in known if path not in first.shared and known[path].dim()]
+    if first.shared != second.shared or any(known[p].shape[1:] != second.tensors[p].shape[1:] for p in each):
+        return None
+
+    def join(path: Path, value: Any) -> Any:
+        return torch.cat([known[path], value]) if path in each else value
+
+    args, kwargs = mapped(second.args, join), mapped(second.kwargs, join)
+    return replace(second, args=args, kwargs=kwargs, images=first.images + second.images)

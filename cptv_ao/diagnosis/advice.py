@@ -40,6 +40,8 @@ def _from_blocks(found: Diagnosis, refined: bool) -> list[str]:
     if near and (found.loss <= found.least or found.agreement in (None, 1.0)):
         what = "exactly those of the float model" if found.sqnr == math.inf else f"{found.sqnr or 0:.0f} dB from float"
         return [f"little to gain: {found.loss_name} is {found.loss:.3g} already, outputs are {what}"]
+    if found.findings.broken_kernels:
+        return ["no scale makes up for such a kernel: put that right first, then diagnose again"]
     do = "refine has been run already: what is left needs a longer search or more bits" if refined else "run refine"
     worst = next((block for block in found.blocks if block.share > 0), None)
     if worst is None:
@@ -80,7 +82,7 @@ def _why(site: SiteDiagnosis, smoothable: Container[str]) -> str:
 
 def _repairs(findings: Findings) -> list[str]:
     """What to put right first: refine does not, or not all of it."""
-    told = []
+    told = list(findings.broken_kernels)
     if findings.unfused_norms:
         told.append(
             f"{_count(findings.unfused_norms, 'batch norm')} not fused with the convolution before: refine folds "

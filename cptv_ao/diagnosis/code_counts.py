@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.open import open_model
-from cptv_ao.core.batches import read_batches
+from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.contexts import eval_mode, plain_torch
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.sites import ScaleSite
@@ -68,7 +68,7 @@ def count_codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | Non
     elif calib_loader is None:
         raise ValueError(f"{site} is an activation site: its codes are counted on images, pass calib_loader")
     else:
-        counts = _of_activation(backend.model, found, calib_loader)
+        counts = _of_activation(backend.model, found, read_batches(calib_loader, backend.form.intake(backend.model)))
     zero_points = set(backend.read(site).zero_point.reshape(-1).tolist())
     seen = (counts > 0).nonzero().reshape(-1) + _LOWEST
     first, last = min(found.qmin, int(seen.min())), max(found.qmax, int(seen.max()))
@@ -76,7 +76,7 @@ def count_codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | Non
     return CodeCounts(found, tuple(inside.tolist()), first, zero_points.pop() if len(zero_points) == 1 else None)
 
 
-def _of_activation(model: GraphModule, site: ScaleSite, calib_loader: Iterable[Any]) -> Tensor:
+def _of_activation(model: GraphModule, site: ScaleSite, batches: Iterable[Batch]) -> Tensor:
     counts = torch.zeros(_HIGHEST - _LOWEST + 1, dtype=torch.int64)
 
     def see(node: Node, value: Any) -> Any:
@@ -86,7 +86,7 @@ def _of_activation(model: GraphModule, site: ScaleSite, calib_loader: Iterable[A
 
     watcher = Watcher(model)
     with plain_torch(), eval_mode(model):
-        for batch in read_batches(calib_loader):
+        for batch in batches:
             watcher.watch(batch, see)
     if not int(counts.sum()):
         raise UnsupportedModelError(f"{site.name}: the model computed none of its nodes {site.nodes}", site.name)

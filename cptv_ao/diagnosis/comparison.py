@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
+from cptv_ao.diagnosis.float_outputs import FloatOutputs
 from cptv_ao.diagnosis.meters import ActivationMeter, Fidelity
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.running import run
@@ -106,15 +105,15 @@ def compared_on_twin(
 def compared_by_modules(
     backend: Backend, teacher: nn.Module, batches: Sequence[Batch], outputs: Mapping[str, str]
 ) -> tuple[Comparison, list[dict[str, Tensor]]]:
-    """The kernels' tensors beside what the modules of the float model return whose paths are names of blocks.
+    """The kernels' tensors beside those that the float model has in the place of the blocks' outputs.
 
     Of the sites only the codes are seen. Returns also the float tensors per batch, by block.
     """
-    found = Comparison(backend)
+    found, places = Comparison(backend), FloatOutputs(backend, teacher, outputs)
     float_outputs = []
     for index, batch in enumerate(batches):
         got = found.kernels(batch, outputs, lambda meter, value: meter.add_codes(value.int_repr()))
-        with _module_outputs(teacher, list(outputs)) as wanted:
+        with places.watched() as wanted:
             run(teacher, batch, index)
         alike = {block: wanted[block] for block, value in got.items() if _same_shape(wanted.get(block), value)}
         for block, value in alike.items():
@@ -125,21 +124,3 @@ def compared_by_modules(
 
 def _same_shape(value: Tensor | None, other: Tensor) -> bool:
     return value is not None and value.shape == other.shape
-
-
-@contextmanager
-def _module_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What the modules of these paths return, by path, while the context lasts."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    seen: dict[str, Tensor] = {}
-
-    def see(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            seen[name] = output.detach().clone()
-
-    hooks = [modules[name].register_forward_hook(partial(see, name)) for name in names if name in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -76,6 +76,7 @@ class Findings:
         smoothable: activation sites behind norms, whose outlier channels refine moves into the layers that read them.
         wide_weights: weights with codes beyond their nominal range, as `name (-4..4 for -4..3)`.
         saturating: activation sites on which a kernel of this machine saturates, on these images.
+        broken_kernels: sentences on kernels of this engine that compute something else than their layers.
         saturation_risk: activation sites that use the upper half of 0..255 in front of 8-bit weights: kernels of x86
             CPUs without VNNI may saturate there, whatever this machine does.
     """
@@ -88,6 +89,7 @@ class Findings:
     wide_weights: tuple[str, ...] = ()
     saturating: tuple[str, ...] = ()
     saturation_risk: tuple[str, ...] = ()
+    broken_kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from cptv_ao.diagnosis.attribution import Attribution, causes_by_substitution, c
 from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.diagnosis.graph_survey import Survey
 from cptv_ao.diagnosis.meters import Fidelity, measured_weight
-from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, some
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.teacher import FloatSources, as_float
-from cptv_ao.simulation.kernel_agreement import disagreeing
+from cptv_ao.simulation.kernel_agreement import broken_kernels, disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.transforms.equalize import foldable, smoothable
 
@@ -111,6 +111,8 @@ def _measured(
     ordered = {block.name: outputs[block.name] for block in blocks if block.name in outputs}
     causes = Attribution(loss, least)
     causes_by_substitution(causes, backend, ordered, float_outputs, images, config, advance)
+    if left := tuple(block.name for block in blocks if block.name not in compared.blocks):
+        note += f"; left out, for no module of the float model ends where they do: {some(left)}"
     return _Measured(causes, compared, False, note)
 
 
@@ -144,10 +146,11 @@ def _sites(backend: Backend, blocks: Sequence[Block], measured: _Measured) -> tu
 
 def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Batch, config: RefineConfig) -> Findings:
     layers, ops = survey.in_float(compared.floating)
+    few = batch.few(_PROBE_IMAGES)
+    broken = [] if backend.form.simulates_itself else broken_kernels(backend, few)
     try:
-        saturating = (
-            () if backend.form.simulates_itself else tuple(disagreeing(backend, batch.few(_PROBE_IMAGES), config)[1])
-        )
+        known = backend.form.simulates_itself or broken
+        saturating = () if known else tuple(disagreeing(backend, few, config)[1])
     except UnsupportedModelError:
         saturating = ()
     wide = survey.before_wide_weights()
@@ -159,6 +162,7 @@ def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Bat
         smoothable=tuple(sorted(smoothable(backend))),
         wide_weights=survey.wide_weights(),
         saturating=saturating,
+        broken_kernels=tuple(broken),
         saturation_risk=tuple(n for n, meter in compared.sites.items() if n in wide and meter.high_share > _HIGH),
     )
 

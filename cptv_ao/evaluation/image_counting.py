@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.core.batches import Batch
+from cptv_ao.core.batches import Batch, unlike
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.nested import Path, mapped
 from cptv_ao.core.tensors import Select, first_floating
 from cptv_ao.fx.running import run
 
@@ -55,10 +56,41 @@ def counted(
         return [replace(batch, fixed=True) for batch in batches]
     shared = frozenset(path for path, sizes in rows.items() if sizes != images)
     found = [replace(batch, images=count, shared=shared) for batch, count in zip(batches, images, strict=True)]
+    _check_shapes(found, output)
     per_image = 1 if all(batch.fixed for batch in found) else _per_image(found, output)
+    if per_image == 0:
+        _check_batched(found, output)
     if world.most(float(per_image == 0))[0]:
         return [replace(batch, fixed=True) for batch in found]
     return [replace(batch, per_image=per_image) for batch in found]
+
+
+def _check_shapes(batches: Sequence[Batch], output: _Output) -> None:
+    """Refuse batches whose images are of another shape than those of the first, where the model does not take both."""
+    seen = {_shapes(batches[0])}
+    for index, batch in enumerate(batches):
+        if _shapes(batch) in seen:
+            continue
+        seen.add(_shapes(batch))
+        try:
+            output(batch.few(1), index)
+        except CalibrationDataError:  # of one image, at least
+            try:
+                output(batch, index)
+            except CalibrationDataError as error:
+                raise CalibrationDataError(_unlike(batches[0], batch, index, error), index) from error
+
+
+def _shapes(batch: Batch) -> tuple[Any, ...]:
+    """Those of its inputs, without how many images there are."""
+    return tuple(t.shape if path in batch.shared else t.shape[1:] for path, t in batch.tensors.items())
+
+
+def _unlike(first: Batch, batch: Batch, index: int, error: CalibrationDataError) -> str:
+    path = next(path for path, t in batch.tensors.items() if t.shape[1:] != first.tensors[path].shape[1:])
+    return (
+        f"{unlike(first.tensors[path], batch.tensors[path], index)}, which the model does not take: {error.__cause__}"
+    )
 
 
 def _images(candidates: set[tuple[int, ...]], batches: Sequence[Batch], output: _Output) -> tuple[int, ...] | None:
@@ -93,6 +125,30 @@ def _per_image(batches: Sequence[Batch], output: _Output) -> int:
     fits = per_image > 0 and [len(half) for half in halves] == [per_image * middle, len(got) - per_image * middle]
     alike = fits and all(half.shape[1:] == got.shape[1:] for half in halves)
     return per_image if alike and _near(torch.cat(halves), got) else 0
+
+
+def _check_batched(batches: Sequence[Batch], output: _Output) -> None:
+    """Refuse single images without a batch dimension, where a model takes them: a layer of (..., C) does."""
+    index = next(i for i, batch in enumerate(batches) if batch.images > 1)
+    batch = batches[index]
+    if len(batch.tensors) > 1 or len(got := output(batch, index)) % batch.images == 0:
+        return
+
+    def one(_: Path, value: Any) -> Any:
+        return value.unsqueeze(0) if isinstance(value, Tensor) else value
+
+    try:
+        alone = output(replace(batch, args=mapped(batch.args, one), kwargs=mapped(batch.kwargs, one)), index)
+    except CalibrationDataError:
+        return
+    if len(alone) == 1 and alone[0].shape == got.shape and _near(alone[0], got):
+        (tensor,) = batch.tensors.values()
+        raise CalibrationDataError(
+            f"calib_loader, batch {index}: expected a batch dimension, got an input of shape {tuple(tensor.shape)}, "
+            f"for which the model's output is of shape {tuple(got.shape)}, with no row for each image; give "
+            "batches (N, ...), of one image.unsqueeze(0)",
+            index,
+        )
 
 
 def _near(found: Tensor, wanted: Tensor) -> bool:

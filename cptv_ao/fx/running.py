@@ -7,22 +7,17 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import CalibrationDataError, CptvError
+from cptv_ao.core.nested import Path, mapped
 from cptv_ao.core.tensors import copied, flatten
-
-
-def taking(model: GraphModule) -> Callable[[str], bool]:
-    """Says whether a graph has an input of a name, or one with parts of their own (`images` of `images_0`, as exported
-    graphs name them)."""
-    names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
-    return lambda keyword: any(name == keyword or name.startswith((f"{keyword}_", "**")) for name in names)
+from cptv_ao.fx.inputs import unlike_exported
 
 
 def unwrapped(model: nn.Module | None) -> nn.Module | None:
@@ -101,5 +96,33 @@ def run(model: Callable[..., Any], batch: Batch, index: int) -> Any:
     except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
         shapes = [tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
         raise CalibrationDataError(
-            f"calib_loader, batch {index}: the model failed on inputs of shape {shapes}: {error}", index
+            f"calib_loader, batch {index}: the model failed on inputs of shape {shapes}: {error}{_hint(model, batch)}",
+            index,
         ) from error
+
+
+def _hint(model: Callable[..., Any], batch: Batch) -> str:
+    """What to do about inputs that a model failed on, where something alike is taken, or is known to be."""
+    tensors = list(batch.tensors.values())
+    if unlike_exported(model, tensors):
+        return "; it was exported for other shapes: export it with dynamic ones, or give inputs of those"
+    if _takes(model, batch, lambda tensor: tensor.unsqueeze(0)):
+        return "; it takes them with a dimension more: give batches (N, ...), of one image.unsqueeze(0)"
+    kind = next((tensor.dtype for tensor in tensors if tensor.dtype != torch.float32 and not tensor.is_complex()), None)
+    if kind is not None and _takes(model, batch, Tensor.float):
+        return f"; it takes them as torch.float32, got {kind}: give them as the model is given them when it is used"
+    return ""
+
+
+def _takes(model: Callable[..., Any], batch: Batch, change: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a model runs on the inputs once these are changed."""
+
+    def each(_: Path, value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    try:
+        with torch.no_grad():
+            call(model, replace(batch, args=mapped(batch.args, each), kwargs=mapped(batch.kwargs, each)))
+    except Exception:  # whatever a model raises about what it was not made for
+        return False
+    return True

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.batches import Batch, leaves
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig, name_of
 from cptv_ao.core.identity import Identity
+from cptv_ao.core.nested import leaves
 
 # Settings that say when to stop, or where things are held: a search may go on with others.
 _FREE = {"max_seconds", "max_evaluations", "cache_bytes", "accept_on", "distributed"}

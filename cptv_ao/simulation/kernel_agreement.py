@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.kernel_faults import scrambling_clamps
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
@@ -30,8 +31,8 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
         backend: of the lowered model, as it was given.
         few: some search images.
     """
-    if broken := backend.broken():
-        return [_broken(broken)]
+    if broken := broken_kernels(backend, few):
+        return broken
     try:
         gap, found = disagreeing(backend, few, config)
     except UnsupportedModelError:
@@ -50,12 +51,26 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
     return [told + "; the search ran on exact arithmetic, which does not see it"]
 
 
-def _broken(names: Sequence[str]) -> str:
-    return (
-        f"torch's kernel of transposed convolutions on {torch.backends.quantized.engine} computes something else than "
-        f"these layers ({_named(names)}): quantize for another engine (qnnpack), leave them in float, or upsample and "
-        "convolve instead"
-    )
+def broken_kernels(backend: Backend, few: Batch) -> list[str]:
+    """Sentences on the kernels of this engine that compute something else than their layers, and the way around.
+
+    Args:
+        few: some images, on which the model is run where it has a clamp.
+    """
+    engine, told = torch.backends.quantized.engine, []
+    if transposed := backend.broken():
+        told.append(
+            f"torch's kernel of transposed convolutions on {engine} computes something else than these layers "
+            f"({_named(transposed)}): quantize for another engine (qnnpack), leave them in float, or upsample and "
+            "convolve instead"
+        )
+    if clamps := scrambling_clamps(backend.model, few):
+        told.append(
+            f"torch's kernel of clamps on {engine} mixes up the values of channels_last tensors, as convolutions "
+            f"return them, in {_named(clamps)} (ReLU6, Hardtanh, clamp): put x.contiguous() in front of it in the "
+            "float model, use ReLU, or quantize for another engine (x86)"
+        )
+    return told
 
 
 def _named(names: Sequence[str]) -> str:

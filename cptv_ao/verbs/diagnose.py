@@ -18,7 +18,7 @@ from cptv_ao.diagnosis.advice import advise
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.diagnosis.run import _IMAGES, _diagnosis
 from cptv_ao.evaluation.teacher import FloatSources
-from cptv_ao.fx.running import taking, unwrapped
+from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import is_refined
 
 
@@ -66,8 +66,7 @@ def diagnose(
     with plain_torch():
         opened = OpenedModel.of(model, float_model, config)
         backend, sources = opened.backend, FloatSources.of(opened, float_model)
-        fixed = backend.form.takes_fixed_batch(backend.model)
-        batches = read_batches(calib_loader, fixed, _IMAGES, taking(backend.model))
+        batches = read_batches(calib_loader, backend.form.intake(backend.model), _IMAGES)
         with eval_mode(backend.model, float_model):
             if sources.weights is not None:
                 attach_float_weights(backend, sources.weights)

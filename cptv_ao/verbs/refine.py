@@ -38,7 +38,7 @@ from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught
-from cptv_ao.fx.running import taking, unwrapped
+from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
 from cptv_ao.search.baseline import at_state, equalized_baseline
@@ -90,12 +90,14 @@ def refine(
             returned. A PT2E graph is searched on its own simulation and accepted on the graph. A reference model gets
             the scales that make it lower to the very model that was searched, and where these do not round a weight
             to the code that was searched, the value of that code in its place.
-        calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input (labels are never
-            read), or of dicts of keyword inputs: in these the tensors that have as many rows as the output are the
-            images, and others (masks, positions) are the same for all, and those that the model does not take are
-            left. Iterated once, and held in memory. About 1,000
-            images are a good number. One without a length, or longer than that, is refused after 100,000 images or 4
-            GiB: it may have no end; `list(itertools.islice(calib_loader, n))` are its first n batches.
+        calib_loader: iterable of input tensors (N, ...), of tuples whose first item is the input, or items are the
+            inputs where the model needs two or more (labels behind them are never read), or of dicts of keyword inputs:
+            in these the tensors that have as many rows as the output are the images, and others (masks, positions) are
+            the same for all, and those that the model does not take are left. Batches may be padded to a length of
+            their own. For a graph that was exported for one number of images they are put together anew, in batches of
+            as many. Iterated once, and held in memory. About 1,000 images are a good number. One without a length, or
+            longer than that, is refused after 100,000 images or 4 GiB: it may have no end;
+            `list(itertools.islice(calib_loader, n))` are its first n batches.
         float_model: the float model that was given to `prepare_fx` or exported, the prepared FX model, or the exported
             float one. Gives the teacher's outputs and the float weights that are re-rounded at a new scale. Without it
             the teacher is the model itself with float activations, and weights stay as they are (but for those that
@@ -143,8 +145,7 @@ def refine(
         listeners = (callback,) if callback is not None and world.rank == 0 else ()
         asked = _Asked(_allowed(config, opened), world, budget, listeners, progress and world.rank == 0, checkpoint)
         with restored_on_error(given, opened.backend), eval_mode(searched, float_model):
-            fixed = opened.backend.form.takes_fixed_batch(searched)
-            batches = read_batches(calib_loader, fixed, takes=taking(searched))
+            batches = read_batches(calib_loader, opened.backend.form.intake(searched))
             report = _refine(opened.backend, batches, sources, asked)
             if report.moves:
                 opened.commit()
@@ -247,7 +248,7 @@ def _calibration(
     config, notes = settled(config, images.targets[0], kind)
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
-    if known[0].fixed and not backend.form.takes_fixed_batch(backend.model):
+    if known[0].fixed and not backend.form.intake(backend.model).fixed:
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
     pool = Pool(whole.search, partial(taught, teacher, select, world)) if split.images < whole.images else None
     return Calibration(config, images, held_out, world, cost, pool), notes

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch, leaves, mapped, read_batches
+from cptv_ao.core.batches import Batch, read_batches
 from cptv_ao.core.errors import CalibrationDataError
 from cptv_ao.core.image_subsets import first_images, split_batches, spread_images
+from cptv_ao.core.intake import Intake
+from cptv_ao.core.nested import leaves, mapped
 
 
 def images(count: int, first: int = 0) -> Tensor:
@@ -115,8 +117,8 @@ def test_whole_batches_are_spread_where_they_must_stay_whole() -> None:
 def test_batches_must_be_alike_and_names_that_nobody_takes_are_left() -> None:
     given = [{"x": images(3), "mask": None, "y": "a"}, {"x": images(3), "mask": images(3), "y": "b"}]
     with pytest.raises(CalibrationDataError, match="a tensor at mask in one of them"):
-        read_batches(given, takes={"x", "mask"}.__contains__)
-    found = read_batches(given, takes={"x"}.__contains__)
+        read_batches(given, Intake({"x", "mask"}.__contains__))
+    found = read_batches(given, Intake({"x"}.__contains__))
     assert [list(batch.kwargs) for batch in found] == [["x"], ["x"]]
     with pytest.raises(CalibrationDataError, match="got none of them among"):
-        read_batches(given, takes={"z"}.__contains__)
+        read_batches(given, Intake({"z"}.__contains__))
