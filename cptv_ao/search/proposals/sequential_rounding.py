@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
+from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.modules import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
 
@@ -24,6 +26,11 @@ _BLOCK = 128
 _CODES = 127
 
 
+def is_coarse(site: ScaleSite) -> bool:
+    """Whether a weight has so few codes that it matters which of two it is rounded to."""
+    return site.kind == "weight" and site.qmax - site.qmin <= _CODES
+
+
 def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
     """The present scales, with weights that are rounded so; without those that have too many codes to gain by it.
 
@@ -33,14 +40,14 @@ def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> As
         batch: search images.
     """
     with torch.no_grad(), twin.in_float(twin.names):
-        inputs = twin.layer_inputs(batch)
+        inputs = layer_inputs(twin, batch)
     found: Assignment = {}
     for layer, value in inputs.items():
         site = layer.weight.site
-        if site.name in names and site.qmax - site.qmin <= _CODES and twin.shiftable_weight(site.name) is not None:
+        if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
             rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
             if rows is not None:
-                found[site.name] = _rounded(layer.weight, rows, twin.get(site.name))
+                found[site.name] = _rounded(layer.weight, rows, twin.sites.get(site.name))
     return found
 
 
