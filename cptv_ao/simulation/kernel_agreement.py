@@ -23,6 +23,12 @@ _TOLERATED = 0.03
 _NAMES = 3
 
 
+def broken_weights(backend: Backend) -> list[str]:
+    """The weights that a kernel does not compute with: see `cptv_ao.backends.kernel_faults`."""
+    weights = [site.name for site in backend.sites.values() if site.kind == "weight"]
+    return [name for name in weights if not backend.weights.slot(name).is_right]
+
+
 def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[str]:
     """What a report says of saturation: nothing where kernels and exact arithmetic agree, or no twin is known.
 
@@ -30,7 +36,7 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
         backend: of the lowered model, as it was given.
         few: some search images.
     """
-    if broken := backend.broken():
+    if broken := broken_weights(backend):
         return [_broken(broken)]
     try:
         gap, found = disagreeing(backend, few, config)

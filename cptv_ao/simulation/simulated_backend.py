@@ -97,10 +97,6 @@ class SimulatedBackend:
         groups = self._backend.movable()
         return {lead: group for lead, group in groups.items() if all(site.name in self._given for site in group)}
 
-    def check_finite(self) -> None:
-        """As of the lowered model."""
-        self._backend.check_finite()
-
     def commit(self) -> list[str]:
         """Write what moved since the twin was built into the lowered model; returns the names.
 
