@@ -24,9 +24,7 @@ from torch.fx import GraphModule
 from cptv_ao.backends.compiling import compiled_once
 from cptv_ao.backends.forms import form_of
 from cptv_ao.backends.rewrites import Rewrites, RewrittenState
-from cptv_ao.backends.tensor_slots import OwnTensors
 from cptv_ao.backends.weight_store import WeightStore
-from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
 
@@ -53,6 +51,7 @@ class Backend:
         form: what form of graph it is, and what that can do.
         weights: what is beside the scales of weights: codes, float weights, biases.
         rewrites: what an equal form changes beside scales.
+        tensors: those that writing scales writes into.
         sums: pairs of sites, of the output and of an input of an add, whose scales the engine wants near each other.
 
     Raises:
@@ -64,7 +63,7 @@ class Backend:
         self.form = form_of(model)
         found = self.form.scan(model, weight_ranges or {})
         self._activations = found.activations
-        self._tensors = found.tensors
+        self.tensors = found.tensors
         self.weights, self.rewrites = WeightStore(found.weights, found.sites), Rewrites(model, found.sites)
         qnnpack = torch.backends.quantized.engine == "qnnpack"
         self.sums = found.sums if qnnpack else ()
@@ -137,10 +136,6 @@ class Backend:
             for name, state in list(snapshot.items())[::-1]:
                 steps.callback(self.restore, name, state)
 
-    def own_tensors(self) -> OwnTensors:
-        """For tensors of one's own in the place of those that writing scales writes into."""
-        return OwnTensors(self._tensors)
-
     def writing(self) -> AbstractContextManager[None]:
         """Around many writes, with no run of the model among them: a graph that holds scales is compiled once."""
         return compiled_once(self.model)
@@ -158,11 +153,6 @@ class Backend:
         """Whether a bias is packed with a weight, and may be corrected: so in lowered models."""
         return name in self.weights and self.weights.slot(name).packs_bias
 
-    def broken(self) -> list[str]:
-        """The weights that a kernel does not compute with: see `cptv_ao.backends.kernel_faults`."""
-        weights = [site.name for site in self.sites.values() if site.kind == "weight"]
-        return [name for name in weights if not self.weights.slot(name).is_right]
-
     def movable(self) -> dict[str, tuple[ScaleSite, ...]]:
         """Tied groups that can be searched: not fixed, and weights only where their float weights are known."""
         return {
@@ -170,19 +160,3 @@ class Backend:
             for lead, group in self.sites.groups().items()
             if all(site.kind == "activation" or site.name in self.float_weights for site in group)
         }
-
-    def check_finite(self) -> None:
-        """Refuse a model whose scales are zero, NaN or infinite already.
-
-        Raises:
-            NonFiniteError: naming the site and the channel.
-        """
-        for name in self.sites:
-            scale = self.read(name).scale.reshape(-1)
-            bad = ~(torch.isfinite(scale) & (scale > 0))
-            if bool(bad.any()):
-                channel = int(bad.nonzero()[0])
-                raise NonFiniteError(
-                    f"{name}: expected a finite scale > 0 in the model that was given, got {float(scale[channel]):.4g}"
-                    f"{f' in channel {channel}' if len(scale) > 1 else ''}; calibrate again before convert_fx"
-                )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.finite import check_finite
 from cptv_ao.backends.float_weights import weight_ranges
 from cptv_ao.backends.reference import fix_shared, is_reference, lower, write_back
 from cptv_ao.core.config import RefineConfig
@@ -58,7 +59,7 @@ class OpenedModel:
             NonFiniteError: a scale is zero, NaN or infinite.
         """
         backend = open_backend(model, float_model, config)
-        backend.check_finite()
+        check_finite(backend)
         return OpenedModel(model, backend)
 
     @property

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends import reference
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.tensor_slots import OwnTensors
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def restored_on_error(model: GraphModule, backend: Backend) -> Iterator[None]:
         model: the one that was given.
         backend: of that model, or of its lowered copy where it is a reference model.
     """
-    before, owned, meta = backend.snapshot(), backend.own_tensors(), dict(model.meta)
+    before, owned, meta = backend.snapshot(), OwnTensors(backend.tensors), dict(model.meta)
     held = reference.state(model) if backend.model is not model else []
 
     def undo() -> None:

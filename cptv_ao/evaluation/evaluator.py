@@ -1,18 +1,12 @@
 """Scoring scales: the loss between the model's outputs and the teacher's, on the model's own kernels.
 
-Only the tail of the graph, from the searched block on, runs per candidate:
-
-    Before: x -> stem -> blocks.0 -> ... -> blocks.k -> ... -> head -> logits
-    After:  [cached values that cross the cut] -> blocks.k -> ... -> head -> logits
-
-The tail is generated code that runs on the model itself (`cptv_ao.fx.segments`), so a scale that was written is seen at
-once and nothing of the model is copied.
+Only the tail of the graph, from the searched block on, runs per candidate (`TailRunner`), and a candidate that shows
+itself to be worse on the way is not scored to the end (`cptv_ao.evaluation.race`).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +20,11 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError, FloatModelMismatchError, NonFiniteError
 from cptv_ao.core.losses import Loss
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.evaluation.entry_cache import EntryCache
-from cptv_ao.fx.running import has_hooks, run
-from cptv_ao.fx.segments import Segments, same_stamp
+from cptv_ao.evaluation.race import WAVES, margin, waves_of
+from cptv_ao.evaluation.tail_runner import TailRunner
+from cptv_ao.fx.segments import same_stamp
 
 DEFAULT_CACHE_BYTES = 2 << 30
-#: A raced candidate is dropped once its loss on the first wave is above the parent's by this fraction. With k of n
-#: waves seen the fraction is lower by sqrt((n - k) / (k (n - 1))), as the error of a mean without replacement is.
-RACE_MARGIN = 0.05
-#: Rejection is decided after each wave of batches, about so many per candidate however the loader cuts its batches: the
-#: decisions depend neither on that nor on how many ranks share a wave.
-WAVES = 8
 
 
 class Evaluator:
@@ -62,15 +50,13 @@ class Evaluator:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         world: World = ALONE,
     ) -> None:
-        self._model = model
         self._batches = tuple(batches)
         self._teacher = tuple(teacher)
         self._loss = loss
         self._select = select
-        self._pieces = Segments(model)
-        self._entries = EntryCache(self._pieces, self._batches, cache_bytes, world.mine)
         self._world = world
-        self._entered = False
+        #: runs the model, and holds what is cached
+        self.runner = TailRunner(model, self._batches, cache_bytes, world.mine)
         self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full
         self._parent: tuple[float, ...] | None = None
         self._ran: _Ran | None = None
@@ -79,41 +65,23 @@ class Evaluator:
         self.images = sum(batch.images for batch in self._batches)
         #: images scored so far by this rank, each counted as one forward whether the whole model ran or a tail
         self.image_forwards = 0
-        #: images run so far to cache block entries
-        self.image_entries = 0
-        #: seconds spent inside the model so far
-        self.forward_seconds = 0.0
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes that the cached block entries hold now."""
-        return self._entries.bytes
 
     def plan(self, blocks: Iterable[Sequence[str]]) -> None:
         """Say which blocks (nodes of each) will be entered, so that the code of each is generated once."""
-        for nodes in blocks:
-            self._pieces.cut(nodes)
+        self.runner.plan(blocks)
 
     def enter(self, nodes: Sequence[str]) -> None:
-        """Cache what crosses the cut before the first of these nodes, with the scales that are in the model now.
-
-        Not where hooks see the call of the model itself: what runs behind a cut does not call it.
-        """
-        if has_hooks(self._model):
-            return
-        started = time.perf_counter()
-        self.image_entries += self._entries.move(self._pieces.cut(nodes))
-        self._entered = True
-        self.forward_seconds += time.perf_counter() - started
+        """From now on run the tail that begins with the first of these nodes, as far as that can be: see
+        `TailRunner.enter`."""
+        self.runner.enter(nodes)
 
     def leave(self) -> None:
         """`score` runs the whole model again. The entries stay, for the next block to start from."""
-        self._entered = False
+        self.runner.leave()
 
     def invalidate(self) -> None:
         """Drop the cached entries. Writes to the model are noticed by themselves; this frees their memory."""
-        self._entries.clear()
-        self._entered = False
+        self.runner.clear()
 
     def keep(self) -> None:
         """Make the candidate that was last scored in full the parent that `score(race=True)` races against."""
@@ -140,7 +108,11 @@ class Evaluator:
         limit = threshold * self.images * (1 + 1e-9)
         losses = [0.0] * len(self._batches)
         so_far = parents = 0.0
-        waves = self._waves(parent, once=parent is None and math.isinf(limit))
+        self.raced += parent is not None
+        # In a race another batch comes first each time, so that no batch alone decides what the search sees.
+        first = 0 if parent is None else self.raced
+        never = parent is None and math.isinf(limit)
+        waves = waves_of(len(losses), first, most=1 if never else WAVES)
         for seen, wave in enumerate(waves, start=1):
             for index, loss in zip(wave, self._losses(wave, check), strict=True):
                 losses[index] = loss
@@ -149,7 +121,7 @@ class Evaluator:
                 return math.inf
             if parent is not None:
                 parents += sum(parent[index] for index in wave)
-                if so_far - parents > _margin(seen, len(waves)) * abs(parents):
+                if so_far - parents > margin(seen, len(waves)) * abs(parents):
                     return math.inf
         total = sum(losses) / self.images
         if total >= threshold:
@@ -160,7 +132,8 @@ class Evaluator:
     def outputs(self) -> list[Tensor]:
         """The compared outputs per batch, (N, C) each; of this rank's batches."""
         with torch.inference_mode():
-            return [self._output(i).clone() for i in range(len(self._batches)) if self._world.mine(i)]
+            mine = filter(self._world.mine, range(len(self._batches)))
+            return [compared(self.runner.output(index), self._select).clone() for index in mine]
 
     def check(self) -> None:
         """Run this rank's batches once, and look at what comes out. `score` then knows the losses of the scales that
@@ -174,11 +147,11 @@ class Evaluator:
         with torch.inference_mode():
             for index in filter(self._world.mine, range(len(self._batches))):
                 losses[index] = self._loss_of(index, check=True)
-        self._ran = _Ran(self._pieces.stamp(None), losses)
+        self._ran = _Ran(self.runner.stamp(), losses)
 
     def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
         """The summed losses of these batches, each scored by the rank that holds it."""
-        ran = self._ran if self._ran is not None and same_stamp(self._ran.stamp, self._pieces.stamp(None)) else None
+        ran = self._ran if self._ran is not None and same_stamp(self._ran.stamp, self.runner.stamp()) else None
         table = torch.zeros(len(wave), dtype=torch.float64)
         with torch.inference_mode():
             for place, index in enumerate(wave):
@@ -192,33 +165,12 @@ class Evaluator:
         self.image_forwards += self._batches[index].images
 
         def output() -> Tensor:
-            found = self._output(index)
+            found = compared(self.runner.output(index), self._select)
             if check:
                 _expect_output(found, teacher, index)
             return found
 
         return batch_loss(self._loss, output, teacher)
-
-    def _waves(self, parent: Sequence[float] | None, once: bool) -> list[list[int]]:
-        """Batches in the order in which they are scored, cut where rejection is decided; `once`: never.
-
-        In a race another batch comes first each time, so that no batch alone decides what the search sees.
-        """
-        order = list(range(len(self._batches)))
-        if once:
-            return [order]
-        if parent is not None:
-            self.raced += 1
-            first = self.raced % len(order)
-            order = order[first:] + order[:first]
-        size = math.ceil(len(order) / WAVES)
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
-    def _output(self, index: int) -> Tensor:
-        started = time.perf_counter()
-        output = self._entries.output(index) if self._entered else run(self._model, self._batches[index], index)
-        self.forward_seconds += time.perf_counter() - started
-        return compared(output, self._select)
 
 
 @dataclass(frozen=True)
@@ -248,7 +200,3 @@ def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> flo
             raise
         return math.inf
     return float(loss(found, teacher))
-
-
-def _margin(seen: int, waves: int) -> float:
-    return RACE_MARGIN * math.sqrt((waves - seen) / (seen * max(waves - 1, 1)))

@@ -94,9 +94,9 @@ class Memory:
             read = self._later(other, node) and not self._apart(other, path, node)
             if other not in found and (change := self._made_again(other, found)) is not None:
                 found[other] = change
-            if read and (other not in found or (self._is_list(other) and found[other].source is None)):
+            if read and (other not in found or (_is_list(other) and found[other].source is None)):
                 return None
-        return [change for change in found.values() if change.source is not None or not self._is_list(change.node)]
+        return [change for change in found.values() if change.source is not None or not _is_list(change.node)]
 
     def _made_again(self, node: Node, changed: Container[Node]) -> Changed | None:
         """A value of which nothing but its source was written: a view, or the very same tensor."""
@@ -143,23 +143,24 @@ class Memory:
             return False
         return bool(node.args) and node.all_input_nodes == [node.args[0]] and _plain_index(node)
 
-    @staticmethod
-    def _is_list(node: Node) -> bool:
-        return aten_name(node.target) in _LISTS
-
     def _apart(self, other: Node, path: set[Node], than: Node) -> bool:
         """Whether a value is another item of a list than the one that was written into, or only such are read of it."""
-        if self._is_list(other) and other in {s for n in path for s in self._sources[n]}:
+        if _is_list(other) and other in {s for n in path for s in self._sources[n]}:
             later = [user for user in other.users if self._index[user] > self._index[than]]
             return all(_is_other_item(user, path) for user in later)
         node = other
         while sources := self._sources[node]:
             if len(sources) > 1:
                 return False
-            if self._is_list(sources[0]) and _is_other_item(node, path):
+            if _is_list(sources[0]) and _is_other_item(node, path):
                 return any(sources[0] in self._sources[n] for n in path)
             node = sources[0]
         return False
+
+
+def _is_list(node: Node) -> bool:
+    """Whether a node gives several values."""
+    return aten_name(node.target) in _LISTS
 
 
 def _is_other_item(node: Node, path: Iterable[Node]) -> bool:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cptv_ao.fx import ops, quantized_ops
 from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.op_table import Op
 
 _aten = torch.ops.aten
 # Their output says what their input says to a softmax.
@@ -44,7 +45,7 @@ def ends_in_layer(model: GraphModule) -> bool:
     return False
 
 
-def _passes(op: ops.Op | None) -> bool:
+def _passes(op: Op | None) -> bool:
     return op is not None and (op.brings or op.effect in {"averages", "mean"})
 
 

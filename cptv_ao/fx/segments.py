@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,7 @@ class Segments:
     """
 
     def __init__(self, model: GraphModule) -> None:
-        self._scope = SimpleNamespace(root=model)
-        self._held: dict[Node, Any] = {}  # what a call_module or get_attr node refers to
-        self._nodes, self._position = self._copy(model)
+        self._nodes, self._position, self._held, self._scope = _flattened(model)
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._first_use = {n: min((self._index[u] for u in n.users), default=len(self._nodes)) for n in self._nodes}
         self._last_use = {n: max((self._index[u] for u in n.users), default=-1) for n in self._nodes}
@@ -121,35 +119,6 @@ class Segments:
     def _live(self, at: int) -> list[Node]:
         return [n for n in self._nodes[:at] if not _is_constant(n) and self._last_use[n] >= at]
 
-    def _copy(self, model: GraphModule) -> tuple[list[Node], dict[str, int]]:
-        """The graph with placeholders first, without the modules that do nothing in eval mode.
-
-        Modules and tensors get short targets in a flat namespace: on a small network looking up
-        `self.blocks.0.attn.qkv` through nn.Module costs as much as the loss.
-        """
-        graph, copied = Graph(), dict[Node, Node]()
-        position: dict[str, int] = {}
-        nodes = list(model.graph.nodes)
-        ordered = [n for n in nodes if n.op == "placeholder"] + [n for n in nodes if n.op != "placeholder"]
-        for node in ordered:
-            position[node.name] = len(graph.nodes)
-            if node.op not in ("call_module", "get_attr"):
-                copied[node] = graph.node_copy(node, copied.__getitem__)
-                continue
-            held = fetch(model, str(node.target))
-            if isinstance(held, _PASS_THROUGH) and _does_nothing(held):
-                copied[node] = copied[node.all_input_nodes[0]]
-                continue
-            new = copied[node] = graph.node_copy(node, copied.__getitem__)
-            if isinstance(held, (nn.Module, Tensor)):
-                new.target = f"n{len(self._held)}"
-                setattr(self._scope, new.target, held)
-                self._held[new] = held
-            else:  # a packed weight is replaced when it is written: look it up each time
-                new.target = f"root.{node.target}"
-                self._held[new] = str(node.target)
-        return list(graph.nodes), position
-
     def _function(self, start: int, stop: int | None) -> Callable[..., Any]:
         function = self._functions.get((start, stop))
         if function is None:
@@ -176,6 +145,50 @@ class Segments:
         exec(compile(code.src, "<cptv_ao piece>", "exec"), scope)
         function: Callable[..., Any] = scope["forward"]
         return function
+
+
+class _Flat(NamedTuple):
+    """A graph in the order in which it runs, in a flat namespace.
+
+    Attributes:
+        position: of each node of the model, by its name.
+        held: what a call_module or get_attr node refers to.
+        scope: has that by the targets of these nodes.
+    """
+
+    nodes: list[Node]
+    position: dict[str, int]
+    held: dict[Node, Any]
+    scope: SimpleNamespace
+
+
+def _flattened(model: GraphModule) -> _Flat:
+    """A copy of the graph with placeholders first, without the modules that do nothing in eval mode.
+
+    Modules and tensors get short targets in a flat namespace: on a small network looking up
+    `self.blocks.0.attn.qkv` through nn.Module costs as much as the loss.
+    """
+    graph, copied, held = Graph(), dict[Node, Node](), dict[Node, Any]()
+    scope, position = SimpleNamespace(root=model), dict[str, int]()
+    nodes = list(model.graph.nodes)
+    for node in [n for n in nodes if n.op == "placeholder"] + [n for n in nodes if n.op != "placeholder"]:
+        position[node.name] = len(graph.nodes)
+        if node.op not in ("call_module", "get_attr"):
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+            continue
+        value = fetch(model, str(node.target))
+        if isinstance(value, _PASS_THROUGH) and _does_nothing(value):
+            copied[node] = copied[node.all_input_nodes[0]]
+            continue
+        new = copied[node] = graph.node_copy(node, copied.__getitem__)
+        if isinstance(value, (nn.Module, Tensor)):
+            new.target = f"n{len(held)}"
+            setattr(scope, new.target, value)
+            held[new] = value
+        else:  # a packed weight is replaced when it is written: look it up each time
+            new.target = f"root.{node.target}"
+            held[new] = str(node.target)
+    return _Flat(list(graph.nodes), position, held, scope)
 
 
 def _is_constant(node: Node) -> bool:

@@ -18,6 +18,7 @@ from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.formatting import number
 from cptv_ao.core.outcome import BlockResult, Losses, Point, Status
 from cptv_ao.core.qparams import Assignment
+from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
@@ -56,6 +57,7 @@ class Loop:
         self.space, self._store, self._world = space, space.store, budget.world
         self._search, self._holdout, self._idle_images = scoring.search, scoring.holdout, scoring.idle_images
         self._config, self._listeners = config, tuple(listeners)
+        self._evolves = config.search == "evolution"
         self._rng: np.random.Generator = np.random.default_rng(config.seed)
         self._step_sizes: dict[str, dict[str, float]] = {}
         self.budget = budget
@@ -65,7 +67,7 @@ class Loop:
         self._search.keep()
         # Where the search starts: the model that was given, or an equivalent one.
         self._first_state = self._store.snapshot()
-        self.start = self._both(self.loss) if given is None else given.losses
+        self.start = _both(self.loss, self._holdout) if given is None else given.losses
         self._given_state = self._first_state if given is None else given.state
         self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
         self.best, self._best_state = self.start, self._given_state
@@ -115,7 +117,7 @@ class Loop:
         now, self.best = self._store.snapshot(), self.start
         if self._best_state is not self._given_state:
             self._store.restore_all(self._best_state)
-            self.best = self._both(self._search.score())
+            self.best = _both(self._search.score(), self._holdout)
             self._store.restore_all(now)
         self.loss = self._search.score()
         self._search.keep()
@@ -176,10 +178,6 @@ class Loop:
         self._store.restore_all(self._best_state)
 
     @property
-    def _evolves(self) -> bool:
-        return self._config.search == "evolution"
-
-    @property
     def _gives_up(self) -> bool:
         """Whether the visits have cost too much since they last gained something."""
         return self._evolves and self._position.idle > self._idle_images
@@ -237,7 +235,7 @@ class Loop:
 
     def _keep(self) -> bool:
         """Remember the state that is in the model if it is the best accepted one, and say so."""
-        losses = self.best if self.loss >= self.best.search else self._both(self.loss)
+        losses = self.best if self.loss >= self.best.search else _both(self.loss, self._holdout)
         kept = False
         if losses.worse_than(replace(self.start, search=math.inf)):
             self.rejected = True
@@ -249,9 +247,6 @@ class Loop:
         self.history.append(Point(self.budget.evaluations, self.budget.seconds, self.loss, told, kept))
         return kept
 
-    def _both(self, search: float) -> Losses:
-        return Losses(search, None if self._holdout is None else self._holdout.score())
-
     def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
         lowest = self.loss if best is None else best
         budget, model = self.budget, self._store.model
@@ -259,6 +254,10 @@ class Loop:
         for listener in self._listeners:
             if listener(event) is STOP:
                 budget.stop(Status.CALLBACK)
+
+
+def _both(search: float, holdout: Evaluator | None) -> Losses:
+    return Losses(search, None if holdout is None else holdout.score())
 
 
 def _beside(store: ScaleStore, assignment: Assignment, world: World) -> dict[str, Beside]:

@@ -31,7 +31,7 @@ class ScaleSpace:
         self._store = store
         self._groups = dict(groups)
         self.layout = _layout(self._groups)
-        self._current = self._read()
+        self._current = _read(self._store, self.layout)
         self._reach = Reach(store, self.layout, self._current)
         self._states: dict[str, Any] = {}
         self.rebase()
@@ -63,7 +63,7 @@ class ScaleSpace:
 
     def refresh(self) -> None:
         """Read the model again, after others wrote into it."""
-        self._current = self._read()
+        self._current = _read(self._store, self.layout)
         self.rebase()
 
     def repair(self, vector: Vector) -> Vector:
@@ -110,15 +110,6 @@ class ScaleSpace:
                     vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
         return vector
 
-    def _read(self) -> Vector:
-        vector = np.empty(self.layout.size, dtype=np.float64)
-        for group in self.layout.groups:
-            qparams = self._store.read(group.name)
-            vector[group.scales] = qparams.scale.reshape(-1).numpy()
-            if group.zero_points is not None:
-                vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
-        return vector
-
     def _qparams(self, vector: Vector, group: Group, site: ScaleSite) -> QParams:
         scale = torch.from_numpy(vector[group.scales].copy()).reshape(site.shape)
         if group.zero_points is None:
@@ -138,3 +129,14 @@ def _layout(groups: Mapping[str, tuple[ScaleSite, ...]]) -> Layout:
             start = zero_points.stop
         entries.append(Group(name, lead.kind, scales, zero_points, lead.qmin, lead.qmax))
     return Layout(tuple(entries), start)
+
+
+def _read(store: ScaleStore, layout: Layout) -> Vector:
+    """What is in the model."""
+    vector = np.empty(layout.size, dtype=np.float64)
+    for group in layout.groups:
+        qparams = store.read(group.name)
+        vector[group.scales] = qparams.scale.reshape(-1).numpy()
+        if group.zero_points is not None:
+            vector[group.zero_points] = qparams.zero_point.reshape(-1).numpy()
+    return vector

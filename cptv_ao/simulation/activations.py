@@ -30,7 +30,7 @@ def steps_and_gradients(
         By site, of each time that something is put on its scale: the values in steps of the scale, not rounded, centred
         at 0; and the gradient with respect to these. Without sites that the outputs do not depend on.
     """
-    scales = {name: twin.get(name).scale.float().to(twin.device).requires_grad_() for name in names}
+    scales = {name: twin.sites.get(name).scale.float().to(twin.device).requires_grad_() for name in names}
     owners, seen = {id(scale): name for name, scale in scales.items()}, dict[str, tuple[nn.Module, list[Tensor]]]()
 
     def see(module: nn.Module, _: Any, output: Any) -> None:

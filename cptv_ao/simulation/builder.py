@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from torch.fx import Graph, GraphModule, Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.aliasing import Changed, Memory
-from cptv_ao.fx.inplace import argument_of, is_known, out_of_place, parameters, without_out, written
-from cptv_ao.fx.ops import op_name
+from cptv_ao.fx.inplace import is_known, written
 from cptv_ao.fx.paths import fetch
-from cptv_ao.simulation.modules import Quantizer, SiteModule, WeightQuantizer
+from cptv_ao.simulation.modules import SiteModule
+from cptv_ao.simulation.site_modules import SiteModules
 from cptv_ao.simulation.writes import OnCopies, WithPart
 
 
@@ -24,21 +24,16 @@ class Builder(ABC):
     """Builds the float graph of a model node by node.
 
     Attributes:
-        sites: the twin's modules that hold qparams, by the name of their site.
         nodes: the twin's node by the name of the model's one.
-        notes: what is to be said of the model or its twin.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend, self._model = backend, backend.model
         self._graph, self._owned = Graph(), dict[str, nn.Module]()
-        self.sites: dict[str, SiteModule] = {}
+        self._sites = SiteModules(backend)
         self.nodes: dict[str, Node] = {}
-        self.notes: list[str] = []
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
         self._made: dict[str, Node] = {}  # what first gave a value that was written into later
-        activations = (site for site in backend.sites.values() if site.kind == "activation")
-        self._activation = {node: site.name for site in activations for node in site.nodes}
 
     def build(self) -> GraphModule:
         """The float graph; parameters and constants are copies."""
@@ -59,6 +54,11 @@ class Builder(ABC):
         twin = GraphModule(root, self._graph, "Twin")
         twin.graph.lint()
         return twin.eval()
+
+    @property
+    def sites(self) -> dict[str, SiteModule]:
+        """The twin's modules that hold qparams, by the name of their site."""
+        return self._sites.made
 
     def _is_needed(self, node: Node) -> bool:
         """Whether a node must stay even if nothing reads its value: what it may write into is read."""
@@ -107,39 +107,14 @@ class Builder(ABC):
         self._owned[name] = WithPart(change.steps)
         return self._graph.create_node("call_module", name, (old, part), name=name)
 
-    def _pure(self, node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The call of a node, out of place: what is called, positional and keyword arguments.
-
-        Raises:
-            UnsupportedModelError: it works in place, and torch has no other form of it.
-        """
-        target: Any = node.target
-        args, kwargs = list(node.args), {name: value for name, value in node.kwargs.items() if name != "out"}
-        if argument_of(node, "inplace", False):
-            if "inplace" in kwargs:
-                kwargs["inplace"] = False
-            else:
-                args[parameters(target).index("inplace")] = False
-        elif "out" in node.kwargs:
-            target = without_out(target)
-        elif written(node, self._held(node)) is not None:
-            target = out_of_place(target)
-        if target is None:
-            raise UnsupportedModelError(
-                f"{node.name}: the float twin knows no form of {node.target} that does not write in place", node.name
-            )
-        return target, tuple(args), kwargs
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the model or its twin."""
+        return []
 
     @abstractmethod
     def _add(self, node: Node) -> None:
         """Put what stands for a node of the model into the graph."""
-
-    def _unsupported(self, node: Node, op: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{node.name}: the float twin does not know {op}", node.name)
-
-    def _told(self, node: Node) -> str:
-        """What a node calls, to tell of it."""
-        return type(self._modules[str(node.target)]).__name__ if node.op == "call_module" else op_name(node)
 
     def _call(self, node: Node, module: nn.Module, args: Any = None, kwargs: Any = None) -> None:
         """A module in the place of a node, with these arguments of the model's nodes, or with all of the node's own."""
@@ -155,18 +130,6 @@ class Builder(ABC):
     def _mapped(self, given: Any) -> Any:
         """Arguments with the twin's nodes."""
         return torch.fx.node.map_arg(given, lambda n: self.nodes[n.name])
-
-    def _quantizer(self, site: str) -> Quantizer:
-        if site not in self.sites:
-            self.sites[site] = Quantizer(self._backend.sites[site], self._backend.read(site))
-        return cast(Quantizer, self.sites[site])
-
-    def _weight(self, site: str) -> WeightQuantizer:
-        if site not in self.sites:
-            codes, weight = self._backend.weight(site).int_repr(), self._backend.float_weights.get(site)
-            qparams, shiftable = self._backend.read(site), self._backend.weights.shiftable(site)
-            self.sites[site] = WeightQuantizer(self._backend.sites[site], qparams, codes, weight, shiftable)
-        return cast(WeightQuantizer, self.sites[site])
 
 
 def _on_scales(module: nn.Module) -> bool:

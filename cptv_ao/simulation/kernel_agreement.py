@@ -24,6 +24,12 @@ _TOLERATED = 0.03
 _NAMES = 3
 
 
+def broken_weights(backend: Backend) -> list[str]:
+    """The weights that a kernel does not compute with: see `cptv_ao.backends.kernel_faults`."""
+    weights = [site.name for site in backend.sites.values() if site.kind == "weight"]
+    return [name for name in weights if not backend.weights.slot(name).is_right]
+
+
 def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[str]:
     """What a report says of saturation: nothing where kernels and exact arithmetic agree, or no twin is known.
 
@@ -58,7 +64,7 @@ def broken_kernels(backend: Backend, few: Batch) -> list[str]:
         few: some images, on which the model is run where it has a clamp.
     """
     engine, told = torch.backends.quantized.engine, []
-    if transposed := backend.broken():
+    if transposed := broken_weights(backend):
         told.append(
             f"torch's kernel of transposed convolutions on {engine} computes something else than these layers "
             f"({_named(transposed)}): quantize for another engine (qnnpack), leave them in float, or upsample and "

@@ -39,7 +39,8 @@ class LayerNorm(torch.autograd.Function):
         shift = None if bias is None else bias * inverse
         codes = codes.contiguous()
         if torch.compiler.is_compiling():
-            u, mean, rstd = _plain_layer_norm(codes, scale, in_zero, gain, shift, shape, eps, limits.rounds)
+            rounded = in_zero if limits.rounds else None
+            u, mean, rstd = _plain_layer_norm(codes, scale, rounded, gain, shift, shape, eps)
         else:
             small = eps / float(scale) ** 2
             u, mean, rstd = torch.native_layer_norm(codes, shape, gain.contiguous(), shift, small)
@@ -68,19 +69,22 @@ class LayerNorm(torch.autograd.Function):
 def _plain_layer_norm(
     codes: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     gain: Tensor,
     shift: Tensor | None,
     shape: list[int],
     eps: float,
-    rounds: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """u, mean and 1 / std by ops that a compiler fuses and that need no number on the host."""
+    """u, mean and 1 / std by ops that a compiler fuses and that need no number on the host.
+
+    Args:
+        zero_point: of the input, where u is to have the kernels' rounding of 1 / std; None where not.
+    """
     dims = list(range(-len(shape), 0))
     mean = codes.mean(dims, keepdim=True)
     centred = codes - mean
     rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps / (scale * scale))
-    factor = _kernel_rstd(mean, rstd, zero_point, scale, eps) if rounds else rstd
+    factor = rstd if zero_point is None else _kernel_rstd(mean, rstd, zero_point, scale, eps)
     u = centred * factor * gain
     return u if shift is None else u + shift, mean, rstd
 

@@ -91,9 +91,6 @@ FUNCTIONS: dict[Any, Function] = {
     torch.ops.quantized.instance_norm: instance_norm,
     torch.ops.quantized.group_norm: group_norm,
     torch.ops.quantized.matmul: matmul,
-    torch.ops.quantized.softmax: functional.softmax,
-    torch.ops.quantized.sigmoid: torch.sigmoid,
-    torch.ops.quantized.celu: functional.celu,
 }
 
 

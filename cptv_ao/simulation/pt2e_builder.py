@@ -19,6 +19,7 @@ from cptv_ao.fx.decomposed_ops import is_decomposed
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.builder import Builder
 from cptv_ao.simulation.by_kernel import PassedOn
+from cptv_ao.simulation.calls import pure
 from cptv_ao.simulation.modules import WeightQuantizer
 from cptv_ao.simulation.products import Convolution, Linear
 from cptv_ao.simulation.qtensor import QTensor
@@ -94,34 +95,45 @@ class Pt2eBuilder(Builder):
 
     def _add(self, node: Node) -> None:
         if node.op == "output":
-            info = getattr(self._model.graph._codegen, "pytree_info", None)
-            flat = self._mapped(node.args[0])
-            spec = None if info is None else info.out_spec
-            self._graph.output(flat if spec is None else tree_unflatten(flat, spec))
-        elif node.op == "call_module":  # guards of the export: nothing depends on them
-            return
-        elif node.name in self._activation:
-            self._call(node, self._quantizer(self._activation[node.name]), node.args[:1])
+            self._output(node)
+        elif node.op == "call_function":
+            self._function(node)
+        elif node.op != "call_module":  # guards of the export: nothing depends on them
+            self._copy(node)
+
+    def _output(self, node: Node) -> None:
+        """In the form in which the model returns its values."""
+        info = getattr(self._model.graph._codegen, "pytree_info", None)
+        flat = self._mapped(node.args[0])
+        spec = None if info is None else info.out_spec
+        self._graph.output(flat if spec is None else tree_unflatten(flat, spec))
+
+    def _function(self, node: Node) -> None:
+        quantizer, product = self._sites.output(node.name), self._product(node)
+        if quantizer is not None:
+            self._call(node, quantizer, node.args[:1])
         elif node.name in self._weight_of:
-            self._call(node, DequantizedWeight(self._weight(self._weight_of[node.name])), ())
+            self._call(node, DequantizedWeight(self._sites.weight(self._weight_of[node.name])), ())
         elif is_decomposed(node):
             self._add_quantization(node)
-        elif (product := self._product(node)) is not None:
+        elif product is not None:
             value, weight, *rest = node.args
-            weighed = self._weight_of[cast(Node, weight).name]
-            self._call(node, FloatLayer(self._weight(weighed), product), (value, *rest[:1]))
+            site = self._weight_of[cast(Node, weight).name]
+            self._call(node, FloatLayer(self._sites.weight(site), product), (value, *rest[:1]))
         else:
-            self._copy(node)
-            if node.op == "call_function":
-                new = self.nodes[node.name]
-                new.target, args, kwargs = self._pure(node)
-                new.args, new.kwargs = self._mapped(args), self._mapped(kwargs)
+            self._float_function(node)
+
+    def _float_function(self, node: Node) -> None:
+        self._copy(node)
+        new = self.nodes[node.name]
+        new.target, args, kwargs = pure(node, None)
+        new.args, new.kwargs = self._mapped(args), self._mapped(kwargs)
 
     def _add_quantization(self, node: Node) -> None:
         """A node beside those of the sites: dynamic quantization is run as it is, and the gradient of what it rounds
         passes as if nothing happened."""
         source = node.args[0]
-        if _name(source) in self._activation:
+        if self._sites.activation(_name(source)) is not None:
             self._call(node, Dequantize(), node.args[:1])
         elif node.users and all(user.name in self._weight_of for user in node.users):
             return  # puts a weight on its scale: its dequantize nodes stand for that

@@ -14,18 +14,32 @@ from torch.nn import functional
 
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.fx.ops import Op
+from cptv_ao.fx.op_table import (
+    CLAMP,
+    DROPOUT,
+    GETATTR,
+    HARDSIGMOID,
+    HARDTANH,
+    MAX_POOL,
+    RELU,
+    RELU6,
+    RESIZE,
+    SIGMOID,
+    TANH,
+    Effect,
+    Op,
+)
 from cptv_ao.simulation.autograd_ops import Clamp
 from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.qtensor import QTensor, straight_through_round
 
 # The real values that clamps clamp to, where the call does not say otherwise.
-_CLAMPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (-math.inf, math.inf)}
+_CLAMPS = {RELU6: (0.0, 6.0), HARDTANH: (-1.0, 1.0), CLAMP: (-math.inf, math.inf)}
 # Output qparams that the kernels fix: (scale, zero_point).
-_FIXED: dict[str, tuple[Callable[[Tensor], Tensor], float, int]] = {
-    "sigmoid": (torch.sigmoid, 1 / 256, 0),
-    "hardsigmoid": (functional.hardsigmoid, 1 / 256, 0),
-    "tanh": (torch.tanh, 2 / 256, 128),
+_FIXED: dict[Op, tuple[Callable[[Tensor], Tensor], float, int]] = {
+    SIGMOID: (torch.sigmoid, 1 / 256, 0),
+    HARDSIGMOID: (functional.hardsigmoid, 1 / 256, 0),
+    TANH: (torch.tanh, 2 / 256, 128),
 }
 # What a value can be asked for without its numbers.
 _ATTRIBUTES = {"shape", "ndim", "device"}
@@ -78,65 +92,56 @@ def lifted(op: Op | None, function: Callable[..., Any], value: Any, *args: Any, 
     Raises:
         UnsupportedModelError: the function is not known on quantized values, or not with these arguments.
     """
-    effect = "" if op is None else op.effect
-    if op is None:
+    if op is None or op.effect not in _LIFTS:
         raise UnsupportedModelError("it is not known on quantized values")
-    if effect == "joins":
-        return _joined(function, value, *args, **kwargs)
-    if effect == "moves":
-        return _moved(op, function, value, *args, **kwargs)
-    if not isinstance(value, QTensor) or any(map(_is_quantized, (*args, *kwargs.values()))):
+    alone = isinstance(value, QTensor) and not any(map(_is_quantized, (*args, *kwargs.values())))
+    if not alone and op.effect not in _OF_SEVERAL:
         raise UnsupportedModelError("it is known on a quantized first input alone")
-    if effect == "dequantizes":
-        return value.dequantize()
-    if op.name == "getattr":
-        return _attribute(value, *args)
-    if effect == "asks":
-        return function(value.codes, *args, **kwargs)
-    if effect == "mean":
-        return _mean(function, value, *args, **kwargs)
-    if effect == "averages":
-        return value.fitted(function(value.codes, *args, **kwargs))
-    if effect == "clamps":
-        low, high = _ends(op.name, function, *args, **kwargs)
-        return value.with_codes(Clamp.apply(value.codes, value.scale, low, high, value.limits()))
-    if op.name in _FIXED:
-        compute, scale, zero_point = _FIXED[op.name]
-        like = replace(value, scale=value.scale.new_tensor(scale), zero_point=value.scale.new_tensor(float(zero_point)))
-        return like.fitted(compute(value.dequantize()) / like.scale)
-    raise UnsupportedModelError("it is not known on quantized values")
+    return _LIFTS[op.effect](op, function, value, *args, **kwargs)
 
 
 def _moved(op: Op, function: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
     """What selects and reorders codes; others of the values that are given tell a shape."""
     if not isinstance(value, QTensor) or any(isinstance(part, torch.dtype) for part in (*args, *kwargs.values())):
         raise UnsupportedModelError("it is known on a quantized first input alone, without another dtype")
-    if op.name == "relu":
-        return value.with_codes(functional.relu(value.codes))
-    if op.name == "resize":
-        return value.with_codes(_resized(value.codes, *args, **kwargs))
-    if op.name == "dropout":
-        training = False if isinstance(function, nn.Module) else kwargs.get("training", kwargs.get("train", True))
-        if len(args) > 1:
-            training = args[1]
-        if training:
-            raise UnsupportedModelError("it drops values even in eval mode (training=True)")
-        return value
+    if op in _MOVES:
+        return value.with_codes(_MOVES[op](function, value.codes, *args, **kwargs))
     codes, given, named = value.codes, [_codes(part) for part in args], {k: _codes(part) for k, part in kwargs.items()}
     result = function(codes, *given, **named)
-    if op.name == "max_pool" and not isinstance(result, Tensor):
+    if op is MAX_POOL and not isinstance(result, Tensor):
         raise UnsupportedModelError("it is not known with return_indices=True")
     if isinstance(result, (tuple, list)):
         return type(result)(value.with_codes(part) for part in result)
     return value.with_codes(result)
 
 
-def _resized(codes: Tensor, *shape: Any, **settings: Any) -> Tensor:
+def _rectified(_: Any, codes: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return functional.relu(codes)
+
+
+def _not_dropped(function: Any, codes: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    training = False if isinstance(function, nn.Module) else kwargs.get("training", kwargs.get("train", True))
+    if len(args) > 1:
+        training = args[1]
+    if training:
+        raise UnsupportedModelError("it drops values even in eval mode (training=True)")
+    return codes
+
+
+def _resized(_: Any, codes: Tensor, *shape: Any, **settings: Any) -> Tensor:
     """The first of the codes in another shape."""
     wanted = torch.Size(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
     if settings or wanted.numel() > codes.numel():
         raise UnsupportedModelError("it is not known where it makes codes of nothing")
     return codes.flatten()[: wanted.numel()].reshape(wanted)
+
+
+def _dequantized(op: Op, function: Any, value: QTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return value.dequantize()
+
+
+def _asked(op: Op, function: Callable[..., Any], value: QTensor, *args: Any, **kwargs: Any) -> Any:
+    return _attribute(value, *args) if op is GETATTR else function(value.codes, *args, **kwargs)
 
 
 def _attribute(value: QTensor, name: str, *default: Any) -> Any:
@@ -149,12 +154,29 @@ def _attribute(value: QTensor, name: str, *default: Any) -> Any:
     return getattr(value.codes, name, *default)
 
 
-def _ends(name: str, function: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
+def _averaged(op: Op, function: Callable[..., Tensor], value: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    return value.fitted(function(value.codes, *args, **kwargs))
+
+
+def _clamped(op: Op, function: Any, value: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    low, high = _ends(op, function, *args, **kwargs)
+    return value.with_codes(Clamp.apply(value.codes, value.scale, low, high, value.limits()))
+
+
+def _on_fixed_qparams(op: Op, function: Any, value: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    if op not in _FIXED:
+        raise UnsupportedModelError("it is not known on quantized values")
+    compute, scale, zero_point = _FIXED[op]
+    like = replace(value, scale=value.scale.new_tensor(scale), zero_point=value.scale.new_tensor(float(zero_point)))
+    return like.fitted(compute(value.dequantize()) / like.scale)
+
+
+def _ends(op: Op, function: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
     """The real values that a clamp clamps to; arguments are those after the value."""
-    low, high = _CLAMPS[name]
+    low, high = _CLAMPS[op]
     if isinstance(function, nn.Module):
         return float(getattr(function, "min_val", low)), float(getattr(function, "max_val", high))
-    if name == "relu6":
+    if op is RELU6:
         return low, high
     given = {**dict(zip(("min", "max"), args, strict=False)), **{k.removesuffix("_val"): v for k, v in kwargs.items()}}
     ends = (given.get("min"), given.get("max"))
@@ -163,7 +185,9 @@ def _ends(name: str, function: Any, *args: Any, **kwargs: Any) -> tuple[float, f
     return low if ends[0] is None else float(ends[0]), high if ends[1] is None else float(ends[1])
 
 
-def _mean(function: Callable[..., Tensor], value: QTensor, dim: Any = None, *args: Any, **kwargs: Any) -> QTensor:
+def _mean(
+    op: Op, function: Callable[..., Tensor], value: QTensor, dim: Any = None, *args: Any, **kwargs: Any
+) -> QTensor:
     """Means of small groups fall on ties: the kernel rounds codes over the last dimensions, floats over others."""
     rank = value.codes.dim()
     dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
@@ -175,7 +199,7 @@ def _mean(function: Callable[..., Tensor], value: QTensor, dim: Any = None, *arg
     return value.with_codes(straight_through_round(codes + value.zero_point) - value.zero_point)
 
 
-def _joined(function: Callable[..., Tensor], values: Any = None, *args: Any, **kwargs: Any) -> QTensor:
+def _joined(op: Op, function: Callable[..., Tensor], values: Any = None, *args: Any, **kwargs: Any) -> QTensor:
     """What is put onto the qparams of the first of several values."""
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, QTensor) for value in values):
         raise UnsupportedModelError("it is known on a list of quantized values alone")
@@ -193,3 +217,20 @@ def _is_quantized(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_quantized, value))
     return any(map(_is_quantized, value.values())) if isinstance(value, Mapping) else isinstance(value, QTensor)
+
+
+# By what an op does to codes and qparams. All are given the op, its function, the value, and what it is called with.
+_LIFTS: dict[Effect, Callable[..., Any]] = {
+    "joins": _joined,
+    "moves": _moved,
+    "dequantizes": _dequantized,
+    "asks": _asked,
+    "mean": _mean,
+    "averages": _averaged,
+    "clamps": _clamped,
+    "fixed": _on_fixed_qparams,
+}
+# Those that may be given more quantized values than the first.
+_OF_SEVERAL: set[Effect] = {"joins", "moves"}
+# What moves codes, and is not done by calling its function on them.
+_MOVES: dict[Op, Callable[..., Tensor]] = {RELU: _rectified, RESIZE: _resized, DROPOUT: _not_dropped}

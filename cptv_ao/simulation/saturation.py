@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, ordered
+from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.modules import QuantizedLayer, Quantizer
 from cptv_ao.simulation.qtensor import QTensor, from_kernel
 from cptv_ao.simulation.twin import Twin
@@ -53,7 +54,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
 def _sources(twin: Twin, batch: Batch) -> dict[QuantizedLayer, str]:
     """The activation site that the input of each weighted layer is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
-    given = twin.layer_inputs(batch)
+    given = layer_inputs(twin, batch)
     return {
         layer: names[id(value.scale)]
         for layer, value in given.items()

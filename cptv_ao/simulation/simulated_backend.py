@@ -57,7 +57,7 @@ class SimulatedBackend:
 
     def read(self, name: str) -> QParams:
         """Scale and zero_point as they are in the twin now."""
-        return self.twin.get(name) if name in self._given else self._backend.read(name)
+        return self.twin.sites.get(name) if name in self._given else self._backend.read(name)
 
     def write(self, name: str, qparams: QParams) -> None:
         """Write a scale into the twin; the codes of a weight are re-rounded.
@@ -68,16 +68,16 @@ class SimulatedBackend:
         """
         if self.sites[name].kind == "weight" and name not in self.float_weights:
             raise KeyError(name)
-        self.twin.set(name, qparams)
+        self.twin.sites.set(name, qparams)
 
     def state(self, name: str) -> Any:
         """What the twin holds at the site now, for `restore`."""
-        return self.twin.state(name) if name in self._given else None
+        return self.twin.sites.state(name) if name in self._given else None
 
     def restore(self, name: str, state: Any) -> None:
         """Put back what `state` returned."""
         if state is not None:
-            self.twin.restore(name, state)
+            self.twin.sites.restore(name, state)
 
     def snapshot(self) -> dict[str, Any]:
         """`state` of every site."""
@@ -97,10 +97,6 @@ class SimulatedBackend:
         groups = self._backend.movable()
         return {lead: group for lead, group in groups.items() if all(site.name in self._given for site in group)}
 
-    def check_finite(self) -> None:
-        """As of the lowered model."""
-        self._backend.check_finite()
-
     def commit(self) -> list[str]:
         """Write what moved since the twin was built into the lowered model; returns the names.
 
@@ -110,7 +106,7 @@ class SimulatedBackend:
         moved_sites = []
         with self._backend.writing():
             for name, given in self._given.items():
-                now = self.twin.get(name)
+                now = self.twin.sites.get(name)
                 if not same(now, given):
                     self._backend.write(name, now)
                     moved_sites.append(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,28 @@ def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
         factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
         bias = backend.weights.bias(norm.weight)
         offset = (zero if bias is None else bias) - mean
-        backend.weights.scale_channels(norm.weight, factor, factor * offset + found.get("bias", zero))
+        _scale_channels(backend, norm.weight, factor, factor * offset + found.get("bias", zero))
         for name, path in norm.tensors.items():
             backend.rewrites.put(norm.weight, path, identity[name])
         backend.write(norm.output, backend.read(norm.after))
     if same(backend.read(norm.output), backend.read(norm.after)):
         backend.rewrites.tie(norm.output, norm.after)
     return not done
+
+
+def _scale_channels(backend: Backend, name: str, factor: Tensor, bias: Tensor) -> None:
+    """Multiply what a layer gives, channel by channel, and give it another bias.
+
+    Args:
+        name: of its weight, whose scales are per channel of the output.
+        factor: (C,); where it is negative, codes change their sign (-128 becomes 127), where it is 0, they are 0.
+        bias: (C,), the whole new one.
+    """
+    codes, given, store = backend.weight(name).int_repr(), backend.read(name), backend.weights
+    shape = (-1, *[1] * (codes.dim() - 1))
+    scale = given.scale * torch.where(factor == 0, 1.0, factor.abs().double())
+    qparams = replace(given, scale=scale).checked(backend.sites[name])
+    turned = codes.short() * factor.sign().short().reshape(shape)
+    store.write_codes(name, qparams, turned.clamp(-128, 127).to(torch.int8), bias)
+    if name in store.floats:
+        store.set_float(name, store.floats[name] * factor.reshape(shape))

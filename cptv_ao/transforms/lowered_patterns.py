@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from torch.nn import functional
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.op_table import DEQUANTIZE, DROPOUT, IDENTITY, QUANTIZE, RELU, RELU6
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.quantized_ops import of_node
 from cptv_ao.fx.readers import own_path, read_once, reads
@@ -29,7 +30,7 @@ from cptv_ao.fx.readers import own_path, read_once, reads
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")
 # What functions let through above 0; nothing below.
-_CLIPS = {"relu": math.inf, "relu6": 6.0}
+_CLIPS = {RELU: math.inf, RELU6: 6.0}
 
 _Found = TypeVar("_Found")
 
@@ -113,7 +114,7 @@ class Patterns:
         if node.target not in (functional.batch_norm, torch.batch_norm):
             return None
         given = dict(zip(_BATCH_NORM, node.args, strict=False)) | node.kwargs
-        tensors = self._tensors(given, ("running_mean", "running_var", "weight", "bias"))
+        tensors = _own_tensors(given, ("running_mean", "running_var", "weight", "bias"), self._once)
         layer, after = self._layer(given["input"], node), self._after(node)
         if tensors is None or "running_var" not in tensors or layer is None or after is None:
             return None
@@ -127,7 +128,11 @@ class Patterns:
 
     def _layer(self, value: Any, norm: Node) -> Node | None:
         """The quantized layer whose dequantized output a norm reads, and nothing else."""
-        if not isinstance(value, Node) or self._op(value) != "dequantize" or not isinstance(value.args[0], Node):
+        if (
+            not isinstance(value, Node)
+            or op_of(value, self._modules) is not DEQUANTIZE
+            or not isinstance(value.args[0], Node)
+        ):
             return None
         layer = value.args[0]
         if layer.name not in self._weights or layer.name not in self._outputs or list(layer.users) != [value]:
@@ -140,7 +145,7 @@ class Patterns:
     def _after(self, norm: Node) -> ScaleSite | None:
         """The site on whose scale the output of a norm is put at once."""
         readers = [user for user in norm.users if reads(user)]
-        if len(readers) != 1 or self._op(readers[0]) != "quantize":
+        if len(readers) != 1 or op_of(readers[0], self._modules) is not QUANTIZE:
             return None
         return self._outputs.get(readers[0].name)
 
@@ -168,7 +173,7 @@ class Patterns:
         if packet_of(node.target) is not torch.ops.quantized.layer_norm:
             return None
         given: dict[str, Any] = dict(zip(_LAYER_NORM, node.args, strict=False)) | node.kwargs
-        found = self._tensors(given, ("weight", "bias"))
+        found = _own_tensors(given, ("weight", "bias"), self._once)
         return None if found is None or "weight" not in found else (list(found.values()), given["normalized_shape"])
 
     def _clipped(self, node: Node) -> ClippedSite | None:
@@ -180,25 +185,21 @@ class Patterns:
         """What each reader of a value lets through of it above 0; None where one also reads what is below."""
         highs: list[float] = []
         for user in node.users:
-            name = self._op(user)
-            if name in {"identity", "dropout"}:
+            op = op_of(user, self._modules)
+            if op in (IDENTITY, DROPOUT):
                 behind = self._highs(user)
                 if not behind:
                     return None
                 highs += behind
-            elif name in _CLIPS:
-                highs.append(_CLIPS[name])
+            elif op in _CLIPS:
+                highs.append(_CLIPS[op])
             elif reads(user):
                 return None
         return highs
 
-    def _op(self, node: Node) -> str:
-        """What a node calls, by our own word for it; `""` where it is not known."""
-        op = op_of(node, self._modules)
-        return "" if op is None else op.name
 
-    def _tensors(self, given: Mapping[str, Any], names: Sequence[str]) -> dict[str, str] | None:
-        """Paths of these arguments of a node, those that are None left out; None where one is shared or computed."""
-        nodes = {name: given[name] for name in names if given.get(name) is not None}
-        paths = {name: path for name, node in nodes.items() if (path := own_path(node, self._once)) is not None}
-        return paths if len(paths) == len(nodes) else None
+def _own_tensors(given: Mapping[str, Any], names: Sequence[str], once: Container[str]) -> dict[str, str] | None:
+    """Paths of these arguments of a node, those that are None left out; None where one is shared or computed."""
+    nodes = {name: given[name] for name in names if given.get(name) is not None}
+    paths = {name: path for name, node in nodes.items() if (path := own_path(node, once)) is not None}
+    return paths if len(paths) == len(nodes) else None

@@ -105,7 +105,7 @@ def search(s: Setting, passes: int, evaluations: int, *, mode: str = "race", see
     loss = start = s.search.score()
     s.search.keep()
     curve = [(0, loss)]
-    begun, inside, spent = time.perf_counter(), s.search.forward_seconds, s.search.image_forwards
+    begun, inside, spent = time.perf_counter(), s.search.runner.seconds, s.search.image_forwards
     for _ in range(passes):
         for name, space in s.spaces.items():
             space.refresh()
@@ -130,9 +130,9 @@ def search(s: Setting, passes: int, evaluations: int, *, mode: str = "race", see
         "loss": loss,
         "holdout": s.held.score() if s.held else None,
         "image_forwards": s.search.image_forwards - spent,
-        "image_entries": s.search.image_entries,
+        "image_entries": s.search.runner.image_entries,
         "seconds": seconds,
-        "share_in_forwards": (s.search.forward_seconds - inside) / seconds,
+        "share_in_forwards": (s.search.runner.seconds - inside) / seconds,
         "curve": curve,
     }
 
@@ -171,7 +171,7 @@ def candidates(name: str, size: int, repeats: int) -> dict[str, Any]:
             s.search.leave()
             for key, values in base.items():
                 values.append(seconds[key])
-            per_image = s.search.entry_bytes / s.search.images
+            per_image = s.search.runner.entry_bytes / s.search.images
             rows[block] = {**seconds, "of_float": seconds["candidate"] / seconds["float"], "entry_bytes": per_image}
     mean = statistics.mean(row["candidate"] for row in rows.values())
     medians = {key: statistics.median(values) for key, values in base.items()}
@@ -203,7 +203,7 @@ def peak_memory(name: str, batches: int, size: int) -> dict[str, float]:
     forward = peak() - base
     reset()
     search(s, 1, 2)
-    return {"forward_mb": forward, "search_mb": peak() - base, "entries_mb": s.search.entry_bytes / 2**20}
+    return {"forward_mb": forward, "search_mb": peak() - base, "entries_mb": s.search.runner.entry_bytes / 2**20}
 
 
 def fit(x: list[float], y: list[float]) -> dict[str, Any]:

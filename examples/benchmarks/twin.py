@@ -82,10 +82,10 @@ def compare(name: str, batch: int, seconds: float, compiled: bool) -> None:
     contenders = {"int8 kernels": candidates(backend.write, quantized, site, now, images)}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         twin = Twin(backend).to(device)
-        contenders[f"twin, eager, {device}"] = candidates(twin.set, twin.module, site, now, images.to(device))
+        contenders[f"twin, eager, {device}"] = candidates(twin.sites.set, twin.module, site, now, images.to(device))
         if compiled:
             run: Any = torch.compile(twin.module)
-            contenders[f"twin, compiled, {device}"] = candidates(twin.set, run, site, now, images.to(device))
+            contenders[f"twin, compiled, {device}"] = candidates(twin.sites.set, run, site, now, images.to(device))
     medians = timed(contenders, seconds)
     kernels = medians["int8 kernels"]
     for contender, median in medians.items():

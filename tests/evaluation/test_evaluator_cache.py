@@ -97,7 +97,7 @@ def test_any_budget_and_order_gives_the_whole_model(start, budget: int, order: s
     blocks = _blocks(model)
     for number, name in enumerate(list(blocks) if order == "forward" else list(blocks)[::-1]):
         cached.enter(blocks[name])
-        assert cached.entry_bytes <= budget
+        assert cached.runner.entry_bytes <= budget
         for factor in (1.0, 1.3 + number / 10):
             _write(model, _activation(model, name), factor)
             for _ in range(2):  # a tail that wrote into its entry would differ the second time
@@ -112,7 +112,7 @@ def test_the_small_budget_holds_some_batches_only(start) -> None:
     for budget in (0, 600, 1 << 40):
         evaluator = Evaluator(model, batches, teacher, kl, cache_bytes=budget)
         evaluator.enter(_blocks(model)["blocks.1"])
-        held.append(evaluator.entry_bytes)
+        held.append(evaluator.runner.entry_bytes)
     assert 0 == held[0] < held[1] < held[2]
 
 
@@ -126,7 +126,7 @@ def test_entries_advance_instead_of_starting_again(start) -> None:
         evaluator.leave()
     assert calls[0] == len(batches)
     evaluator.invalidate()
-    assert evaluator.entry_bytes == 0
+    assert evaluator.runner.entry_bytes == 0
     evaluator.enter(_blocks(model)["blocks.1"])
     assert calls[0] == 2 * len(batches)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, Watcher
+from cptv_ao.fx.op_table import RELU
 from cptv_ao.fx.ops import of_function, of_module, op_name, op_of
 from cptv_ao.fx.paths import ModulePaths, fetch
 from cptv_ao.fx.producers import producer
@@ -62,6 +64,11 @@ def test_what_is_not_in_the_table_is_not_understood() -> None:
     patched = nn.Flatten()
     patched.forward = lambda x: x  # type: ignore[method-assign]
     assert of_module(patched) is None
+
+
+def test_a_row_stays_itself_in_copies_of_what_holds_it() -> None:
+    (held,) = copy.deepcopy([of_module(nn.ReLU())])
+    assert held is RELU, "a twin is copied to be scored in several threads"
 
 
 def test_nodes_are_known_by_what_they_call() -> None:

@@ -235,8 +235,8 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     names = []
     for name, scales in proposer.proposals(losses.append, lambda worth: None):  # and none of it is written
         names.append(name)
-        assert twin._sites[wide].site.qmax == 127
+        assert twin.sites.modules[wide].site.qmax == 127
         assert scales()[wide].scale > backend.read(wide).scale * 1.5
     assert len(names) == 4
-    assert twin._sites[wide].site.qmax == backend.sites[wide].qmax == 255
+    assert twin.sites.modules[wide].site.qmax == backend.sites[wide].qmax == 255
     assert max(losses[3:]) < 2 * max(losses[:3])

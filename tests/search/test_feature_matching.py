@@ -25,7 +25,8 @@ from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.search.proposals.batch_gradient import Objective
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Targets, _target, distance
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
-from cptv_ao.simulation.twin import LayerInputs, Twin
+from cptv_ao.simulation.layer_inputs import LayerInputs, layer_inputs, seeing_inputs
+from cptv_ao.simulation.twin import Twin
 
 
 def twin_of(model: Any, float_model: nn.Module) -> Twin:
@@ -101,9 +102,9 @@ def test_inputs_are_kept_while_they_fit_and_are_the_same_if_not(vit_w3: Case) ->
     features, sites = LayerInputTargets(twin, size), cptv_ao.find_sites(vit_w3.converted)
     first = [features.wanted((0, i), part) for i, part in enumerate(parts)]
     for name in twin.names:
-        now = twin.get(name)
+        now = twin.sites.get(name)
         zero_point = now.zero_point + 3 if sites[name].affine else now.zero_point
-        twin.set(name, QParams(now.scale * 1.1, zero_point.clamp(max=sites[name].qmax)))
+        twin.sites.set(name, QParams(now.scale * 1.1, zero_point.clamp(max=sites[name].qmax)))
     again = [features.wanted((0, i), part) for i, part in enumerate(parts)]
     assert features.image_forwards == 3 * len(vit_w3.batches[0])
     assert again[0] is first[0]
@@ -117,10 +118,10 @@ def test_the_distance_and_its_gradient(vit_w3: Case) -> None:
     wanted = LayerInputTargets(twin, 0).wanted((0, 0), batch)
     itself: LayerInputs = {layer: target.codes * target.scale for layer, target in wanted.items()}
     assert float(distance(itself, wanted)) == pytest.approx(0.0, abs=1e-12)
-    leaves = {name: twin.get(name).scale.float().log().requires_grad_() for name in twin.names}
+    leaves = {name: twin.sites.get(name).scale.float().log().requires_grad_() for name in twin.names}
 
     def found() -> LayerInputs:
-        with twin.seeing_inputs() as inputs:
+        with seeing_inputs(twin) as inputs:
             twin.call({name: {"scale": leaf.exp()} for name, leaf in leaves.items()}, *batch.args)
         return inputs
 
@@ -233,7 +234,7 @@ def test_a_pt2e_graph_has_features(vit: nn.Module, digits: workloads.Images) -> 
     twin = twin_of(graph, model)
     wanted = LayerInputTargets(twin, 0).wanted((0, 0), batch_of(images))
     with torch.no_grad():
-        found = twin.layer_inputs(batch_of(images))
+        found = layer_inputs(twin, batch_of(images))
     assert len(wanted) > 10
     assert float(distance(found, wanted)) == pytest.approx(
         float(noise_to_signal(values(found), values(wanted))), rel=1e-5

@@ -138,7 +138,7 @@ def test_values_and_gradients_are_those_of_the_float_network(vit_w3: Case) -> No
     found = steps_and_gradients(twin, names, Batch((batch,), {}, len(batch)), lambda y: (y * direction).sum())
     for name in linear:
         ((steps, pull),) = found[f"{name}.output"]
-        scale = twin.get(f"{name}.output").scale.float()
+        scale = twin.sites.get(f"{name}.output").scale.float()
         assert torch.allclose(steps * scale, outputs[name], atol=1e-4)
         assert torch.allclose(pull / scale, gradients[name], atol=1e-5 * float(gradients[name].abs().max()) + 1e-5)
         assert not steps.requires_grad

@@ -123,7 +123,7 @@ def test_what_the_descent_sees_is_what_it_proposes(conv: Case) -> None:
     marks = tuple((step + 1) / 30 for step in range(30))
     for _ in descent.run(step_images(batches, teacher), Schedule(30, 0.03, marks=marks), seen.append):
         for name, qparams in descent.assignment().items():
-            other.set(name, qparams)
+            other.sites.set(name, qparams)
         proposed.append(float(kl(first_floating(other(images)), teacher[0])))
     assert seen[1:] == pytest.approx(proposed[:-1], rel=1e-3)
 

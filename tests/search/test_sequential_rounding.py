@@ -15,6 +15,7 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.core.batches import Batch
 from cptv_ao.search.proposals.sequential_rounding import rounded_in_turn, sequential_roundings
+from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.products import Convolution, Linear, Transposed
 from cptv_ao.simulation.twin import Twin
 
@@ -129,7 +130,7 @@ def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None
     found = sequential_roundings(twin, names, batch)
     assert set(found) == set(names)
     with torch.no_grad(), twin.in_float(twin.names):
-        inputs = twin.layer_inputs(batch)
+        inputs = layer_inputs(twin, batch)
     for layer, value in inputs.items():
         name = layer.weight.site.name
         if not isinstance(layer.weight.weight, Tensor) or layer.weight.weight.dim() != 2:
@@ -137,6 +138,6 @@ def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None
         rows = value.dequantize().flatten(0, -2)
         wanted = functional.linear(rows, layer.weight.weight)
         before = (functional.linear(rows, layer.weight.dequantize()) - wanted).square().sum()
-        twin.set(name, found[name])
+        twin.sites.set(name, found[name])
         after = (functional.linear(rows, layer.weight.dequantize()) - wanted).square().sum()
         assert float(after) < 0.8 * float(before), name

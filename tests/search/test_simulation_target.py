@@ -82,7 +82,7 @@ def test_the_descent_starts_from_what_the_population_left_in_the_twin(
 
     def followed(self: SimulatedProposer) -> None:
         follow(self)
-        now = (self._twin.get, self._store.read, self._kernels.read)
+        now = (self._twin.sites.get, self._store.read, self._kernels.read)
         seen.append([read("head.weight").scale for read in now])
 
     monkeypatch.setattr(SimulatedProposer, "_follow", followed)

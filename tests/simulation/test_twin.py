@@ -34,7 +34,7 @@ from cptv_ao.simulation.autograd_ops import Clamp
 from cptv_ao.simulation.kernel_agreement import disagreement
 from cptv_ao.simulation.qtensor import Limits, from_kernel
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
-from cptv_ao.simulation.twin import Twin, unquantized
+from cptv_ao.simulation.twin import Twin, set_rounding, unquantized
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EQUAL = 0.9999
@@ -184,12 +184,12 @@ def test_gradients_of_the_unrounded_path_are_those_of_finite_differences(small: 
     backend = backend_of(small)
     twin = Twin(backend)
     twin.reround_weights()
-    twin.set_rounding("clamp")
+    set_rounding(twin, "clamp")
     batch = _double(twin, small.batches[0])
     generator = torch.Generator().manual_seed(0)
     values: dict[str, dict[str, Tensor]] = {}
     for name in twin.names:
-        now, affine = twin.get(name), backend.sites[name].affine
+        now, affine = twin.sites.get(name), backend.sites[name].affine
         # Without rounding a scale matters where codes are clipped; one factor for all would put sums on the very edge.
         factor = 0.4 + 0.4 * torch.rand((), generator=generator, dtype=torch.float64)
         scale = (now.scale * factor).requires_grad_()
@@ -271,8 +271,8 @@ def test_clipped_codes_give_their_gradient_to_the_zero_point(rounding: Any) -> N
     backend = Backend(converted)
     name = next(iter(backend.sites))
     twin = Twin(backend)
-    twin.set_rounding(rounding)
-    quantizer: Any = twin._sites[name]
+    set_rounding(twin, rounding)
+    quantizer: Any = twin.sites.modules[name]
     scale = torch.tensor(0.5, requires_grad=True)
     zero_point = torch.tensor(250.0, requires_grad=True)
     value = torch.tensor([3.0, -1.3, 0.7, -200.0], requires_grad=True)
@@ -298,8 +298,8 @@ def test_straight_through_gradients_are_near_those_of_the_unrounded_path(vit_w3:
     batch = vit_w3.batches[0].to(device)
     target = vit_w3.float_model(vit_w3.batches[0]).detach().to(device)
     for rounding in ("round", "clamp"):
-        twin.set_rounding(rounding)  # type: ignore[arg-type]
-        scales = {n: twin.get(n).scale.float().to(device).requires_grad_() for n in twin.names}
+        set_rounding(twin, rounding)  # type: ignore[arg-type]
+        scales = {n: twin.sites.get(n).scale.float().to(device).requires_grad_() for n in twin.names}
         values = {n: {"scale": scale} for n, scale in scales.items()}
         loss = nn.functional.mse_loss(twin.call(values, batch) * 3, target)  # off by a factor: a clear direction
         loss.backward()

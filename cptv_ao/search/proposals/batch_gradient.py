@@ -22,7 +22,8 @@ from cptv_ao.fx.running import own_inputs
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, distance
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.step_images import StepImages
-from cptv_ao.simulation.twin import LayerInputs, Twin
+from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
+from cptv_ao.simulation.twin import Twin
 
 # What the graph of a part may hold, in bytes: of a ViT-S at 224 x 224 that is 2 images, which is what the float network
 # holds for 8. What the parts are depends on the batch and the network alone, never on how many ranks there are.
@@ -176,7 +177,7 @@ class BatchGradient:
         self._forwards += 3 * part.images if graph else part.images
         wanted = self.features.wanted(key, part) if self._objective.feature_weight else None
         watching: AbstractContextManager[LayerInputs]
-        watching = nullcontext({}) if wanted is None else self._twin.seeing_inputs()
+        watching = nullcontext({}) if wanted is None else seeing_inputs(self._twin)
         args, kwargs = own_inputs(part)
         with torch.set_grad_enabled(graph):
             values = {site.name: group.values() for group in self._groups for site in group.sites}

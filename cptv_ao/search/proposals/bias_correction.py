@@ -68,7 +68,7 @@ class BiasCorrector:
         assignment = scales()
         follow(self._twin, store)
         for name, qparams in assignment.items():
-            self._twin.set(name, qparams)
+            self._twin.sites.set(name, qparams)
         found, images = corrections(self._twin, self._correctable(store), self._images.batches, self._means)
         self.image_forwards += _FORWARDS * images
         held = {name: assignment.get(name, store.read(name)) for name in found}

@@ -16,10 +16,11 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.channel_scaling import OUTLIER
 from cptv_ao.fx.running import own_inputs
+from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
 from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import Apart, QTensor
-from cptv_ao.simulation.twin import LayerInputs, Twin
+from cptv_ao.simulation.twin import Twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class LayerInputTargets:
     def __init__(self, twin: Twin, cache_bytes: int) -> None:
         self._twin, self._left = twin, cache_bytes
         #: In float, too, values are held in steps: always the same ones, so that it does not show what was kept.
-        self.steps = {name: {"scale": twin.get(name).scale.float().to(twin.device)} for name in twin.names}
+        self.steps = {name: {"scale": twin.sites.get(name).scale.float().to(twin.device)} for name in twin.names}
         self._kept: dict[tuple[int, int], Targets] = {}
         #: images that the twin ran in float
         self.image_forwards = 0
@@ -55,7 +56,7 @@ class LayerInputTargets:
         """The layer inputs in float on a part of a batch, which the key names."""
         if key in self._kept:
             return self._kept[key]
-        with torch.no_grad(), self._twin.in_float(self._twin.names), self._twin.seeing_inputs() as inputs:
+        with torch.no_grad(), self._twin.in_float(self._twin.names), seeing_inputs(self._twin) as inputs:
             args, kwargs = own_inputs(part)
             self._twin.call(self.steps, *args, **kwargs)
         self.image_forwards += part.images

@@ -9,4 +9,4 @@ from cptv_ao.simulation.twin import Twin
 def follow(twin: Twin, store: ScaleStore) -> None:
     """Give a twin the scales that are in the model."""
     for name in twin.names:
-        twin.set(name, store.read(name))
+        twin.sites.set(name, store.read(name))

@@ -91,7 +91,7 @@ class GradientDescent:
         for group in self._groups:
             if (factor := factors.get(group.sites[0].tied)) is not None:
                 site = group.sites[0]
-                group.set(rescaled(group.qparams(site, self._twin.get(site.name)), factor, site))
+                group.set(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
 
     def run(
         self,
@@ -169,7 +169,7 @@ class GradientDescent:
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
-        return {s.name: g.qparams(s, self._twin.get(s.name)) for g in self._groups for s in g.sites}
+        return {s.name: g.qparams(s, self._twin.sites.get(s.name)) for g in self._groups for s in g.sites}
 
     def _step(self, index: int, batch: Batch, teacher: Tensor, rate: float) -> float:
         """Move the leaves by what one batch says; its loss, the same on every rank."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.twin import Twin
@@ -65,7 +66,7 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     matrix of the inputs, without forming it).
     """
     with torch.no_grad(), twin.in_float(twin.names):
-        inputs = twin.layer_inputs(batch)
+        inputs = layer_inputs(twin, batch)
     return {
         layer.weight.site.name: _least_error(layer, value if isinstance(value, Tensor) else value.dequantize())
         for layer, value in inputs.items()

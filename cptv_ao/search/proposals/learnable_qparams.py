@@ -33,10 +33,10 @@ class LearnableQParams:
     def of(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> LearnableQParams:
         """Where the scales of the twin are; with `shifts` also those of its weights that may have some."""
         lead = group[0]
-        now = twin.get(lead.name)
+        now = twin.sites.get(lead.name)
         log_scale = now.scale.float().log().to(twin.device).requires_grad_()
         offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
-        weight = twin.shiftable_weight(lead.name) if shifts else None
+        weight = twin.sites.shiftable_weight(lead.name) if shifts else None
         shift = None if weight is None else _steps(weight, now).requires_grad_()
         return LearnableQParams(group, log_scale, offset, shift)
 

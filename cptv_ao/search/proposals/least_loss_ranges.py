@@ -102,7 +102,9 @@ def least_loss_ranges(
             for steps, gradient in found:
                 histograms[leads[name]].add(steps, gradient)
     chosen = {
-        name: histograms[name].least_error(group[0], twin.get(name)) for name, group in groups.items() if name in leads
+        name: histograms[name].least_error(group[0], twin.sites.get(name))
+        for name, group in groups.items()
+        if name in leads
     }
     return {site.name: chosen[name] for name in chosen for site in groups[name]}
 

@@ -70,5 +70,5 @@ class SaturationLimits:
         """Keep the codes of these groups, and of no others, where no kernel saturates."""
         for lead in self.limited.symmetric_difference(leads):
             for site in self._groups[lead]:
-                self._twin.limit([site.name], REDUCED_QMAX if lead in leads else site.qmax)
+                self._twin.sites.limit([site.name], REDUCED_QMAX if lead in leads else site.qmax)
         self.limited = set(leads)

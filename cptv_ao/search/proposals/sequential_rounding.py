@@ -14,6 +14,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
+from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.modules import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
 
@@ -39,14 +40,14 @@ def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> As
         batch: search images.
     """
     with twin.in_float([layer.weight.site.name for layer in twin.layers]):
-        inputs = twin.layer_inputs(batch)
+        inputs = layer_inputs(twin, batch)
     found: Assignment = {}
     for layer, value in inputs.items():
         site = layer.weight.site
-        if site.name in names and is_coarse(site) and twin.shiftable_weight(site.name) is not None:
+        if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
             rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
             if rows is not None:
-                found[site.name] = _rounded(layer.weight, rows, twin.get(site.name))
+                found[site.name] = _rounded(layer.weight, rows, twin.sites.get(site.name))
     return found
 
 

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import copy
-import operator
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.fx.tracer import QuantizationTracer
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph
 
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.tensors import flatten
-from cptv_ao.transforms.float_model.example_tracer import (
-    WEIGHTED_FUNCTIONS,
-    graph_of,
-    is_float_interpolation,
-    rewrite,
-    undo,
-)
+from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
+from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
+from cptv_ao.transforms.float_model.obstacles import innermost, not_convertible
 from cptv_ao.transforms.float_model.smooth_quant import smooth
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What FX fuses with a ReLU behind it.
 _FUSED = (*_CONVOLUTIONS, nn.Linear, nn.BatchNorm2d)
-# Functions that get a scale of their own.
-_QUANTIZABLE = {
-    operator.add,
-    operator.iadd,
-    torch.add,
-    operator.mul,
-    operator.imul,
-    torch.mul,
-    torch.cat,
-    torch.matmul,
-    operator.matmul,
-}
 _RELUS = {torch.relu, nn.functional.relu, "relu", "relu_"}
 
 
@@ -55,7 +35,7 @@ class Rewriter:
         self._example, self._mapping = example, mapping
         # What must not change, also for another number of images.
         run = self._copy()
-        self._expected = [(inputs, _tensors(run(*inputs))) for inputs in (example, _another_batch(example))]
+        self._expected = [(inputs, tensors_of(run(*inputs))) for inputs in (example, another_batch(example))]
         self.leaves: dict[type, None] = {}
         self.notes: list[str] = []
         self._rewritten: set[str] = set()
@@ -83,11 +63,11 @@ class Rewriter:
             try:
                 graph = tracer.trace(traced)
             except Exception as error:
-                path = _innermost(error, traced)
+                path = innermost(error, traced)
                 self._adapt(path, f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
-            run = _Run(traced, graph)
-            path, reason = _not_convertible(graph, tracer) or self._misread(run)
+            run = ExampleRun(traced, graph)
+            path, reason = not_convertible(graph, tracer) or self._misread(run)
             if not reason or path in self._rewritten:
                 self._leave_integers_out(run, tracer)
                 self._open_fusions(graph)
@@ -95,11 +75,11 @@ class Rewriter:
                 return
             self._adapt(path, reason)
 
-    def _misread(self, run: _Run) -> tuple[str, str]:
+    def _misread(self, run: ExampleRun) -> tuple[str, str]:
         """The model itself and what is wrong with it where its graph computes something else than it."""
         inputs, outputs = self._expected[0]
         try:
-            _compare(run.run, inputs, outputs)
+            compare(run.run, inputs, outputs)
         except Exception as error:
             return "", f"its graph is not the model ({type(error).__name__}: {error})".splitlines()[0]
         return "", ""
@@ -116,13 +96,13 @@ class Rewriter:
             if isinstance(before, _FUSED) and (isinstance(after, nn.ReLU) or after in _RELUS):
                 self._replace(str(node.target), Through())
 
-    def _smooth(self, run: _Run) -> None:
+    def _smooth(self, run: ExampleRun) -> None:
         """Move the outliers of norms into the weights that read them, as the example shows them."""
         before, self.model = self.model, self._copy()
         count = smooth(self.model, run.graph, run.env)
         try:
             for inputs, outputs in self._expected:
-                _compare(self._copy(), inputs, outputs)
+                compare(self._copy(), inputs, outputs)
         except RuntimeError:  # a float model that its own roundings would change
             self.model = before
             return
@@ -131,7 +111,7 @@ class Rewriter:
                 f"{count} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
             )
 
-    def _leave_integers_out(self, run: _Run, tracer: QuantizationTracer) -> None:
+    def _leave_integers_out(self, run: ExampleRun, tracer: QuantizationTracer) -> None:
         """Keep prepare_fx from quantizing what is done to integers, masks and what is no tensor."""
         seen: Counter[Any] = Counter()
         left: dict[str, None] = {}
@@ -175,13 +155,13 @@ class Rewriter:
         self.notes.append(f"{where} rewritten for inputs like the example's: {reason}")
 
     def _rewrite(self, paths: list[str]) -> None:
-        for path, (args, kwargs) in _inputs_of(self._copy(), paths, self._example).items():
+        for path, (args, kwargs) in inputs_of(self._copy(), paths, self._example).items():
             if path:
                 rewrite(self.model.get_submodule(path), args, kwargs)
             else:
                 self.model = graph_of(self.model, args, kwargs)
         for inputs, outputs in self._expected:
-            _compare(self._copy(), inputs, outputs)
+            compare(self._copy(), inputs, outputs)
 
     def _copy(self) -> nn.Module:
         return copy.deepcopy(self.model)
@@ -224,95 +204,3 @@ class NormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.rest(self.norm(x)))
-
-
-class _Run(Interpreter):
-    """Runs a graph and remembers what its nodes gave."""
-
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
-        super().__init__(GraphModule(model, graph), garbage_collect_values=False)
-
-    def takes_integers(self, node: Node) -> bool:
-        """Whether a function or method is given a tensor of integers or a mask."""
-        given = [self.env.get(n) for n in node.all_input_nodes] if node.op in {"call_function", "call_method"} else []
-        return any(isinstance(value, Tensor) and not value.is_floating_point() for value in given)
-
-    def is_no_tensor(self, node: Node) -> bool:
-        """Whether a function that prepare_fx quantizes is given or returns no tensor: sizes, a tuple of chunks."""
-        if node.op != "call_function" or node.target not in _QUANTIZABLE:
-            return False
-        given = [self.env.get(part) for part in node.args[:2] if isinstance(part, Node)]
-        return not all(isinstance(value, Tensor) for value in (*given, self.env.get(node)))
-
-
-def _compare(model: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Tensor]) -> None:
-    """Refuse a model whose outputs are not the expected ones."""
-    got = _tensors(model(*inputs))
-    if len(expected) != len(got):
-        raise RuntimeError(f"{len(got)} outputs in place of {len(expected)}")
-    for a, b in zip(expected, got, strict=True):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise RuntimeError(f"other outputs for inputs of shapes {_shapes(inputs)}")
-
-
-def _innermost(error: BaseException, model: nn.Module) -> str:
-    """Path of the innermost module that an exception passed through; "" is the model itself."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    found = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        found = paths.get(id(frame.f_locals.get("self")), found)
-    return found
-
-
-def _not_convertible(graph: Graph, tracer: QuantizationTracer) -> tuple[str, str] | None:
-    """Path of a module whose graph convert_fx would break on, and the reason."""
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    for node in graph.nodes:
-        scope = tracer.node_name_to_scope[node.name][0] if node.name in tracer.node_name_to_scope else ""
-        if node.op == "call_function" and node.target in WEIGHTED_FUNCTIONS:
-            weights = node.args[1:3]
-            if node.kwargs or not all(w is None or (hasattr(w, "op") and w.op == "get_attr") for w in weights):
-                return scope, f"{node.target.__name__} with keyword arguments or a computed weight or bias"
-        if is_float_interpolation(node):
-            return scope, "interpolate in a mode that has no quantized kernel stays float"
-        if node.op == "get_attr" and str(node.target).rpartition(".")[0] in called:
-            user = next(iter(node.users), node)
-            scope = tracer.node_name_to_scope.get(user.name, (scope, None))[0]
-            return scope, f"reads {node.target}, which convert_fx replaces"
-    return None
-
-
-def _inputs_of(
-    model: nn.Module, paths: list[str], example: tuple[Any, ...]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What each of some modules is given when the model runs on the example."""
-    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def remember(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path in found and _shapes((args, kwargs)) != _shapes(found[path]):
-                raise RuntimeError("it is called with inputs of several shapes")
-            found[path] = (args, kwargs)
-
-        return hook
-
-    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in paths]
-    try:
-        model(*example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _shapes(value: Any) -> Any:
-    return [tuple(t.shape) for t in _tensors(value)]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists and dicts."""
-    return [leaf for leaf in flatten(value) if isinstance(leaf, Tensor)]
-
-
-def _another_batch(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(torch.cat([part, part[:1]]) if isinstance(part, Tensor) and part.dim() else part for part in example)
