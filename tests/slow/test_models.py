@@ -105,7 +105,10 @@ def test_a_text_transformer(embedding: str) -> None:
     if embedding == "quantized":
         mapping.set_object_type(nn.Embedding, float_qparams_weight_only_qconfig)
     ready = cptv_ao.recipe(float_model, tuple(batches[0].values()), qconfig_mapping=mapping)
-    told = "given integers or masks, so not quantized: getitem, bool, scaled_dot_product_attention, unsqueeze, float"
+    told = (
+        "given integers, masks or sizes, so not quantized: getitem, bool, scaled_dot_product_attention, unsqueeze, "
+        "float"
+    )
     assert ready.notes == (told,)
     inputs = [tuple(batch.values()) for batch in batches]
     _, model = nets.quantize(ready.model, inputs, mapping=ready.qconfig_mapping)
