@@ -37,7 +37,7 @@ def error(codes: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
 def test_it_is_near_to_the_best_of_all_roundings() -> None:
     steps, rows = 3 * nets.images(20, COLUMNS, seed=3), rows_of(COLUMNS, seed=4)
     ends = torch.full_like(steps, 100.0)
-    found = error(rounded_in_turn(steps, -ends, ends, rows), steps, rows)
+    found = error(rounded_in_turn(steps, -ends, ends, rows.T @ rows), steps, rows)
     choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=COLUMNS)))
     best = torch.stack([error(steps.floor() + choice, steps, rows) for choice in choices]).amin(0)
     nearest = error(steps.round(), steps, rows)
@@ -49,7 +49,7 @@ def test_it_is_near_to_the_best_of_all_roundings() -> None:
 def test_each_code_is_one_of_two_and_within_the_ends() -> None:
     steps, rows = 6 * nets.images(16, 300, seed=5), rows_of(300, seed=6)
     low, high = torch.full_like(steps, -4.0), torch.full_like(steps, 3.0)
-    codes = rounded_in_turn(steps, low, high, rows)
+    codes = rounded_in_turn(steps, low, high, rows.T @ rows)
     assert bool(((codes >= low) & (codes <= high)).all())
     inside = (steps > -4) & (steps < 3)
     assert bool(((codes - steps).abs()[inside] < 1).all())
@@ -61,8 +61,8 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     steps, rows = nets.images(4, COLUMNS, seed=7), rows_of(COLUMNS, seed=8)
     rows[:, 2] = 0.0
     ends = torch.full_like(steps, 9.0)
-    assert bool(rounded_in_turn(steps, -ends, ends, rows).isfinite().all())
-    assert bool(rounded_in_turn(steps, -ends, ends, torch.zeros_like(rows)).isfinite().all())
+    assert bool(rounded_in_turn(steps, -ends, ends, rows.T @ rows).isfinite().all())
+    assert bool(rounded_in_turn(steps, -ends, ends, torch.zeros(COLUMNS, COLUMNS)).isfinite().all())
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -118,7 +118,7 @@ def test_weights_of_eight_bits_are_left(conv: Case) -> None:
     twin.reround_weights()
     batch = Batch((conv.batches[0],), {}, len(conv.batches[0]))
     eight = [site.name for site in backend.sites.values() if site.kind == "weight" and site.qmax - site.qmin > 127]
-    assert sequential_roundings(twin, eight, batch) == {}
+    assert sequential_roundings(twin, eight, [batch]) == {}
 
 
 def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None:
@@ -127,7 +127,7 @@ def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None
     twin.reround_weights()
     batch = Batch((torch.cat(vit_w2.batches),), {}, 128)
     names = [site.name for site in backend.sites.values() if site.kind == "weight"]
-    found = sequential_roundings(twin, names, batch)
+    found = sequential_roundings(twin, names, [batch])
     assert set(found) == set(names)
     with torch.no_grad(), twin.in_float(twin.names):
         inputs = layer_inputs(twin, batch)

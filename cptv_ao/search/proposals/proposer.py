@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
+from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
@@ -131,24 +132,33 @@ class Proposer:
         worth = self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=0)
         if not worth:
             population = tuple(individual for individual in population if individual != "output_error")
+        first, dear = _scales(self._store, self._groups), self._biases.dear
+        if dear:  # what gains most for its seconds; the whole range is no news to it
+            yield from self._least_loss(population)
+            if not torch.equal(first, _scales(self._store, self._groups)):
+                population = tuple(individual for individual in population if individual != "ranges")
         batch = self._images.few(max(worth, 1))
         found = list(individuals(population, self._twin, self._groups, limited, now, batch))
-        for individual in reversed(found) if self._biases.dear else found:  # first what costs nothing
+        for individual in reversed(found) if dear else found:  # first what costs nothing
             if self._budget.left:
                 yield individual
-        if "curvature" in population and self._budget.left:
-            yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
+        if not dear:
+            yield from self._least_loss(population)
         coarse = [lead for lead, group in self._groups.items() if is_coarse(group[0])]
         if coarse and "output_error" in self._config.population and self._config.rounding_rate and self._budget.left:
             yield "weights rounded for least output error", partial(self._rounded_in_turn, coarse)
         if "biases" in population and self._biases.worth(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
+    def _least_loss(self, population: Collection[str]) -> Iterator[Proposal]:
+        if "curvature" in population and self._budget.left:
+            yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
+
     def _rounded_in_turn(self, weights: Collection[str]) -> Assignment:
         """At their present scales."""
         self._follow()
-        images = self._cost.images(_TOLD_BY, forwards=1, share=0.03, least=4)
-        return sequential_roundings(self._twin, weights, self._images.few(images))
+        images = self._cost.images(_TOLD_BY, forwards=2, share=0.03, least=4)
+        return sequential_roundings(self._twin, weights, spread_images(self._steps.batches, images))
 
     @property
     def _saturates(self) -> bool:

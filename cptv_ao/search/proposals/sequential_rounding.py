@@ -5,7 +5,7 @@ what that takes from the outputs is given to the columns that are not rounded ye
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.modules import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
 
-# Rows of inputs that a Gram matrix is made of, at most, and the share of its mean diagonal that is added to it.
+# Rows of inputs of a batch that a Gram matrix is made of, at most; the share of its mean diagonal that is added to it.
 _ROWS, _DAMPING = 16_384, 0.01
 # Columns whose errors are handed on to the columns behind them at once.
 _BLOCK = 128
@@ -31,50 +31,52 @@ def is_coarse(site: ScaleSite) -> bool:
     return site.kind == "weight" and site.qmax - site.qmin <= _CODES
 
 
-def sequential_roundings(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
+def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> Assignment:
     """The present scales, with weights that are rounded so; without those that have too many codes to gain by it.
 
     Args:
         twin: whose layers are given their inputs: of rounded activations and float weights.
         names: of the weight sites that may be rounded otherwise than to the nearest code.
-        batch: search images.
+        batches: search images.
     """
-    with twin.in_float([layer.weight.site.name for layer in twin.layers]):
-        inputs = layer_inputs(twin, batch)
-    found: Assignment = {}
-    for layer, value in inputs.items():
-        site = layer.weight.site
-        if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
-            rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
-            if rows is not None:
-                found[site.name] = _rounded(layer.weight, rows, twin.sites.get(site.name))
-    return found
+    weights = {layer.weight.site.name: layer.weight for layer in twin.layers}
+    grams: dict[str, Tensor] = {}
+    with twin.in_float(weights):
+        for batch in batches:
+            for layer, value in layer_inputs(twin, batch).items():
+                site = layer.weight.site
+                if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
+                    rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
+                    if rows is not None:
+                        gram = rows.transpose(1, 2) @ rows
+                        grams[site.name] = grams[site.name] + gram if site.name in grams else gram
+    return {name: _rounded(weights[name], gram, twin.sites.get(name)) for name, gram in grams.items()}
 
 
-def _rounded(quantizer: WeightQuantizer, rows: Tensor, now: QParams) -> QParams:
+def _rounded(quantizer: WeightQuantizer, grams: Tensor, now: QParams) -> QParams:
     weight, site = quantizer.weight, quantizer.site
     assert weight is not None
     zero_point = along_axis(quantizer.zero_point, site.axis, weight.dim())
     steps = weight_steps(weight, quantizer.scale, site.axis)
     low, high = (torch.broadcast_to(end - zero_point, steps.shape).flatten(1) for end in (site.qmin, site.qmax))
-    parts = zip(*(part.chunk(len(rows)) for part in (steps.flatten(1), low, high)), rows, strict=True)
+    parts = zip(*(part.chunk(len(grams)) for part in (steps.flatten(1), low, high)), grams, strict=True)
     codes = torch.cat([rounded_in_turn(*part) for part in parts])
     shift = shift_of(weight, codes.reshape(weight.shape) + zero_point, now, site)
     return QParams(now.scale, now.zero_point, None if shift is None else shift.cpu(), now.correction)
 
 
-def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, rows: Tensor) -> Tensor:
-    """Whole numbers near to `steps` whose products with the rows are near to those of the steps.
+def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, gram: Tensor) -> Tensor:
+    """Whole numbers near to `steps` whose products with inputs are near to those of the steps.
 
     Args:
         steps: weights in steps of their scales (C, K).
         low, high: the least and the greatest code (C, K).
-        rows: inputs (n, K).
+        gram: of the inputs (K, K).
 
     Returns:
         Each the whole number below or above, within the ends (C, K).
     """
-    inverse, order = _inverse_factor(rows)
+    inverse, order = _inverse_factor(gram)
     left, low, high = (part[:, order] for part in (steps, low, high))
     floor, ceiling = (torch.minimum(torch.maximum(code, low), high) for code in (left.floor(), left.floor() + 1))
     codes, columns = torch.empty_like(left), left.shape[1]
@@ -90,12 +92,11 @@ def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, rows: Tensor) -> T
     return codes[:, order.argsort()]
 
 
-def _inverse_factor(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the inverse of the Gram matrix (K, K), and its order: the largest inputs first."""
-    gram = rows.T @ rows
+def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the inverse of a Gram matrix (K, K), and its order: the largest inputs first."""
     diagonal = gram.diagonal()
     order = diagonal.argsort(descending=True)
-    gram = gram[order][:, order]
-    gram.diagonal().add_(_DAMPING * float(diagonal.mean()) + torch.finfo(gram.dtype).tiny)
-    lower = torch.linalg.cholesky(gram.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(rows.dtype), order
+    gram = gram[order][:, order].double()
+    gram.diagonal().add_(_DAMPING * float(diagonal.mean()) + torch.finfo(diagonal.dtype).tiny)
+    lower = torch.linalg.cholesky(gram)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(diagonal.dtype), order
