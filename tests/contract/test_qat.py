@@ -154,6 +154,7 @@ def exported() -> tuple[GraphModule, GraphModule]:
         return copy.deepcopy(prepared), flow.convert_pt2e(prepared)
 
 
+@pytest.mark.slow
 def test_the_weights_of_an_exported_qat_model_are_those_that_were_quantized(
     exported: tuple[GraphModule, GraphModule],
 ) -> None:
