@@ -26,7 +26,7 @@ Proposal = tuple[str, Callable[[], Assignment]]
 
 
 def individuals(
-    chosen: Sequence[str],
+    chosen: Collection[str],
     twin: Twin,
     groups: Mapping[str, tuple[ScaleSite, ...]],
     limited: Collection[str],

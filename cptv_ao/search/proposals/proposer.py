@@ -123,20 +123,20 @@ class Proposer:
             raise ValueError(f"expected seconds >= 0 and an order of {len(batches)} batches")
 
     def _population(self) -> Iterator[Proposal]:
-        population, now = self._config.population, self._kernels.read
+        population, now = set(self._config.population), self._kernels.read
         if self._kernels.form.enforces_ranges:  # for which its observers calibrate
-            population = tuple(individual for individual in population if individual != "ranges")
+            population.discard("ranges")
         limited = self._limits.on_whole_containers() if self._saturates else []
         self._limits.limit(limited)
         self._enter()
         worth = self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=0)
         if not worth:
-            population = tuple(individual for individual in population if individual != "output_error")
+            population.discard("output_error")
         first, dear = _scales(self._store, self._groups), self._biases.dear
         if dear:  # what gains most for its seconds; the whole range is no news to it
             yield from self._least_loss(population)
             if not torch.equal(first, _scales(self._store, self._groups)):
-                population = tuple(individual for individual in population if individual != "ranges")
+                population.discard("ranges")
         batch = self._images.few(max(worth, 1))
         found = list(individuals(population, self._twin, self._groups, limited, now, batch))
         for individual in reversed(found) if dear else found:  # first what costs nothing
