@@ -62,8 +62,20 @@ class Batch:
     @cached_property
     def tensors(self) -> dict[Path, Tensor]:
         """All that are among the inputs, by where they stand."""
-        found = (*leaves(self.args), *leaves(self.kwargs))
-        return {path: value for path, value in found if isinstance(value, Tensor)}
+        return {path: value for path, value in self.leaves if isinstance(value, Tensor)}
+
+    def holding(self, tensors: Mapping[Path, Tensor]) -> Batch:
+        """With others in the place of some of its tensors."""
+
+        def changed(path: Path, value: Any) -> Any:
+            return tensors.get(path, value)
+
+        return replace(self, args=mapped(self.args, changed), kwargs=mapped(self.kwargs, changed))
+
+    @property
+    def leaves(self) -> list[tuple[Path, Any]]:
+        """All inputs, by where they stand."""
+        return [*leaves(self.args), *leaves(self.kwargs)]
 
     @property
     def sizes(self) -> dict[Path, int]:

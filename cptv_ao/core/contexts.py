@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from cptv_ao.core.precision import gpu_products
+
 # How the warnings begin that torch gives in every forward of a quantized model.
 _FLOODS = (
     r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other",
@@ -60,7 +62,7 @@ def without_torch_floods() -> Iterator[None]:
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, whatever is on around: no gradients, no inference tensors, no autocast (which quantized kernels do not
-    follow, so that teacher and model would differ), and none of torch's floods."""
+    follow, so that teacher and model would differ), no TF32 on a GPU, and none of torch's floods."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -68,6 +70,7 @@ def plain_torch() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(without_torch_floods())
+        stack.enter_context(gpu_products(tf32=False))
         yield
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.weight_rounding import weight_steps
-from cptv_ao.simulation.products import Product
-from cptv_ao.simulation.qtensor import Limits, dot
+from cptv_ao.simulation import fused
+from cptv_ao.simulation.limits import Limits
+from cptv_ao.simulation.products import Product, tensor_cores
+from cptv_ao.simulation.qtensor import dot
 
 
 class Quantize(torch.autograd.Function):
@@ -26,15 +28,21 @@ class Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, scale: Tensor, zero_point: Tensor, limits: Limits) -> Tensor:
         inverse = 1 / scale
+        ctx.limits, ctx.fused = limits, fused.takes(value)
+        if ctx.fused:
+            ctx.save_for_backward(value, inverse)
+            return fused.fit(value, inverse, None, limits)
         u = value * inverse
         ctx.save_for_backward(u, inverse)
-        ctx.limits = limits
         return limits.fit(u)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         u, inverse = ctx.saved_tensors
+        if ctx.fused:
+            passed, sums = fused.pull(gradient, u, inverse, None, ctx.limits, factor=inverse)
+            return passed, -sums[1] * inverse, sums[2], None
         passed = ctx.limits.inside(gradient, u)
         d_scale = -dot(passed, u) * inverse if ctx.needs_input_grad[1] else None
         d_zero = ctx.limits.ends(gradient, u, passed.sum()) if ctx.needs_input_grad[2] else None
@@ -111,7 +119,8 @@ class QuantizedProduct(torch.autograd.Function):
         whole_bias: bool,
         limits: Limits,
     ) -> Tensor:
-        u = product.forward(codes, weight)
+        with tensor_cores(codes, limits.rounds):
+            u = product.forward(codes, weight)
         shape = [1] * u.dim()
         shape[product.channel_dim] = -1
         unit = scale * weight_scale
@@ -121,10 +130,13 @@ class QuantizedProduct(torch.autograd.Function):
             offset = bias / unit
             if whole_bias and limits.rounds:
                 offset = torch.round(offset)
+        ctx.product, ctx.limits, ctx.fused = product, limits, fused.takes(u, product.channel_dim)
+        ctx.save_for_backward(codes, scale, weight, weight_scale, bias, out_scale, u, multiplier, offset)
+        if ctx.fused:
+            return fused.fit(u, multiplier, offset, limits, product.channel_dim)
+        if offset is not None:
             u.add_(offset.reshape(shape))
         u.mul_(multiplier.reshape(shape) if multiplier.dim() else multiplier)
-        ctx.save_for_backward(codes, scale, weight, weight_scale, bias, out_scale, u, multiplier, offset)
-        ctx.product, ctx.limits = product, limits
         return limits.fit(u)
 
     @staticmethod
@@ -132,23 +144,27 @@ class QuantizedProduct(torch.autograd.Function):
         (gradient,) = gradients
         codes, scale, weight, weight_scale, bias, out_scale, u, multiplier, offset = ctx.saved_tensors
         needs, product = ctx.needs_input_grad, ctx.product
-        passed = ctx.limits.inside(gradient, u)
-        dims = [d for d in range(u.dim()) if d != product.channel_dim % u.dim()]
-        total = passed.sum(dims)
+        ends: Tensor | None
+        if ctx.fused:
+            passed, sums = fused.pull(gradient, u, multiplier, offset, ctx.limits, None, product.channel_dim)
+            total, moment, ends = sums[0], sums[1], sums[2].sum()
+        else:
+            passed = ctx.limits.inside(gradient, u)
+            dims = [d for d in range(u.dim()) if d != product.channel_dim % u.dim()]
+            total, moment = passed.sum(dims), None
+            ends = ctx.limits.ends(gradient, u, total.sum()) if needs[6] else None
         per_weight = product.over_weight(multiplier, weight)
-        mask = (needs[0], needs[2])
-        d_codes, d_weight = product.backward(passed, codes, weight * per_weight, mask)
-        if d_weight is None:
+        d_codes, d_weight = product.backward(passed, codes, weight * per_weight, (needs[0], needs[2]))
+        if moment is None and d_weight is None:
             moment = (passed * u).sum(dims)
-        else:  # sum(passed * u) from the weight's gradient: u is linear in the weight
+        elif moment is None:  # sum(passed * u) from the weight's gradient: u is linear in the weight
             moment = product.per_channel(d_weight * weight)
             moment = (moment if offset is None else moment + offset * total) * multiplier
-            d_weight = d_weight * per_weight
+        d_weight = None if d_weight is None else d_weight * per_weight
         direct = moment if bias is None else moment - total * bias / out_scale
         d_weight_scale = direct / weight_scale if weight_scale.dim() else direct.sum() / weight_scale
-        d_zero = ctx.limits.ends(gradient, u, total.sum()) if needs[6] else None
         d_out = -moment.sum() / out_scale
-        return d_codes, direct.sum() / scale, d_weight, d_weight_scale, None, d_out, d_zero, None, None, None
+        return d_codes, direct.sum() / scale, d_weight, d_weight_scale, None, d_out, ends, None, None, None
 
 
 class Add(torch.autograd.Function):
@@ -172,6 +188,14 @@ class Add(torch.autograd.Function):
         fixed: bool,
         limits: Limits,
     ) -> Tensor:
+        ctx.limits, ctx.fused = limits, not fixed and fused.takes(a)
+        if ctx.fused:
+            lost = (
+                (_lost(a_scale, a_zero), _lost(b_scale, b_zero)) if limits.rounds else [torch.zeros_like(a_scale)] * 2
+            )
+            factors = torch.stack([a_scale, lost[0], b_scale, lost[1], 1 / out_scale]).detach()
+            ctx.save_for_backward(a, a_scale, b_scale, out_scale, b, factors)
+            return fused.add(a, b, factors, limits)
         if limits.rounds and fixed:
             u = _fixed_point_sum(a, a_scale / out_scale, b, b_scale / out_scale)
         elif limits.rounds:
@@ -179,19 +203,25 @@ class Add(torch.autograd.Function):
         else:
             u = (a * a_scale).add_(b * b_scale).mul_(1 / out_scale)
         ctx.save_for_backward(a, a_scale, b_scale, out_scale, u)
-        ctx.limits = limits
         return limits.fit(u)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        a, a_scale, b_scale, out_scale, u = ctx.saved_tensors
+        a, a_scale, b_scale, out_scale, u, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        passed = ctx.limits.inside(gradient, u)
-        moment, left = dot(passed, u), dot(passed, a) / out_scale
-        d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[7] else None
-        d_a = passed * (a_scale / out_scale) if needs[0] else None
-        d_b = passed.mul_(b_scale / out_scale) if needs[3] else None
+        d_a: Tensor | None
+        d_b: Tensor | None
+        d_zero: Tensor | None
+        if ctx.fused:  # what is saved as u is b
+            d_a, d_b, sums = fused.pull_add(gradient, a, u, rest[0], ctx.limits)
+            moment, left, d_zero = sums[0], sums[1] / out_scale, sums[2]
+        else:
+            passed = ctx.limits.inside(gradient, u)
+            moment, left = dot(passed, u), dot(passed, a) / out_scale
+            d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[7] else None
+            d_a = passed * (a_scale / out_scale) if needs[0] else None
+            d_b = passed.mul_(b_scale / out_scale) if needs[3] else None
         right = (moment - left * a_scale) / b_scale  # u s_y = a s_a + b s_b
         return d_a, left, None, d_b, right, None, -moment / out_scale, d_zero, None, None
 
@@ -202,8 +232,13 @@ def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         exact = float(zero_point) * float(scale)
         lost = torch.scalar_tensor(exact - float(np.float32(exact)))
         return torch.add(lost, codes, alpha=float(scale))  # one fused multiply-add
+    return torch.addcmul(_lost(scale, zero_point), codes, scale)
+
+
+def _lost(scale: Tensor, zero_point: Tensor) -> Tensor:
+    """What the product z s loses in rounding, ()."""
     product = zero_point.double() * scale.double()
-    return torch.addcmul((product - product.float()).float(), codes, scale)
+    return (product - product.float()).float()
 
 
 def _fixed_point_sum(a: Tensor, a_ratio: Tensor, b: Tensor, b_ratio: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cptv_ao.simulation.qtensor import Limits, dot
+from cptv_ao.simulation import fused
+from cptv_ao.simulation.limits import Limits
+from cptv_ao.simulation.qtensor import dot
 
 _aten = torch.ops.aten
 
@@ -38,29 +40,33 @@ class LayerNorm(torch.autograd.Function):
         gain = inverse.expand(shape) if weight is None else weight * inverse
         shift = None if bias is None else bias * inverse
         codes = codes.contiguous()
-        if torch.compiler.is_compiling():
+        plain = torch.compiler.is_compiling() or not codes.is_cpu
+        if plain:
             rounded = in_zero if limits.rounds else None
             u, mean, rstd = _plain_layer_norm(codes, scale, rounded, gain, shift, shape, eps)
         else:
             small = eps / float(scale) ** 2
             u, mean, rstd = torch.native_layer_norm(codes, shape, gain.contiguous(), shift, small)
-        if limits.rounds and not torch.compiler.is_compiling():
+        if limits.rounds and not plain:
             ratio = _kernel_rstd(mean, rstd, in_zero, scale, eps) / rstd
             _correct_rows(u, ratio, shift, shape)
         ctx.save_for_backward(codes, scale, gain, shift, out_scale, u, mean, rstd)
-        ctx.shape, ctx.limits = shape, limits
-        return limits.fit(u)
+        ctx.shape, ctx.limits, ctx.fused = shape, limits, fused.takes(u)
+        return fused.fit(u, torch.ones_like(scale), None, limits) if ctx.fused else limits.fit(u)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         codes, scale, gain, shift, out_scale, u, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        passed = ctx.limits.inside(gradient, u)
-        d_out = -dot(passed, u) / out_scale
-        mask = [True, False, False]
+        if ctx.fused:
+            passed, (_, moment, d_zero) = fused.pull(gradient, u, torch.ones_like(scale), None, ctx.limits)
+        else:
+            passed = ctx.limits.inside(gradient, u)
+            moment = dot(passed, u)
+            d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[6] else None
+        d_out, mask = -moment / out_scale, [True, False, False]
         d_codes = _aten.native_layer_norm_backward(passed, codes, ctx.shape, mean, rstd, gain, shift, mask)[0]
-        d_zero = ctx.limits.ends(gradient, u, passed.sum()) if needs[6] else None
         # u does not change when codes and 1 / s_x grow together (eps / s_x^2 is what is added to the variance)
         d_scale = dot(d_codes, codes) / scale if needs[1] else None
         return d_codes, d_scale, None, None, None, d_out, d_zero, None, None, None
@@ -81,12 +87,11 @@ def _plain_layer_norm(
         zero_point: of the input, where u is to have the kernels' rounding of 1 / std; None where not.
     """
     dims = list(range(-len(shape), 0))
-    mean = codes.mean(dims, keepdim=True)
-    centred = codes - mean
-    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps / (scale * scale))
+    variance, mean = torch.var_mean(codes, dims, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps / (scale * scale))
     factor = rstd if zero_point is None else _kernel_rstd(mean, rstd, zero_point, scale, eps)
-    u = centred * factor * gain
-    return u if shift is None else u + shift, mean, rstd
+    scaled = (codes - mean) * factor
+    return scaled * gain if shift is None else torch.addcmul(shift, scaled, gain), mean, rstd
 
 
 def _kernel_rstd(mean: Tensor, rstd: Tensor, zero_point: Tensor, scale: Tensor, eps: float) -> Tensor:

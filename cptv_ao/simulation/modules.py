@@ -19,8 +19,9 @@ from cptv_ao.core.weight_rounding import along_axis, nearest_codes, weight_steps
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.autograd_ops import Add, Quantize, QuantizedProduct, RoundWeight
 from cptv_ao.simulation.layer_norm import LayerNorm
+from cptv_ao.simulation.limits import Limits, Rounding
 from cptv_ao.simulation.products import Product
-from cptv_ao.simulation.qtensor import Limits, QTensor, Rounding, straight_through_round
+from cptv_ao.simulation.qtensor import QTensor, straight_through_round
 
 
 class SiteModule(OutOfPlace):

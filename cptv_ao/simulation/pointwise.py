@@ -18,11 +18,11 @@ Function = Callable[..., Tensor]
 
 
 def _batch_norm(module: Any, relu: bool = False) -> Function:
-    held = [_own(getattr(module, k)) for k in ("running_mean", "running_var", "weight", "bias")]
+    held = [_Own(getattr(module, k)) for k in ("running_mean", "running_var", "weight", "bias")]
     eps = module.eps
 
     def compute(x: Tensor) -> Tensor:
-        mean, var, weight, bias = (_to(part, x) for part in held)
+        mean, var, weight, bias = (part.at(x) for part in held)
         out = functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         return functional.relu(out) if relu else out
 
@@ -30,13 +30,13 @@ def _batch_norm(module: Any, relu: bool = False) -> Function:
 
 
 def _instance_norm(module: Any) -> Function:
-    weight, bias, eps = _own(module.weight), _own(module.bias), module.eps
-    return lambda x: instance_norm(x, _to(weight, x), _to(bias, x), eps)
+    weight, bias, eps = _Own(module.weight), _Own(module.bias), module.eps
+    return lambda x: instance_norm(x, weight.at(x), bias.at(x), eps)
 
 
 def _group_norm(module: Any) -> Function:
-    weight, bias, groups, eps = _own(module.weight), _own(module.bias), module.num_groups, module.eps
-    return lambda x: functional.group_norm(x, groups, _to(weight, x), _to(bias, x), eps)
+    weight, bias, groups, eps = _Own(module.weight), _Own(module.bias), module.num_groups, module.eps
+    return lambda x: functional.group_norm(x, groups, weight.at(x), bias.at(x), eps)
 
 
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -100,9 +100,16 @@ def function_of(module: nn.Module) -> Function | None:
     return None if make is None else make(module)
 
 
-def _own(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().clone()
+class _Own:
+    """A parameter of the model, copied, which stays on each device where it was asked for."""
 
+    def __init__(self, value: Tensor | None) -> None:
+        self._value = None if value is None else value.detach().clone()
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if value is None else value.to(like)
+    def at(self, like: Tensor) -> Tensor | None:
+        """On the device, and of the dtype, of another tensor."""
+        place = like.device, like.dtype
+        if self._value is not None and place not in self._copies:
+            self._copies[place] = self._value.to(like)
+        return self._copies.get(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +12,17 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cptv_ao.core.precision import gpu_products
+
 _aten = torch.ops.aten
+
+
+def tensor_cores(value: Tensor, wanted: bool = True) -> AbstractContextManager[None]:
+    """Products of what is on a GPU in TF32 while the context lasts.
+
+    Those of codes are exact there: whole numbers below 2^11, summed up in float32.
+    """
+    return gpu_products(tf32=True) if wanted and value.is_cuda else nullcontext()
 
 
 class _Product:

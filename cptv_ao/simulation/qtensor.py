@@ -4,74 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: `round`: what the kernels compute (straight-through gradients). `clamp`: no rounding, but the code range holds.
-#: `none`: neither; the network in float.
-Rounding = Literal["round", "clamp", "none"]
-
-
-@dataclass(frozen=True, eq=False)
-class Limits:
-    """Rounds centred codes and clamps them so that code + zero_point is in low..high (with `relu`: from 0 up).
-
-    The ends are python numbers on a CPU, where clamping to them is several times faster than to tensors.
-    """
-
-    low: float | Tensor
-    high: float | Tensor
-    rounds: bool
-    relu: bool = False
-
-    @staticmethod
-    def of(zero_point: Tensor, low: int, high: int, rounding: Rounding, relu: bool = False) -> Limits:
-        """Limits of centred codes."""
-        if rounding == "none":
-            return Limits(0.0 if relu else -math.inf, math.inf, False, relu)
-        if zero_point.dim() == 0 and zero_point.is_cpu and not torch.compiler.is_compiling():
-            zero = float(zero_point.detach())
-            return Limits(max(low - zero, 0.0) if relu else low - zero, high - zero, rounding == "round", relu)
-        zero_point = zero_point.detach()
-        floor = low - zero_point
-        return Limits(floor.clamp_min(0.0) if relu else floor, high - zero_point, rounding == "round", relu)
-
-    def within(self, low: Tensor, high: Tensor) -> Limits:
-        """These limits and those of two more ends (), which are rounded where codes are."""
-        low, high = (torch.round(end) if self.rounds else end for end in (low.detach(), high.detach()))
-        if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
-            floor, ceiling = (torch.as_tensor(end, device=low.device) for end in (self.low, self.high))
-            return replace(self, low=torch.clamp(low, floor, ceiling), high=torch.clamp(high, floor, ceiling))
-        lower, upper = (min(max(float(end), self.low), self.high) for end in (low, high))
-        return replace(self, low=lower, high=upper)
-
-    def fit(self, u: Tensor) -> Tensor:
-        """The codes."""
-        codes = torch.round(u) if self.rounds else u.clone()
-        return codes.clamp_(self.low, self.high)  # type: ignore[arg-type]
-
-    def inside(self, gradient: Tensor, u: Tensor) -> Tensor:
-        """The gradient where codes are not clipped, 0 elsewhere; a new tensor."""
-        margin = 0.5 if self.rounds else 0.0
-        return _between(gradient, u, self.low if self.relu else self.low - margin, self.high + margin)
-
-    def ends(self, gradient: Tensor, u: Tensor, passed_sum: Tensor) -> Tensor:
-        """The gradient of a zero_point (): it moves the ends that codes are clipped to.
-
-        `passed_sum`: the sum of what `inside` returned.
-        """
-        if self.relu:  # the lower end is zero, wherever the zero_point is
-            passed_sum = _between(gradient, u, -math.inf, self.high + (0.5 if self.rounds else 0.0)).sum()
-        return passed_sum - gradient.sum()
-
-
-def _between(gradient: Tensor, u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    if isinstance(high, Tensor) or isinstance(low, Tensor):
-        return torch.where((u > low) & (u < high), gradient, 0.0)
-    passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, u, low, high)
-    return passed
+from cptv_ao.simulation import fused
+from cptv_ao.simulation.limits import Limits, Rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +66,28 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
+# No rounding, and no ends.
+_EVERYWHERE = Limits(-math.inf, math.inf, False)
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones((), device=like.device)
+
+
 class _Fit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, centred: Tensor, zero_point: Tensor, limits: Limits) -> Tensor:
         ctx.save_for_backward(centred)
-        ctx.limits = limits
-        return limits.fit(centred)
+        ctx.limits, ctx.fused = limits, fused.takes(centred)
+        return fused.fit(centred, _one(centred), None, limits) if ctx.fused else limits.fit(centred)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (gradient,) = gradients
         (centred,) = ctx.saved_tensors
+        if ctx.fused:
+            passed, sums = fused.pull(gradient, centred, _one(centred), None, ctx.limits)
+            return passed, sums[2], None
         passed = ctx.limits.inside(gradient, centred)
         return passed, ctx.limits.ends(gradient, centred, passed.sum()) if ctx.needs_input_grad[1] else None, None
 
@@ -148,28 +98,44 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        return codes * scale
+        ctx.fused = fused.takes(codes)
+        return fused.fit(codes, scale, None, _EVERYWHERE) if ctx.fused else codes * scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (gradient,) = gradients
         codes, scale = ctx.saved_tensors
+        if ctx.fused:
+            passed, sums = fused.pull(gradient, codes, scale, None, _EVERYWHERE, factor=scale)
+            return passed, sums[1] / scale
         d_scale = dot(gradient, codes) if ctx.needs_input_grad[1] else None
         return gradient * scale if ctx.needs_input_grad[0] else None, d_scale
 
 
 class Apart(torch.autograd.Function):
-    """sum(w (a s_a - b s_b)^2), a scalar. Arguments: a, s_a (), b, s_b (), w; only the first two get a gradient."""
+    """sum(w (a s_a - b s_b)^2), a scalar. Arguments: a, s_a (), b (of any floating dtype), s_b (), w; only the first
+    two get a gradient."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, weight: Tensor) -> Tensor:
-        apart = torch.addcmul(a, b, b_scale / a_scale, value=-1)
+        ratio, channels = b_scale / a_scale, weight.flatten()
+        ctx.fused = fused.takes(a) and a.is_contiguous() and b.is_contiguous()
+        ctx.fused = ctx.fused and len(channels) == weight.shape[-1] == a.shape[-1]
+        if ctx.fused:
+            ctx.save_for_backward(a, a_scale, b, channels, ratio)
+            return fused.apart(a, b, channels, ratio) * a_scale.square()
+        apart = torch.addcmul(a, b.float(), ratio, value=-1)
         weighted = apart * weight
         ctx.save_for_backward(weighted, a, a_scale)
         return dot(apart, weighted) * a_scale.square()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.fused:
+            a, scale, b, channels, ratio = ctx.saved_tensors
+            twice = 2 * gradients[0] * scale
+            pulled, moment = fused.pull_apart(a, b, channels, ratio, twice * scale)
+            return pulled, moment * twice, None, None, None
         weighted, a, scale = ctx.saved_tensors
         twice = 2 * gradients[0] * scale
         d_scale = dot(weighted, a) * twice if ctx.needs_input_grad[1] else None

@@ -167,7 +167,8 @@ def _on_fixed_qparams(op: Op, function: Any, value: QTensor, *args: Any, **kwarg
     if op not in _FIXED:
         raise UnsupportedModelError("it is not known on quantized values")
     compute, scale, zero_point = _FIXED[op]
-    like = replace(value, scale=value.scale.new_tensor(scale), zero_point=value.scale.new_tensor(float(zero_point)))
+    ends = value.scale.new_full((), scale), value.scale.new_full((), float(zero_point))
+    like = replace(value, scale=ends[0], zero_point=ends[1])
     return like.fitted(compute(value.dequantize()) / like.scale)
 
 

@@ -19,10 +19,10 @@ from cptv_ao.fx.running import changed_by_hooks, run
 from cptv_ao.simulation.builder import Builder
 from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.check import Checker
+from cptv_ao.simulation.limits import Rounding
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
 from cptv_ao.simulation.modules import QuantizedLayer, WeightQuantizer
 from cptv_ao.simulation.pt2e_builder import FloatLayer, Pt2eBuilder
-from cptv_ao.simulation.qtensor import Rounding
 from cptv_ao.simulation.twin_sites import TwinSites
 
 # Images on which a twin is checked.
@@ -64,6 +64,7 @@ class Twin:
         self.module = builder.build()
         self.sites, self._notes = TwinSites(builder.sites), builder.notes
         used = set(self.module.modules())
+        self._holding = [module for module in used if module._buffers]
         self.layers = [m for m in self.module.modules() if isinstance(m, (QuantizedLayer, FloatLayer))]
         self._names = [name for name, module in builder.sites.items() if module in used]
 
@@ -160,6 +161,15 @@ class Twin:
                 module.rounding = rounding
                 if isinstance(module, WeightQuantizer):
                     module.keep_codes = bool(keep_codes)
+
+    def stamp(self) -> tuple[Any, ...]:
+        """What a run that was recorded reads beside its inputs: where tensors are in memory, code ranges, and how is
+        rounded. It changes where one of these does."""
+        held = tuple(None if b is None else b.data_ptr() for m in self._holding for b in m._buffers.values())
+        sites = (
+            (m.site.qmin, m.site.qmax, m.rounding, getattr(m, "keep_codes", None)) for m in self.sites.modules.values()
+        )
+        return held, tuple(sites)
 
     @property
     def device(self) -> torch.device:
