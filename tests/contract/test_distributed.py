@@ -51,7 +51,7 @@ def refine(case: Case, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the batches of the descent, as large images would be."""
-    monkeypatch.setattr("cptv_ao.search.proposals.batch_gradient._PART_BYTES", 1)
+    monkeypatch.setattr("cptv_ao.search.proposals.device_memory._GRAPH_BYTES", 1)
 
 
 def test_every_world_size_gives_the_same_scales(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

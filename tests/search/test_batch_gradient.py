@@ -13,7 +13,7 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import cosine, get_loss, kl
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.search.proposals import batch_gradient
+from cptv_ao.search.proposals import batch_gradient, device_memory
 from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.simulation.twin import Twin
@@ -30,7 +30,8 @@ def found(case: Case, objective: Objective, pull: float | None = None) -> tuple[
     with torch.no_grad():
         teacher = case.float_model(images)
         gradient = BatchGradient(twin, groups, objective)
-        return *gradient.of(0, batch, teacher, leaves, pull), gradient.image_forwards
+        loss, *rest = gradient.of(0, batch, teacher, leaves, pull)
+        return float(loss), *rest, gradient.image_forwards
 
 
 def near(gradient: Tensor, wanted: Tensor) -> bool:
@@ -39,7 +40,7 @@ def near(gradient: Tensor, wanted: Tensor) -> bool:
 
 
 def each_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_gradient, "_PART_BYTES", 1)
+    monkeypatch.setattr(device_memory, "_GRAPH_BYTES", 1)
 
 
 @pytest.mark.parametrize("loss", [kl, cosine])

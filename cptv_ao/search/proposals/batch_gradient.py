@@ -19,15 +19,14 @@ from cptv_ao.core.losses import Loss
 from cptv_ao.core.objective import differentiable
 from cptv_ao.core.tensors import Select, compared
 from cptv_ao.fx.running import own_inputs
-from cptv_ao.search.proposals.feature_matching import LayerInputTargets, distance
+from cptv_ao.search.proposals.captured import Captured
+from cptv_ao.search.proposals.device_memory import cache_bytes, graph_bytes
+from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Target, Targets, distance
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
+from cptv_ao.simulation.products import tensor_cores
 from cptv_ao.simulation.twin import Twin
-
-# What the graph of a part may hold, in bytes: of a ViT-S at 224 x 224 that is 2 images, which is what the float network
-# holds for 8. What the parts are depends on the batch and the network alone, never on how many ranks there are.
-_PART_BYTES = 5 * 2**27
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,14 @@ class _Graph:
     outputs: Tensor
     features: Tensor
 
-    def gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float) -> Tensor:
+    def gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float | Tensor) -> Tensor:
         """With respect to all leaves, one after another, where the loss pulls so much at outputs and features."""
         ends, pulls = [self.outputs], [pull]
         if self.features.requires_grad:
-            ends, pulls = [*ends, self.features], [*pulls, torch.full_like(self.features, feature_pull)]
-        found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
+            own = torch.full_like(self.features, feature_pull) if isinstance(feature_pull, float) else feature_pull
+            ends, pulls = [*ends, self.features], [*pulls, own]
+        with tensor_cores(self.outputs):
+            found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
         return torch.cat([gradient.reshape(-1) for gradient in found])
 
 
@@ -79,7 +80,9 @@ class BatchGradient:
         self, twin: Twin, groups: Sequence[LearnableQParams], objective: Objective, world: World = ALONE
     ) -> None:
         self._twin, self._groups, self._objective, self._world = twin, groups, objective, world
-        self.features = LayerInputTargets(twin, objective.cache_bytes)
+        self.features = LayerInputTargets(twin, cache_bytes(twin.device, objective.cache_bytes))
+        self._most = largest_part(twin)
+        self._captured = Captured() if twin.device.type == "cuda" else None
         self._forwards = 0
         self._differentiable: bool | None = None  # asked once, for a loss that is not known
 
@@ -95,8 +98,8 @@ class BatchGradient:
 
     def of(
         self, index: int, batch: Batch, teacher: Tensor, leaves: Sequence[Tensor], feature_pull: float | None
-    ) -> tuple[float, Tensor, float]:
-        """The loss of a batch, on every rank, and its gradient.
+    ) -> tuple[Tensor, Tensor, float]:
+        """The loss () of a batch, on every rank, and its gradient.
 
         Gradients are summed part by part in a fixed order, so they do not depend on which rank had which part.
 
@@ -109,12 +112,31 @@ class BatchGradient:
 
         Returns:
             The loss, its gradient with respect to all leaves one after another, and the feature pull.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: not even the graph of one image fits into the memory of the card, or there are
+                other ranks, which would have to cut their batches alike.
         """
+        while True:
+            try:
+                return self._of(index, batch, teacher, leaves, feature_pull)
+            except torch.cuda.OutOfMemoryError:
+                if self._world.size > 1 or self._most == 1:
+                    raise
+            self._most //= 2
+            self.features.forget()
+            if self._captured is not None:
+                self._captured.clear()
+
+    def _of(
+        self, index: int, batch: Batch, teacher: Tensor, leaves: Sequence[Tensor], feature_pull: float | None
+    ) -> tuple[Tensor, Tensor, float]:
         parts, follows = self._parts(batch), self._follows(teacher)
         outputs, graphs = torch.zeros_like(teacher), dict[int, _Graph]()
         pull, loss = (None if follows else torch.zeros_like(teacher)), None
         balances = feature_pull is None and self._objective.feature_weight > 0
-        if balances or len(parts) == 1 or (follows and not self._objective.per_image):
+        captures = self._captured is not None and follows and (self._objective.per_image or len(parts) == 1)
+        if balances or (not captures and (len(parts) == 1 or (follows and not self._objective.per_image))):
             apart = self._all_forward(index, batch, parts, outputs, graphs)
             loss, pull = self._pulled(self._world.sum(outputs), teacher, follows)
             if balances:
@@ -126,6 +148,10 @@ class BatchGradient:
             found: dict[int, Tensor] = {}
             for number in filter(self._world.mine, around):
                 part, rows = parts[number]
+                if pull is None and captures:
+                    own = self._part_at_once((index, number), part, teacher[rows], leaves, feature_pull or 0.0)
+                    outputs[rows], found[number] = own[0], own[1] * (part.images / batch.images)
+                    continue
                 graph = graphs.pop(number, None) or self._forward((index, number), part, part.images / batch.images)
                 outputs[rows] = graph.outputs.detach()
                 pulled = self._pull_at(outputs, teacher, rows) if pull is None else pull[rows]
@@ -135,7 +161,7 @@ class BatchGradient:
                 total += self._world.sum(found[number] if number in found else torch.zeros_like(total))
         if loss is None:
             loss = self._objective.loss(self._world.sum(outputs), teacher)
-        return float(loss), total, feature_pull or 0.0
+        return loss, total, feature_pull or 0.0
 
     def _all_forward(
         self,
@@ -176,15 +202,48 @@ class BatchGradient:
         """Of a part that is so much of its batch."""
         self._forwards += 3 * part.images if graph else part.images
         wanted = self.features.wanted(key, part) if self._objective.feature_weight else None
-        watching: AbstractContextManager[LayerInputs]
-        watching = nullcontext({}) if wanted is None else seeing_inputs(self._twin)
-        args, kwargs = own_inputs(part)
         with torch.set_grad_enabled(graph):
-            values = {site.name: group.values() for group in self._groups for site in group.sites}
-            with watching as inputs:
-                outputs = compared(self._twin.call(values, *args, **kwargs), self._objective.select)
-            features = outputs.new_zeros(()) if wanted is None else distance(inputs, wanted) * share
-        return _Graph(outputs, features)
+            found = self._graph(part, wanted)
+            return _Graph(found.outputs, found.features * share)
+
+    def _graph(self, part: Batch, wanted: Targets | None) -> _Graph:
+        watching: AbstractContextManager[LayerInputs]
+        watching = seeing_inputs(self._twin) if wanted else nullcontext({})
+        args, kwargs = own_inputs(part)
+        values = {site.name: group.values() for group in self._groups for site in group.sites}
+        with watching as inputs:
+            outputs = compared(self._twin.call(values, *args, **kwargs), self._objective.select)
+        return _Graph(outputs, distance(inputs, wanted) if wanted else outputs.new_zeros(()))
+
+    def _part_at_once(
+        self, key: tuple[int, int], part: Batch, teacher: Tensor, leaves: Sequence[Tensor], feature_pull: float
+    ) -> tuple[Tensor, ...]:
+        """The outputs of a part, and the gradient of its own loss and distance, by one launch on a GPU."""
+        assert self._captured is not None
+        self._forwards += 3 * part.images
+        wanted = self.features.wanted(key, part) if self._objective.feature_weight else {}
+        paths = list(part.tensors)
+        pull = torch.full((), feature_pull, device=teacher.device)
+        targets = [field for target in wanted.values() for field in (target.codes, target.scale, target.weight)]
+
+        def compute(held: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            teacher, pull, *rest = held
+            own = dict(zip(paths, rest, strict=False))
+            fields = iter(rest[len(paths) :])
+            again = {
+                layer: Target(*triple) for layer, triple in zip(wanted, zip(*3 * [fields], strict=True), strict=True)
+            }
+            with torch.enable_grad():
+                graph = self._graph(part.holding(own), again)
+            pulled = self._pulled(graph.outputs.detach(), teacher, True)[1]
+            return graph.outputs.detach(), graph.gradient(leaves, pulled, pull)
+
+        given = [teacher, pull, *part.tensors.values(), *targets]
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        others = tuple((path, repr(value)) for path, value in part.leaves if not isinstance(value, Tensor))
+        return self._captured.run(
+            (self._twin.stamp(), shapes, tuple(paths), others, tuple(map(id, wanted))), compute, given
+        )
 
     def _balanced(self, excess: float, features: Sequence[float]) -> float:
         """What lets the features count so many times the loss, both as they are now.
@@ -203,9 +262,9 @@ class BatchGradient:
 
     def _parts(self, batch: Batch) -> list[tuple[Batch, slice]]:
         """The parts of a batch that may run on a rank of their own, with their rows of the output."""
-        return batch.parts(-(-batch.images // largest_part(self._twin)))
+        return batch.parts(-(-batch.images // self._most))
 
 
 def largest_part(twin: Twin) -> int:
     """Images whose graph may be held at once."""
-    return max(1, int(_PART_BYTES / max(twin.graph_bytes, 1.0)))
+    return max(1, int(graph_bytes(twin.device) / max(twin.graph_bytes, 1.0)))

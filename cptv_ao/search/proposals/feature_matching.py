@@ -7,7 +7,6 @@ al., ICLR 2021).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +44,17 @@ class LayerInputTargets:
     """
 
     def __init__(self, twin: Twin, cache_bytes: int) -> None:
-        self._twin, self._left = twin, cache_bytes
+        self._twin, self._cache_bytes, self._left = twin, cache_bytes, cache_bytes
         #: In float, too, values are held in steps: always the same ones, so that it does not show what was kept.
-        self.steps = {name: {"scale": twin.sites.get(name).scale.float().to(twin.device)} for name in twin.names}
+        self.steps = {name: {"scale": twin.sites.modules[name].scale.clone()} for name in twin.names}
         self._kept: dict[tuple[int, int], Targets] = {}
         #: images that the twin ran in float
         self.image_forwards = 0
+
+    def forget(self) -> None:
+        """Keep nothing of what was asked so far: parts are cut in another way from now on."""
+        self._kept.clear()
+        self._left = self._cache_bytes
 
     def wanted(self, key: tuple[int, int], part: Batch) -> Targets:
         """The layer inputs in float on a part of a batch, which the key names."""
@@ -61,7 +65,8 @@ class LayerInputTargets:
             self._twin.call(self.steps, *args, **kwargs)
         self.image_forwards += part.images
         found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}
-        targets = {layer: target for layer, target in found.items() if target is not None}
+        says = torch.stack([says for _, says in found.values()]).tolist() if found else []  # one read of all of them
+        targets = {layer: target for (layer, (target, _)), own in zip(found.items(), says, strict=True) if own}
         size = sum(target.codes.numel() * target.codes.element_size() for target in targets.values())
         if size <= self._left:
             self._left -= size
@@ -82,17 +87,18 @@ def distance(found: LayerInputs, wanted: Targets) -> Tensor:
     return torch.stack(ratios).mean() if ratios else torch.zeros(())
 
 
-def _target(codes: Tensor, scale: Tensor, channel_dim: int) -> Target | None:
+def _target(codes: Tensor, scale: Tensor, channel_dim: int) -> tuple[Target, Tensor]:
+    """Of a layer, and whether it says anything (). On a GPU half of the bits are kept."""
     shape = [1] * codes.dim()
     shape[channel_dim] = -1
     others = [d for d in range(codes.dim()) if shape[d] == 1]
     signal = codes.square().mean(others) * scale.square()
-    usual = OUTLIER**2 * float(signal.median())
-    capped = signal.clamp_max(usual) if usual > 0 else signal
-    if not (float(capped.sum()) > 0 and math.isfinite(float(signal.sum()))):
-        return None
+    usual = OUTLIER**2 * signal.median()
+    capped = torch.where(usual > 0, torch.minimum(signal, usual), signal)
     counts = torch.where(signal > 0, capped / signal, 1.0)
-    return Target(codes, scale, (counts / (capped.mean() * codes.numel())).reshape(shape))
+    weight = (counts / (capped.mean() * codes.numel())).reshape(shape)
+    says = (capped.sum() > 0) & signal.sum().isfinite()
+    return Target(codes.bfloat16() if codes.is_cuda else codes, scale, weight), says
 
 
 def _scaled(value: QTensor | Tensor) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ class GradientDescent:
     def state(self) -> State:
         """Where the descent is between two steps, for `set_state`."""
         tensors = {f"steps/{name}": values["scale"] for name, values in self._gradient.features.steps.items()}
-        return tensors | self._optimizer.state(), {
+        return {name: tensor.cpu() for name, tensor in (tensors | self._optimizer.state()).items()}, {
             "course": asdict(self._progress),
             "random": self._rng.bit_generator.state,
         }
@@ -178,4 +178,4 @@ class GradientDescent:
         loss, gradient, self._progress.feature_pull = self._gradient.of(index, batch, teacher, leaves, pull)
         self._optimizer.step(gradient, rate)
         self._progress.steps += 1
-        return loss
+        return float(loss)  # not before: a GPU is waited for here

@@ -54,14 +54,13 @@ class LearnableQParams:
             found["shift"] = self.shift
         return found
 
-    def confine(self) -> None:
-        """Put what a step has moved too far back to the end: zero_points are codes, shifts half a step at most."""
-        with torch.no_grad():
-            if self.offset is not None:
-                site = self.sites[0]
-                self.offset.clamp_(site.qmin / _CODES_PER_LOG, site.qmax / _CODES_PER_LOG)
-            if self.shift is not None:
-                self.shift.clamp_(-0.5, 0.5)
+    @property
+    def confined(self) -> list[tuple[Tensor, tuple[float, float]]]:
+        """The ends that a step may not move a leaf beyond: zero_points are codes, shifts half a step at most."""
+        site, found = self.sites[0], list[tuple[Tensor, tuple[float, float]]]()
+        if self.offset is not None:
+            found.append((self.offset, (site.qmin / _CODES_PER_LOG, site.qmax / _CODES_PER_LOG)))
+        return found if self.shift is None else [*found, (self.shift, (-0.5, 0.5))]
 
     def set(self, qparams: QParams) -> None:
         """Put the leaves where these qparams are."""

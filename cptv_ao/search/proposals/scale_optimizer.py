@@ -29,6 +29,10 @@ class ScaleOptimizer:
             by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
             if group.shift is not None:
                 by_rate.setdefault(rounding_rate, []).append(group.shift)
+        self._confined: dict[tuple[float, float], list[Tensor]] = {}
+        for group in groups:
+            for leaf, ends in group.confined:
+                self._confined.setdefault(ends, []).append(leaf)
         rates: list[dict[str, Any]] = [{"params": leaves, "factor": rate} for rate, leaves in by_rate.items()]
         self._adam = torch.optim.Adam(rates, lr=1.0, betas=(0.9, 0.95), fused=True)
         #: what moves, in the order of their gradients
@@ -43,8 +47,10 @@ class ScaleOptimizer:
         for leaf, own in zip(self.leaves, torch.split(gradient.nan_to_num_(0.0, 0.0, 0.0), sizes), strict=True):
             leaf.grad = own.reshape(leaf.shape)
         self._adam.step()
-        for learnt in self._groups:
-            learnt.confine()
+        with torch.no_grad():
+            for (low, high), leaves in self._confined.items():
+                torch._foreach_clamp_min_(leaves, low)
+                torch._foreach_clamp_max_(leaves, high)
 
     def forget_direction(self) -> None:
         """Forget where it was heading; how large gradients are still holds."""
