@@ -69,7 +69,8 @@ class RefineConfig:
             the search finds is then accepted or rejected as a whole on the kernels.
         accept_on: makes of a copy of the model what will ship, e.g. `torch.compile`; a search on the simulation (that
             of a PT2E graph always is one) is accepted or rejected on what it returns.
-        device: where the simulation runs, e.g. `cuda`.
+        device: where the float network runs, and the simulation that proposes scales, e.g. `cuda`; the model's own
+            kernels judge on the CPU (with `score_on="simulation"` once, at the end).
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
             have caught up are lost, most forwards of the others are saved; what is accepted was scored on all images.
         cache_bytes: what cached block entries may hold; batches beyond it run the whole model per candidate. Before,
@@ -180,8 +181,6 @@ def _check_choices(config: RefineConfig) -> None:
     _expect(config.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", config.search)
     _expect(config.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", config.score_on)
     _expect(_is_device(config.device), "device", "a device such as 'cpu' or 'cuda:1'", config.device)
-    on_cpu = config.device == "cpu" or config.score_on == "simulation"
-    _expect(on_cpu, "device", "'cpu' (quantized kernels run there only) or score_on='simulation'", config.device)
     _expect(config.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", config.block_order)
     for name in ("blocks", "output", "accept_on"):
         value = getattr(config, name)

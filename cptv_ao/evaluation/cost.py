@@ -22,8 +22,9 @@ _FEW = 2
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
 _SCORED, SCORED_FORWARDS, _LEAST = 0.1, 3, 16
-# What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core.
-_STAGE = 5e11
+# What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core,
+# or some seconds of a GPU.
+_STAGE, _STAGE_ON_GPU = 5e11, 5e13
 
 
 #: Of a forward of one image: in float, and quantized.
@@ -42,12 +43,14 @@ class Cost:
         seconds: on this machine.
         kernel_seconds: of a forward of one image through the quantized network.
         limit: `RefineConfig.max_seconds`.
+        stage: floating point operations that one stage of a search may take.
     """
 
     flops: float = 1.0
     seconds: float = 0.0
     kernel_seconds: float = 0.0
     limit: float | None = None
+    stage: float = _STAGE
 
     @property
     def measured(self) -> Seconds:
@@ -63,7 +66,7 @@ class Cost:
             share: of the seconds of a limited search that it may take.
             least: without which the stage says nothing.
         """
-        worth = _STAGE / (forwards * self.flops)
+        worth = self.stage / (forwards * self.flops)
         if self.limit is not None and self.seconds > 0:
             worth = min(worth, share * self.limit / (forwards * self.seconds))
         return max(min(most, int(worth)), min(least, most))
@@ -76,6 +79,7 @@ def cost_of(
     limit: float | None,
     world: World = ALONE,
     planned: Seconds | None = None,
+    device: str = "cpu",
 ) -> Cost:
     """Run a float network, and where time is limited the quantized one too, on a few images of a batch, or on all of
     them where they cannot be cut.
@@ -84,6 +88,7 @@ def cost_of(
         limit: seconds that the search may take.
         world: the ranks that all do so; rank 0 tells the time.
         planned: seconds that were measured before, to plan by again.
+        device: where the float network runs, and all proposals are made.
     """
     counter, one, few = _Flops(), batch.few(1), batch.few(_FEW)
     with torch.no_grad(), counter:
@@ -93,7 +98,8 @@ def cost_of(
         with torch.no_grad():
             run(model, one, 0)  # what a first run does besides
             seconds = world.first(_seconds(teacher, few)), world.first(_seconds(model, few))
-    return Cost(max(counter.total / one.images, 1.0), *seconds, limit)
+    stage = _STAGE if torch.device(device).type == "cpu" else _STAGE_ON_GPU
+    return Cost(max(counter.total / one.images, 1.0), *seconds, limit, stage)
 
 
 def _seconds(model: nn.Module, few: Batch) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.open import OpenedModel
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
-from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.core.tensors import Select, compared, first_floating, moved
 from cptv_ao.fx.inplace import written
 from cptv_ao.fx.quantized_ops import is_observer, is_rounding
-from cptv_ao.fx.running import run
+from cptv_ao.fx.running import call, run
 from cptv_ao.simulation.twin import unquantized
 
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
@@ -57,6 +59,40 @@ class FloatSources:
                 "float_model= (the float or the prepared model)",
                 error.node,
             ) from error
+
+
+class OnDevice(nn.Module):
+    """A copy of a float model on another device; what it is given and what it returns is where the caller computes.
+
+    Raises:
+        Exception: whatever a model raises that cannot be copied or put there.
+    """
+
+    def __init__(self, model: nn.Module, device: str) -> None:
+        super().__init__()
+        self.model, self._device = copy.deepcopy(model).to(device), device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*moved(args, self._device), **moved(kwargs, self._device))
+        return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, output)
+
+
+def on_device(teacher: nn.Module, device: str, batch: Batch) -> tuple[nn.Module, list[str]]:
+    """A teacher on a device, where it runs there; else itself, and a note that says why not.
+
+    Args:
+        batch: some images, of which it is tried on one.
+    """
+    if torch.device(device).type == "cpu":
+        return teacher, []
+    try:
+        found = OnDevice(teacher, device)
+        with torch.no_grad(), as_float(found):
+            call(found, batch.few(1))
+        return found, []
+    except Exception as error:  # of the user's own model, which was made for another device
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        return teacher, [f"the float network ran on the CPU, not on {device}: {problem}"]
 
 
 @contextmanager
@@ -146,5 +182,7 @@ def teacher_outputs(
             output = compared(run(teacher, batch, index), select)
             if not bool(torch.isfinite(output).all()):
                 raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
-            outputs[index] = output.clone()  # a model may return a buffer of its own, and write into it again
+            outputs[index] = output.to(
+                "cpu", copy=True
+            )  # a model may return a buffer of its own, and write into it again
     return world.share(outputs)

@@ -37,7 +37,7 @@ from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
-from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught
+from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, on_device, taught
 from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
@@ -235,17 +235,18 @@ def _calibration(
     notes."""
     config, world = asked.config, asked.world
     select = config.output or first_floating
-    teacher = sources.teacher_for(backend, batches[0])
+    teacher, told = on_device(sources.teacher_for(backend, batches[0]), config.device, batches[0])
     planned = None if checkpoint is None else checkpoint.image_seconds
     with as_float(teacher):
         known = counted(batches, teacher, select, world)
-        cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned)
+        cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned, config.device)
         whole = split_batches(known, config.holdout)
         split = affordable(whole, cost, not is_per_image(config.loss))
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
         kind = output_kind(backend.model, teacher, known[0], config)
     config, notes = settled(config, images.targets[0], kind)
+    notes += told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
     if known[0].fixed and not backend.form.intake(backend.model).fixed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import first_floating
+from cptv_ao.core.tensors import first_floating, moved
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.batch_gradient import Objective
@@ -36,8 +37,9 @@ _DESCENT_SHARE = 0.85
 # Images on which errors of weights are weighed, at most.
 _TOLD_BY = 64
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
-# dear, to where a step costs so many floating point operations forward. Losses that compare images stay at the most.
-_STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS = 100, 2, 2.5e10
+# dear, to where a step costs so many floating point operations forward, or on a GPU so many. Losses that compare images
+# stay at the most.
+_STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS, _STEP_FLOPS_ON_GPU = 100, 2, 2.5e10, 1e12
 # Shares of a descent after which it is tried on the kernels; where seconds are counted, also while it is young: what it
 # has by then may be all that there is time for, and is no reason to send it back.
 _MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.1,)
@@ -68,6 +70,13 @@ class Proposer:
         self._steps = StepImages(calibration, _step_images(calibration))
         self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
+        if torch.device(self._config.device).type != "cpu":
+            self._steps.to(self._config.device)
+            few = self._images.few(_TOLD_BY)
+            self._images = replace(
+                few, args=moved(few.args, self._config.device), kwargs=moved(few.kwargs, self._config.device)
+            )
+            self._twin.to(self._config.device)
         #: what is to be said of the twin that proposes
         self.twin_notes = self._twin.notes
         self._limits = SaturationLimits(backend, self._twin, groups, calibration.probe, self._world)
@@ -234,4 +243,5 @@ def _scales(store: ScaleStore, leads: Iterable[str]) -> Tensor:
 def _step_images(calibration: Calibration) -> int:
     if not is_per_image(calibration.config.loss):
         return _STEP_IMAGES
-    return max(_STEP_LEAST, min(_STEP_IMAGES, round(_STEP_FLOPS / calibration.cost.flops)))
+    flops = _STEP_FLOPS if torch.device(calibration.config.device).type == "cpu" else _STEP_FLOPS_ON_GPU
+    return max(_STEP_LEAST, min(_STEP_IMAGES, round(flops / calibration.cost.flops)))

@@ -61,8 +61,8 @@ def _rounded(quantizer: WeightQuantizer, grams: Tensor, now: QParams) -> QParams
     low, high = (torch.broadcast_to(end - zero_point, steps.shape).flatten(1) for end in (site.qmin, site.qmax))
     parts = zip(*(part.chunk(len(grams)) for part in (steps.flatten(1), low, high)), grams, strict=True)
     codes = torch.cat([rounded_in_turn(*part) for part in parts])
-    shift = shift_of(weight, codes.reshape(weight.shape) + zero_point, now, site)
-    return QParams(now.scale, now.zero_point, None if shift is None else shift.cpu(), now.correction)
+    shift = shift_of(weight.cpu(), (codes.reshape(weight.shape) + zero_point).cpu(), now, site)
+    return QParams(now.scale, now.zero_point, shift, now.correction)
 
 
 def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, gram: Tensor) -> Tensor:

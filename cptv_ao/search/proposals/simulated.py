@@ -13,7 +13,7 @@ from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
 class SimulatedProposer(Proposer):
-    """Proposals for a search on the twin, computed on its device.
+    """Proposals for a search on the twin.
 
     Which sites the kernels saturate on is still found on the kernels, once: what they cannot add up would be rejected.
 
@@ -34,8 +34,4 @@ class SimulatedProposer(Proposer):
         self._simulated = simulated
 
     def _enter(self) -> None:
-        simulated = self._simulated
-        self._steps.to(simulated.twin.device)
-        self._images = simulated.batch(self._images)
-        self._twin.to(simulated.twin.device)
-        self._store = simulated
+        self._store = self._simulated

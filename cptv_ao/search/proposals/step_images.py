@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
@@ -27,7 +26,7 @@ class StepImages:
         self.batches: list[Batch] = []
         self._targets: list[Tensor | None] = []
         self._teach = None if pool is None else pool.teach
-        self._device = torch.device("cpu")
+        self._device = "cpu"
         known = [None] * len(pool.batches) if pool is not None else search.targets
         for batch, target in zip(search.batches if pool is None else pool.batches, known, strict=True):
             for part, rows in batch.parts(round(batch.images / most)):
@@ -42,12 +41,14 @@ class StepImages:
         batch, target = self.batches[index], self._targets[index]
         if target is None:
             assert self._teach is not None
-            target = self._targets[index] = self._teach(batch)
-        return batch, target.to(self._device)
+            target = self._teach(batch).to(self._device)
+            self._targets[index] = target
+        return batch, target
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: str) -> None:
         """Give all images and targets on a device."""
         self._device = device
         self.batches = [
             replace(batch, args=moved(batch.args, device), kwargs=moved(batch.kwargs, device)) for batch in self.batches
         ]
+        self._targets = [None if target is None else target.to(device) for target in self._targets]
