@@ -14,7 +14,7 @@ of the two it works on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from cptv_ao.backends.compiling import compiled_once
 from cptv_ao.backends.forms import form_of
 from cptv_ao.backends.rewrites import Rewrites, RewrittenState
+from cptv_ao.backends.snapshots import Snapshots
 from cptv_ao.backends.weight_store import WeightStore
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
@@ -40,7 +41,7 @@ class SiteState(NamedTuple):
     rewritten: RewrittenState
 
 
-class Backend:
+class Backend(Snapshots):
     """The sites of one quantized model, and the only place that writes into it.
 
     Args:
@@ -125,16 +126,6 @@ class Backend:
         else:
             self._activations[name].restore(state.stored)
         self._renew(name)
-
-    def snapshot(self) -> dict[str, SiteState]:
-        """`state` of every site."""
-        return {name: self.state(name) for name in self.sites}
-
-    def restore_all(self, snapshot: Mapping[str, SiteState]) -> None:
-        """Put back a `snapshot`: all of it, whatever fails on the way, which is raised then."""
-        with self.writing(), ExitStack() as steps:
-            for name, state in list(snapshot.items())[::-1]:
-                steps.callback(self.restore, name, state)
 
     def writing(self) -> AbstractContextManager[None]:
         """Around many writes, with no run of the model among them: a graph that holds scales is compiled once."""

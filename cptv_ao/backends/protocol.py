@@ -6,27 +6,19 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.fx import GraphModule
 
 from cptv_ao.backends.graph_form import GraphForm
+from cptv_ao.backends.snapshots import SiteStates
 from cptv_ao.core.qparams import QParams
-from cptv_ao.core.sites import ScaleSite, SiteTable
+from cptv_ao.core.sites import ScaleSite
 
 
-class ScaleStore(Protocol):
+class ScaleStore(SiteStates, Protocol):
     """Scales by site name, and the model that computes with them: of `Backend`, and of `SimulatedBackend`."""
-
-    @property
-    def model(self) -> GraphModule:
-        """What an evaluator runs; a scale that is written is seen by its next run."""
 
     @property
     def form(self) -> GraphForm:
         """What form of graph it is, and what that can do."""
-
-    @property
-    def sites(self) -> SiteTable:
-        """All scales, in graph order."""
 
     @property
     def sums(self) -> tuple[tuple[str, str], ...]:
@@ -52,12 +44,6 @@ class ScaleStore(Protocol):
             InvalidScaleError: see `QParams.checked`; nothing is written.
             KeyError: a weight site without a float weight.
         """
-
-    def state(self, name: str) -> Any:
-        """What is stored at a site now, for `restore`."""
-
-    def restore(self, name: str, state: Any) -> None:
-        """Put back what `state` returned, bit for bit."""
 
     def snapshot(self) -> dict[str, Any]:
         """`state` of every site."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.snapshots import Snapshots
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import QParams, same
 from cptv_ao.core.sites import ScaleSite, SiteTable
@@ -18,7 +19,7 @@ from cptv_ao.core.tensors import moved
 from cptv_ao.simulation.twin import Twin
 
 
-class SimulatedBackend:
+class SimulatedBackend(Snapshots):
     """The sites of a lowered model, read from and written to its twin, on any device.
 
     It has the methods of `Backend`, so a search runs on either. Nodes of `model` have the names of those of the
@@ -78,15 +79,6 @@ class SimulatedBackend:
         """Put back what `state` returned."""
         if state is not None:
             self.twin.sites.restore(name, state)
-
-    def snapshot(self) -> dict[str, Any]:
-        """`state` of every site."""
-        return {name: self.state(name) for name in self.sites}
-
-    def restore_all(self, snapshot: Mapping[str, Any]) -> None:
-        """Put back a `snapshot`."""
-        for name, state in snapshot.items():
-            self.restore(name, state)
 
     def correctable(self, name: str) -> bool:
         """As of the lowered model."""
