@@ -65,10 +65,10 @@ class Backend(Snapshots):
         found = self.form.scan(model, weight_ranges or {})
         self._activations = found.activations
         self.tensors = found.tensors
-        self.weights, self.rewrites = WeightStore(found.weights, found.sites), Rewrites(model, found.sites)
         qnnpack = torch.backends.quantized.engine == "qnnpack"
         self.sums = found.sums if qnnpack else ()
-        self._remembered = found.remembered if qnnpack else ()
+        self.weights = WeightStore(found.weights, found.sites, found.remembered if qnnpack else ())
+        self.rewrites = Rewrites(model, found.sites)
 
     @property
     def sites(self) -> SiteTable:
@@ -93,7 +93,7 @@ class Backend(Snapshots):
             self.weights.write(name, checked)
         else:
             self._activations[name].write(checked)
-            self._renew(name)
+            self.weights.renew(name)
 
     def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None, bias: Tensor | None = None) -> None:
         """Write qparams as they are, and the codes of a weight (int8), which are not rounded again; a bias if given.
@@ -107,11 +107,7 @@ class Backend(Snapshots):
                 self.weights.write_codes(name, qparams, codes, bias)
         elif not same:
             self._activations[name].write(qparams)
-            self._renew(name)
-
-    def _renew(self, name: str) -> None:
-        """Let kernels forget another scale or zero_point of this activation, or what this weight was before."""
-        self.weights.renew(weight for activation, weight in self._remembered if name in (activation, weight))
+            self.weights.renew(name)
 
     def state(self, name: str) -> SiteState:
         """What is stored at the site now, to be handed back to `restore`: bit for bit, without re-packing."""
@@ -125,7 +121,7 @@ class Backend(Snapshots):
             self.weights.restore(name, state.stored)
         else:
             self._activations[name].restore(state.stored)
-        self._renew(name)
+        self.weights.renew(name)
 
     def writing(self) -> AbstractContextManager[None]:
         """Around many writes, with no run of the model among them: a graph that holds scales is compiled once."""

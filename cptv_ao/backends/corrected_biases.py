@@ -25,7 +25,7 @@ class CorrectedBiases:
         self._corrected: dict[str, Corrected | None] = {}
 
     def given(self, name: str) -> Tensor | None:
-        """The bias of a layer less its correction."""
+        """The bias of a layer less its correction, in float, (C,); None where it has none."""
         corrected = self._corrected.get(name)
         return self._slots[name].bias() if corrected is None else corrected[0]
 

@@ -36,16 +36,20 @@ class WeightStore:
     Args:
         slots: of the weights, by the name of their site.
         sites: of the model; what they move with is not looked at.
+        remembered: the activations whose scales kernels remember with a weight, each with the weight.
 
     Attributes:
         floats: float weights given so far, from which codes are re-rounded.
+        biases: what is added to the products with weights, as it was given and corrected.
     """
 
-    def __init__(self, slots: Mapping[str, WeightSlot], sites: SiteTable) -> None:
-        self._slots, self._sites = slots, sites
+    def __init__(
+        self, slots: Mapping[str, WeightSlot], sites: SiteTable, remembered: Iterable[tuple[str, str]]
+    ) -> None:
+        self._slots, self._sites, self._remembered = slots, sites, list(remembered)
         self.floats: dict[str, Tensor] = {}
         self._shifts: dict[str, Tensor | None] = {}
-        self._biases = CorrectedBiases(slots)
+        self.biases = CorrectedBiases(slots)
         for name, slot in slots.items():
             if slot.float_weight is not None:
                 self.set_float(name, slot.float_weight)
@@ -67,17 +71,13 @@ class WeightStore:
         """The weight as a quantized tensor."""
         return self.slot(name).weight()
 
-    def bias(self, name: str) -> Tensor | None:
-        """What is added to the products with a weight, in float, less a correction; (C,)."""
-        return self._biases.given(name)
-
     def shiftable(self, name: str) -> bool:
         """Whether a weight may have other codes than the nearest: not where the graph rounds a float weight itself."""
         return self.slot(name).float_weight is None
 
     def read(self, name: str) -> QParams:
         """As `Backend.read`."""
-        shift, correction = self._shifts.get(name), self._biases.correction(name)
+        shift, correction = self._shifts.get(name), self.biases.correction(name)
         return replace(self._slots[name].read(), shift=shift, correction=correction)
 
     def write(self, name: str, qparams: QParams) -> None:
@@ -88,7 +88,7 @@ class WeightStore:
         """
         site = self._sites[name]
         codes = round_weight(self.floats[name], qparams, site)
-        self._slots[name].write_weight(codes, site, qparams, self._biases.correct(name, qparams.correction))
+        self._slots[name].write_weight(codes, site, qparams, self.biases.correct(name, qparams.correction))
         self._shifts[name] = qparams.shift
 
     def write_codes(self, name: str, qparams: QParams, codes: Tensor, bias: Tensor | None) -> None:
@@ -107,20 +107,20 @@ class WeightStore:
         if self.shiftable(name):
             self._shifts[name] = shift_of(given, quantized.int_repr(), self._slots[name].read(), self._sites[name])
 
-    def renew(self, names: Iterable[str]) -> None:
-        """Let kernels forget what they remember of these weights' layers."""
-        for name in set(names):
-            self._slots[name].renew()
+    def renew(self, name: str) -> None:
+        """Let kernels forget another scale or zero_point of this activation, or what this weight was before."""
+        for weight in {weight for activation, weight in self._remembered if name in (activation, weight)}:
+            self._slots[weight].renew()
 
     def state(self, name: str) -> WeightState:
         """What is held for a weight now, for `restore`."""
-        beside = self._shifts.get(name), self._biases.state(name), self.floats.get(name)
+        beside = self._shifts.get(name), self.biases.state(name), self.floats.get(name)
         return WeightState(self._slots[name].state(), *beside)
 
     def restore(self, name: str, state: WeightState) -> None:
         """Put back what `state` returned."""
         self._shifts[name] = state.shift
-        self._biases.restore(name, state.corrected)
+        self.biases.restore(name, state.corrected)
         if state.float_weight is not None:
             self.floats[name] = state.float_weight
         self._slots[name].restore(state.slot)

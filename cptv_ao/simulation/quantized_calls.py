@@ -140,7 +140,7 @@ class QuantizedCalls:
             "leaky_relu": partial(functional.leaky_relu, negative_slope=slope),
             "tanh": torch.tanh,
         }
-        weight, output, bias = self._sites.weight(site), self._output(node), store.bias(site)
+        weight, output, bias = self._sites.weight(site), self._output(node), store.biases.given(site)
         relu = known.after == "relu"
         return QuantizedLayer(weight, output, bias, product, relu, self._qnnpack, behind.get(known.after))
 

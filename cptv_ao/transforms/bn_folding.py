@@ -39,7 +39,7 @@ def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
         mean, zero = found["running_mean"], torch.zeros_like(found["running_mean"])
         identity = _identity(norm, mean)
         factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
-        bias = backend.weights.bias(norm.weight)
+        bias = backend.weights.biases.given(norm.weight)
         offset = (zero if bias is None else bias) - mean
         _scale_channels(backend, norm.weight, factor, factor * offset + found.get("bias", zero))
         for name, path in norm.tensors.items():

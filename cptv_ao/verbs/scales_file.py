@@ -51,7 +51,7 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
                 tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
         tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in replaceable(backend)}
         for name in _biased(backend):
-            bias = backend.weights.bias(name)
+            bias = backend.weights.biases.given(name)
             tensors[f"{name}.bias"] = torch.zeros(0) if bias is None else bias.detach().clone()
     write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
 
@@ -137,7 +137,7 @@ def _biased(backend: Backend) -> list[str]:
 
 def _bias(path: Any, backend: Backend, name: str, saved: Tensor) -> Tensor | None:
     """What the layer of a weight gets; None where it has no bias, and none was saved (as an empty tensor)."""
-    own = backend.weights.bias(name)
+    own = backend.weights.biases.given(name)
     if not saved.numel():
         return None if own is None else torch.zeros_like(own)
     _expect_like(path, f"{name}.bias", torch.zeros(len(backend.weight(name))) if own is None else own, saved)

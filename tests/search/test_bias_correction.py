@@ -93,7 +93,7 @@ def test_the_means_of_all_layers_are_those_in_float(vit_w2: Case) -> None:
 
 def test_the_kernels_confirm_it(vit_w2: Case) -> None:
     backend = backend_of(vit_w2)
-    given = {name: backend.weights.bias(name) for name in backend.float_weights}
+    given = {name: backend.weights.biases.given(name) for name in backend.float_weights}
     _, found = corrected_twin(vit_w2, batches_of(vit_w2.batches))
     report = refined(vit_w2, holdout=0, equalize=False)
     assert report.stages[0].startswith("biases corrected: accepted")
@@ -101,7 +101,7 @@ def test_the_kernels_confirm_it(vit_w2: Case) -> None:
     assert sum(move.corrected for move in report.moves) == len(found) > 0
     assert f"the biases of {len(found)} layers are corrected" in str(report)
     for name, bias in given.items():
-        now = backend_of(vit_w2).weights.bias(name)
+        now = backend_of(vit_w2).weights.biases.given(name)
         assert bias is not None
         assert now is not None
         assert torch.allclose(now - bias, found[name], atol=0.05 * float(found[name].abs().max())), name
@@ -141,12 +141,12 @@ def test_a_layer_without_a_bias_gets_one_and_one_that_runs_twice_none(twice: Cas
     assert list(found) == ["first.weight"]
     backend = backend_of(twice)
     given, state = everything(twice.converted), backend.state("first.weight")
-    assert backend.weights.bias("first.weight") is None
+    assert backend.weights.biases.given("first.weight") is None
     held = replace(backend.read("first.weight"), correction=found["first.weight"])
     backend.write("first.weight", held)
     assert torch.equal(twice.converted.get_submodule("first").bias(), held.correction)
     assert same(backend.read("first.weight"), held)
-    assert backend.weights.bias("first.weight") is None
+    assert backend.weights.biases.given("first.weight") is None
     backend.write("first.weight", replace(held, correction=None))
     assert not bool(twice.converted.get_submodule("first").bias().any())
     backend.restore("first.weight", state)
@@ -157,7 +157,7 @@ def test_a_scale_that_moves_later_keeps_it(vit_w2: Case) -> None:
     backend = backend_of(vit_w2)
     _, found = corrected_twin(vit_w2, batches_of(vit_w2.batches))
     name = "blocks.0.mlp.fc1.weight"
-    given = backend.weights.bias(name)
+    given = backend.weights.biases.given(name)
     assert given is not None
     held = replace(backend.read(name), correction=found[name])
     backend.write(name, held)
