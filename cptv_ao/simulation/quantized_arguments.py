@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
 
+from cptv_ao.fx.inplace import parameters
 from cptv_ao.fx.paths import fetch, is_scalar
 
 
 def bound(node: Node, model: nn.Module) -> tuple[Any, dict[str, Any]]:
     """The value that a quantized function is given, and its other arguments but the output's qparams, by name."""
-    target: Any = node.target
-    overload = target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
-    names = [argument.name for argument in overload._schema.arguments]
+    names = parameters(node.target)
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     scales = scale_places(given, model)
     return given.pop(names[0]), {name: value for name, value in given.items() if name not in scales}
