@@ -44,11 +44,6 @@ class TailRunner:
         #: spent inside the model so far
         self.seconds = 0.0
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes that the cached block entries hold now."""
-        return self._entries.bytes
-
     def plan(self, blocks: Iterable[Sequence[str]]) -> None:
         """Say which blocks (nodes of each) will be entered, so that the code of each is generated once."""
         for nodes in blocks:
