@@ -17,6 +17,7 @@ from torch import Tensor
 from cptv_ao.core.errors import CalibrationDataError, CptvWarning
 from cptv_ao.core.intake import ANY, Intake
 from cptv_ao.core.nested import Path, leaves, mapped
+from cptv_ao.core.tensors import moved
 
 # What a loader may give that does not say how much it is: beyond it, it is taken for one without an end.
 _IMAGES, _BYTES = 100_000, 4 << 30
@@ -50,6 +51,10 @@ class Batch:
     def few(self, count: int) -> Batch:
         """At most so many images, or all of them where the number is fixed."""
         return self if self.fixed else self.rows(0, min(count, self.images))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        return replace(self, args=moved(self.args, device), kwargs=moved(self.kwargs, device))
 
     def parts(self, count: int) -> list[tuple[Batch, slice]]:
         """About so many parts of equal size, each with its rows of the output; one part where it cannot be cut."""

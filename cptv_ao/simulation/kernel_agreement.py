@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from cptv_ao.backends.kernel_faults import scrambling_clamps
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.tensors import Select, compared, first_floating, moved
+from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.fx.running import call
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
@@ -108,9 +107,8 @@ def disagreement(
     apart = whole = 0.0
     with torch.inference_mode():
         for batch in batches:
-            there = replace(batch, args=moved(batch.args, twin.device), kwargs=moved(batch.kwargs, twin.device))
             kernels = compared(call(model, batch), select).double().cpu()
-            simulated = compared(call(twin, there), select).double().cpu()
+            simulated = compared(call(twin, batch.to(twin.device)), select).double().cpu()
             apart += float((kernels - simulated).square().sum())
             whole += float(simulated.square().sum())
     return math.sqrt(apart / whole) if whole > 0 else (math.inf if apart > 0 else 0.0)

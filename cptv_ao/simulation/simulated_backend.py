@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from cptv_ao.backends.snapshots import Snapshots
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import QParams, same
 from cptv_ao.core.sites import ScaleSite, SiteTable
-from cptv_ao.core.tensors import moved
 from cptv_ao.simulation.twin import Twin
 
 
@@ -106,5 +104,4 @@ class SimulatedBackend(Snapshots):
 
     def batch(self, batch: Batch) -> Batch:
         """A batch on the twin's device."""
-        device = self.twin.device
-        return replace(batch, args=moved(batch.args, device), kwargs=moved(batch.kwargs, device))
+        return batch.to(self.twin.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.tensors import moved
 from cptv_ao.fx.node_runner import ordered
 from cptv_ao.fx.running import changed_by_hooks, run
 from cptv_ao.simulation.builder import Builder
@@ -105,7 +103,7 @@ class Twin:
         if told := changed_by_hooks(self._model, batch):
             raise UnsupportedModelError(told)
         few = batch.few(_FEW)
-        given = replace(few, args=moved(few.args, self.device), kwargs=moved(few.kwargs, self.device))
+        given = few.to(self.device)
         while True:
             checker = Checker(self.module)
             try:

@@ -56,6 +56,14 @@ def test_parts_have_all_images_and_their_rows_of_the_output() -> None:
     assert all(part.kwargs["m"][1] == "x" and part.kwargs["s"].shape == (5,) for part, _ in parts)
 
 
+def test_all_tensors_of_a_batch_go_to_a_device() -> None:
+    batch = Batch((images(3), 2), {"both": [images(3), None]}, 3, fixed=True)
+    there = batch.to("meta")
+    assert {tensor.device.type for tensor in there.tensors.values()} == {"meta"}
+    assert there.sizes == batch.sizes and len(there.sizes) == 2
+    assert (there.args[1], there.kwargs["both"][1], there.images, there.fixed) == (2, None, 3, True)
+
+
 def test_a_fixed_batch_is_never_cut() -> None:
     batch = Batch((images(5),), {}, 5, fixed=True)
     assert batch.parts(3) == [(batch, slice(None))]
