@@ -96,7 +96,7 @@ class Backend(Snapshots):
             self.weights.renew(name)
 
     def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None, bias: Tensor | None = None) -> None:
-        """Write qparams as they are, and the codes of a weight (int8), which are not rounded again; a bias if given.
+        """Write qparams as they are, and the codes of a weight, which are not rounded again; a bias if given.
 
         What is there already is left alone, and so is a weight without codes (one that is fixed).
         """

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.float_constants import float_tensors, rearranged
 from cptv_ao.backends.pt2e import fused_weights
 from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
-from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.quantized_ops import of_node
 
-# Ops of PT2E graphs whose weights are those of modules.
-_LAYERS = {torch.ops.aten.linear, torch.ops.aten.conv1d, torch.ops.aten.conv2d, torch.ops.aten.conv3d}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -42,22 +40,32 @@ def weight_ranges(float_model: nn.Module | None) -> dict[str, tuple[int, int]]:
     return ranges
 
 
-def attach_float_weights(backend: Backend, float_model: nn.Module) -> None:
+def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
     """Give the backend the float weight of each of its weight sites.
 
     A weight is found by module path, fused with a batch norm where that is what was quantized; the weight of a
-    functional op by its values. Each is checked, clipped codes aside: |w / s - code| within half a step, or within a
-    whole one where a refine has rounded weights up or down.
+    functional op, or a constant, by its values, whichever way these were moved. Each is checked, clipped codes aside:
+    |w / s - code| within half a step, or within a whole one where a refine has rounded weights up or down.
+
+    Returns:
+        The constants whose values the float model does not hold: they stay as they are.
 
     Raises:
         FloatModelMismatchError: naming the first module that differs.
     """
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
-    held = deque(p for p in (*float_model.parameters(), *float_model.buffers()) if p.is_floating_point())
+    held, unknown = deque(float_tensors(float_model)), list[str]()
     by_module, nodes = backend.form.weights_of_modules, {node.name: node for node in backend.model.graph.nodes}
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
+            continue
+        if not backend.weights.slot(site.name).of_layer:
+            value = _constant(held, backend.weight(site.name), site)
+            if value is None:
+                unknown.append(site.name)
+            else:
+                backend.weights.set_float(site.name, value)
             continue
         path = site.name.removesuffix(".weight") if by_module else site.scope
         weight = backend.weight(site.name)
@@ -72,10 +80,30 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> None:
         if found.steps > 2 * HALF_STEP and (functional or not by_module):
             found = _nearest((p for p in held if p.numel() == weight.numel()), weight, site, found)
             _turn_behind(held, found.weight)
-        if found.steps <= 2 * HALF_STEP:
-            backend.weights.set_float(site.name, found.weight)
-        elif by_module or packet_of(user.target) in _LAYERS:  # else a constant, which stays as it is
+            if found.steps > 2 * HALF_STEP:
+                found = _nearest(_moved(held, weight), weight, site, found)
+        if found.steps > 2 * HALF_STEP:
             _refuse(path, weight, found.shapes)
+        backend.weights.set_float(site.name, found.weight)
+    return unknown
+
+
+def _constant(held: Iterable[Tensor], codes: Tensor, site: ScaleSite) -> Tensor | None:
+    """The nearest of the tensors that may have these codes; None where there is none.
+
+    Codes at the ends are clipped in the observed range alone, if at all: of several tensors of few values that one is
+    meant which is nearest without that.
+    """
+    as_they_are = [tensor for tensor in held if tensor.numel() == codes.numel()]
+    for candidates in (as_they_are, _moved(held, codes)):
+        fitting = [one.detach() for one in candidates if _distance(one.detach(), codes, site) <= 2 * HALF_STEP]
+        if fitting:
+            return min(fitting, key=lambda one: _distance(one, codes, site, clips=False))
+    return None
+
+
+def _moved(held: Iterable[Tensor], codes: Tensor) -> Iterator[Tensor]:
+    return chain.from_iterable(rearranged(tensor, codes.shape) for tensor in held)
 
 
 @dataclass(frozen=True)
@@ -191,8 +219,9 @@ def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
     return weight * torch.exp2(torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0))
 
 
-def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
-    """How many steps a weight is from its codes, at most; the codes at the ends may stand for anything beyond."""
+def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite, clips: bool = True) -> float:
+    """How many steps a weight is from its codes, at most; where it `clips`, codes at the ends may stand for anything
+    beyond."""
     codes = quantized.int_repr().float()
     if site.axis is None:
         scale, zero_point = torch.tensor(quantized.q_scale()), torch.tensor(quantized.q_zero_point())
@@ -201,5 +230,7 @@ def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
     steps = weight_steps(weight.to("cpu", torch.float32).reshape(codes.shape), scale.float(), site.axis)
     off = steps + along_axis(zero_point, site.axis, codes.dim()) - codes
     highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
+    if not clips:
+        return float(off.abs().max())
     clipped = ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
     return float(off.abs().masked_fill_(clipped, 0.0).max())

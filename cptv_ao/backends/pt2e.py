@@ -1,7 +1,8 @@
 """The sites of a PT2E graph (`torchao.quantization.pt2e`): aten ops between quantize and dequantize nodes.
 
 Scales of activations are numbers among the arguments of the nodes; those of per-channel weights are buffers, beside
-the int8 weight (`fold_quantize=True`) or the float one that the graph rounds each time (`fold_quantize=False`).
+the codes of the weight (`fold_quantize=True`) or the float one that the graph rounds each time
+(`fold_quantize=False`). A constant of any op (a position embedding that is added) is held like the weight of a layer.
 """
 
 from __future__ import annotations
@@ -15,20 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from cptv_ao.backends.compiling import compiled_once, mark_written
 from cptv_ao.backends.graph_form import GraphForm
-from cptv_ao.backends.scale_slots import BufferScaleSlot, ScaleSlot, ScannedGraph, WeightSlot, quantized_weight
-from cptv_ao.backends.tensor_slots import TensorSlot
+from cptv_ao.backends.pt2e_slots import QUANTIZE, LiteralScaleSlot, Pt2eWeightSlot, constant_of
+from cptv_ao.backends.scale_slots import ScannedGraph
 from cptv_ao.core.intake import Intake
-from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
-from cptv_ao.core.weight_rounding import round_by_reciprocal
 from cptv_ao.fx.decomposed_ops import calls, calls_default, is_decomposed
 from cptv_ao.fx.inputs import taken_by_exported
 from cptv_ao.fx.paths import fetch
 
-# Ops that put a value, or a weight, on a scale.
-_QUANTIZE = ("quantize_per_tensor", "quantize_per_channel", "quantize_per_channel_group", "quantize_per_token")
 # What QAT puts around a convolution and its weight.
 _FACTORS = (torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
@@ -63,9 +59,10 @@ def _scan(model: GraphModule) -> ScannedGraph:
     known = {node for group in groups.values() for node in group}
     for node in model.graph.nodes:
         if node in groups:
-            name = _unique(f"{_scope(node)}.weight", node, sites)
-            weights[name] = Pt2eWeightSlot(model, groups[node])
-            sites[name] = _weight_site(name, groups[node], weights[name])
+            slot = Pt2eWeightSlot(model, groups[node])
+            name = _unique(f"{_scope(node)}.{'weight' if slot.of_layer else 'constant'}", node, sites)
+            weights[name] = slot
+            sites[name] = _weight_site(name, groups[node], slot)
         elif _quantizes_activation(node):
             name = _unique(f"{_scope(node)}.input", node, sites)
             activations[name] = LiteralScaleSlot(model, node)
@@ -103,98 +100,8 @@ def _fix_shared_codes(sites: dict[str, ScaleSite], weights: Mapping[str, Pt2eWei
             sites[name] = replace(sites[name], fixed="its codes stand on another scale, too")
 
 
-class LiteralScaleSlot:
-    """A scale and zero_point among the arguments of a quantize node and of its dequantize nodes, or of several
-    dequantize nodes of one weight."""
-
-    tensors: tuple[TensorSlot, ...] = ()
-
-    def __init__(self, model: GraphModule, node: Node, *others: Node) -> None:
-        self._model, self._node = model, node
-        self._nodes = [node, *others, *(user for user in node.users if calls(user.target, "dequantize_per_tensor"))]
-
-    def read(self) -> QParams:
-        scale, zero_point = self._node.args[1:3]
-        return QParams(torch.tensor(scale, dtype=torch.float64), torch.tensor(zero_point))
-
-    def write(self, qparams: QParams) -> None:
-        self.restore((float(qparams.scale), int(qparams.zero_point)))
-
-    def state(self) -> Any:
-        return self._node.args[1:3]
-
-    def restore(self, state: Any) -> None:
-        with compiled_once(self._model):
-            for node in self._nodes:
-                if node.args[1:3] != state:
-                    mark_written(self._model)
-                    node.args = (node.args[0], *state, *node.args[3:])
-
-
-class Pt2eWeightSlot(WeightSlot):
-    """A weight before its dequantize nodes: int8 codes that are written, or a float weight that the graph rounds."""
-
-    def __init__(self, model: GraphModule, nodes: Sequence[Node]) -> None:
-        node, source = nodes[0], nodes[0].args[0]
-        assert isinstance(source, Node)
-        quantize = source if source.op == "call_function" else None
-        held = TensorSlot.of(model, str(_constant(node)))
-        self._codes: TensorSlot | None = None if quantize is not None else held
-        self.float_weight = held.tensor if quantize is not None else None
-        self.axis: int | None = None
-        if calls_default(node, "dequantize_per_channel"):
-            scale, zero_point = (
-                TensorSlot.of(model, str(part.target)) for part in node.args[1:3] if isinstance(part, Node)
-            )
-            self._qparams: ScaleSlot = BufferScaleSlot(scale, zero_point, scale.tensor.shape)
-            self.axis = int(node.args[3])  # type: ignore[arg-type]
-            limits: Any = node.args[4:7]
-        else:
-            literals = nodes if quantize is None else [quantize]
-            self._qparams = LiteralScaleSlot(model, *literals)
-            limits = node.args[3:6]
-        self.limits, self._dtype = (int(limits[0]), int(limits[1])), limits[2]
-        self.tensors = (*self._qparams.tensors, *(() if self._codes is None else (self._codes,)))
-
-    @property
-    def codes_at(self) -> TensorSlot | None:
-        """Where the codes are, None where a float weight is held."""
-        return self._codes
-
-    def read(self) -> QParams:
-        return self._qparams.read()
-
-    def weight(self) -> Tensor:
-        qparams = self.read()
-        codes = self._rounded(qparams) if self._codes is None else self._codes.tensor
-        if codes.dtype != torch.int8:
-            return codes
-        return quantized_weight(codes, qparams, self.axis)
-
-    def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        assert bias is None, "the bias is not held with the weight"
-        if self._codes is not None:
-            self._codes.tensor.copy_(codes)
-        self._qparams.write(qparams)
-
-    def state(self) -> Any:
-        return None if self._codes is None else self._codes.tensor.clone(), self._qparams.state()
-
-    def restore(self, state: Any) -> None:
-        if self._codes is not None:
-            self._codes.tensor.copy_(state[0])
-        self._qparams.restore(state[1])
-
-    def renew(self) -> None:
-        """Nothing to do: a graph in float remembers nothing."""
-
-    def _rounded(self, qparams: QParams) -> Tensor:
-        assert self.float_weight is not None
-        return round_by_reciprocal(self.float_weight.detach(), qparams, self.axis, self.limits).to(self._dtype)
-
-
 def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> ScaleSite:
-    fixed = "" if slot.weight().dtype == torch.qint8 else "weights of this dtype are not searched"
+    fixed = "" if slot.weight().is_quantized else "weights of this dtype are not searched"
     shape, (qmin, qmax) = tuple(slot.read().scale.shape), slot.limits
     users = tuple(dict.fromkeys(user.name for node in nodes for user in node.users))
     op, scope = _op(nodes[0]), _scope(nodes[0])
@@ -233,20 +140,12 @@ def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str
     return {node.name: name for group, name in zip(_weights(model), names, strict=True) for node in group}
 
 
-def _constant(node: Node) -> str | None:
-    """Target of the weight that a quantize or dequantize node is about; None for an activation."""
-    source = node.args[0]
-    while isinstance(source, Node) and calls(source.target, *_QUANTIZE):
-        source = source.args[0]
-    return str(source.target) if isinstance(source, Node) and source.op == "get_attr" else None
-
-
 def _dequantizes_weight(node: Node) -> bool:
     """Whether a dequantize node gives a weight, on a scale that the graph holds."""
     if calls_default(node, "dequantize_per_channel"):
         scales = node.args[1:3]
-        return _constant(node) is not None and all(isinstance(s, Node) and s.op == "get_attr" for s in scales)
-    return calls_default(node, "dequantize_per_tensor") and _constant(node) is not None and _is_literal(node)
+        return constant_of(node) is not None and all(isinstance(s, Node) and s.op == "get_attr" for s in scales)
+    return calls_default(node, "dequantize_per_tensor") and constant_of(node) is not None and _is_literal(node)
 
 
 def _quantizes_activation(node: Node) -> bool:
@@ -266,7 +165,7 @@ def _computed(node: Node) -> bool:
 
 
 def _is_weight(node: Node) -> bool:
-    return calls(node.target, *_QUANTIZE) and _constant(node) is not None
+    return calls(node.target, *QUANTIZE) and constant_of(node) is not None
 
 
 def _scope(node: Node) -> str:
@@ -283,7 +182,7 @@ def _scope(node: Node) -> str:
 
 
 def _op(node: Node) -> str:
-    """Short name of the op that a weight belongs to: `linear`, `conv2d`."""
+    """Short name of the op that a weight or a constant belongs to: `linear`, `add`."""
     for user in node.users:
         return str(user.target).removeprefix("aten.").split(".")[0]
     return "unused"

@@ -92,6 +92,7 @@ class WeightSlot(ABC):
         packs_bias: whether the bias of the layer is held with the weight.
         pads: whether it is of a convolution that pads its input.
         is_right: whether the kernel computes with this weight, not with another one.
+        of_layer: whether a layer multiplies its input with it; else it is a constant of another op.
     """
 
     tensors: tuple[TensorSlot, ...] = ()
@@ -99,6 +100,7 @@ class WeightSlot(ABC):
     packs_bias = False
     pads = False
     is_right = True
+    of_layer = True
 
     @abstractmethod
     def read(self) -> QParams:
@@ -118,7 +120,7 @@ class WeightSlot(ABC):
 
     @abstractmethod
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        """Write int8 codes and their scales; without a bias the one that is there stays."""
+        """Write codes and their scales; without a bias the one that is there stays."""
 
     def bias(self) -> Tensor | None:
         """What is added to the products, in float (C,), where the bias is held with the weight; None else."""
@@ -271,7 +273,7 @@ class ScannedGraph:
 
 
 def quantized_weight(codes: Tensor, qparams: QParams, axis: int | None) -> Tensor:
-    """The quantized tensor of int8 codes; `axis` is that of the channels, None where one scale is for all."""
+    """The quantized tensor of codes, int8 or uint8; `axis` is that of the channels, None where one scale is for all."""
     if axis is None:
         return torch._make_per_tensor_quantized_tensor(codes, float(qparams.scale), int(qparams.zero_point))
     return torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, axis)

@@ -92,7 +92,7 @@ class WeightStore:
         self._shifts[name] = qparams.shift
 
     def write_codes(self, name: str, qparams: QParams, codes: Tensor, bias: Tensor | None) -> None:
-        """Write these codes (int8), which are not rounded, with their scales; a bias if given."""
+        """Write these codes, which are not rounded, with their scales; a bias if given."""
         self._slots[name].write_weight(codes, self._sites[name], qparams, bias)
 
     def set_float(self, name: str, weight: Tensor) -> None:

@@ -21,8 +21,9 @@ class ScaleSite:
 
     Attributes:
         name: unique and readable: module path plus `weight` or `output`, or the scope plus the name of the
-            buffer (`blocks.0.attn.scale_2`).
-        kind: `weight` (codes are re-rounded when the scale moves) or `activation`.
+            buffer (`blocks.0.attn.scale_2`), or plus `constant`.
+        kind: `weight` (the model holds its codes, which are re-rounded when the scale moves: of a layer, or a constant
+            of any other op, as a position embedding that is added) or `activation`.
         op: what the scale belongs to: `quantize_per_tensor`, `Linear`, `ConvReLU2d`, `quantized.add` ...
         scope: path of the module that the op was traced from; `""` at the top level.
         shape: `()` per tensor, `(C,)` per channel.

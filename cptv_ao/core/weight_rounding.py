@@ -36,13 +36,13 @@ def nearest_codes(steps: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Te
 
 
 def round_weight(weight: Tensor, qparams: QParams, site: ScaleSite) -> Tensor:
-    """Codes of a float weight at a scale: shifted, rounded half to even, clamped to the nominal range; int8, weight's
-    shape."""
+    """Codes of a float weight at a scale: shifted, rounded half to even, clamped to the nominal range; int8, or uint8
+    where these end above 127; weight's shape."""
     steps = weight_steps(weight, qparams.scale.to(torch.float32), site.axis)
     if (shift := qparams.shift_steps) is not None:
         steps += shift
     zero_point = along_axis(qparams.zero_point, site.axis, weight.dim())
-    return nearest_codes(steps, zero_point, site.qmin, site.qmax).to(torch.int8)
+    return nearest_codes(steps, zero_point, site.qmin, site.qmax).to(torch.int8 if site.qmax <= 127 else torch.uint8)
 
 
 def round_by_reciprocal(weight: Tensor, qparams: QParams, axis: int | None, limits: tuple[int, int]) -> Tensor:

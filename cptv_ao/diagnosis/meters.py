@@ -114,7 +114,7 @@ class ActivationMeter:
 def measured_weight(backend: Backend, site: ScaleSite) -> dict[str, Any]:
     """The fields of a `SiteDiagnosis` of a weight: its codes against its float weight, where that is known."""
     weight = backend.weight(site.name)
-    if weight.dtype != torch.qint8:
+    if weight.dtype not in (torch.qint8, torch.quint8):
         return {}
     codes = weight.int_repr().double()
     rows = codes.transpose(0, site.axis).flatten(1) if site.axis is not None else codes.reshape(1, -1)

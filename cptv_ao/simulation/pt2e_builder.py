@@ -89,7 +89,7 @@ class Pt2eBuilder(Builder):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        # Codes that are no weight's (constants on the scale of an activation) stay as the graph has them.
+        # Codes that are not searched stay as the graph has them.
         found = weight_sites(backend.model, backend.sites)
         self._weight_of = {node: site for node, site in found.items() if backend.weight(site).is_quantized}
 

@@ -161,7 +161,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
     unit = "step" if config.max_seconds is None else "s"
     with progress_bar("refine", bar_total(config, blocks), asked.progress, unit) as bar:
         progress = SearchProgress(bar, budget)
-        _attach_weights(backend, sources)
+        unknown = _attach_weights(backend, sources)
         checkpoint = _checkpoint(backend, batches, asked)
         progress.stage("outputs of the float network")
         calibration, told = _calibration(backend, batches, sources, asked, checkpoint)
@@ -169,7 +169,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
 
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
         kernels = SplitEvaluators(backend.model, calibration)
-        notes, before = [*_unknown(backend), *told], backend.snapshot()
+        notes, before = [*_unknown(backend), *unknown, *told], backend.snapshot()
         shipped = what_ships(backend, calibration)
         equalizes, judge = config.equalize and config.searches_all, kernels if shipped is None else shipped
         progress.stage("equal forms")
@@ -211,17 +211,19 @@ def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:
     return replace(config, equalize=False, population=tuple(one for one in config.population if one != "biases"))
 
 
-def _attach_weights(backend: Backend, sources: FloatSources) -> None:
-    """The float weights from which codes are rounded anew, where they are known."""
+def _attach_weights(backend: Backend, sources: FloatSources) -> list[str]:
+    """The float weights from which codes are rounded anew, where they are known; what is said of constants without."""
     if sources.weights is not None:
-        attach_float_weights(backend, sources.weights)
-        return
+        unknown = attach_float_weights(backend, sources.weights)
+        told = "constants whose values float_model does not hold stay as they are (the exported float model may): "
+        return [told + ", ".join(unknown)] if unknown else []
     warnings.warn(
         "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
         "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
         CptvWarning,
         stacklevel=4,
     )
+    return []
 
 
 def _calibration(

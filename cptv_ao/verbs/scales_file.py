@@ -33,8 +33,8 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
     Args:
         model: what `convert_fx` or `convert_pt2e` returned, refined or not.
         path: of a `.safetensors` file. Per site: scale (float64) and zero_point (int64) of its shape, and of a weight
-            its codes (int8); what a refine may have replaced of norms and biases; the site table as JSON among the
-            metadata.
+            its codes (int8; of a constant also uint8); what a refine may have replaced of norms and biases; the site
+            table as JSON among the metadata.
 
     Raises:
         UnsupportedModelError: the model is not quantized.
@@ -114,7 +114,8 @@ def _value(
         "zero_point": (torch.int64, site.shape),
     }
     if site.kind == "weight" and not site.fixed:
-        wanted["codes"] = (torch.int8, tuple(backend.weight(site.name).shape))
+        codes = backend.weight(site.name).int_repr()
+        wanted["codes"] = (codes.dtype, tuple(codes.shape))
     found: dict[str, Tensor] = {}
     for part, (dtype, shape) in wanted.items():
         tensor = tensors.get(f"{site.name}.{part}")
