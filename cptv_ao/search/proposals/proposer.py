@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +16,7 @@ from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import first_floating, moved
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.batch_gradient import Objective
@@ -72,10 +71,7 @@ class Proposer:
         self._twin.reround_weights()
         if torch.device(self._config.device).type != "cpu":
             self._steps.to(self._config.device)
-            few = self._images.few(_TOLD_BY)
-            self._images = replace(
-                few, args=moved(few.args, self._config.device), kwargs=moved(few.kwargs, self._config.device)
-            )
+            self._images = self._images.few(_TOLD_BY).to(self._config.device)
             self._twin.to(self._config.device)
         #: what is to be said of the twin that proposes
         self.twin_notes = self._twin.notes

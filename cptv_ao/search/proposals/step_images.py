@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.tensors import moved
 from cptv_ao.evaluation.calibration import Calibration
 
 
@@ -48,7 +45,5 @@ class StepImages:
     def to(self, device: str) -> None:
         """Give all images and targets on a device."""
         self._device = device
-        self.batches = [
-            replace(batch, args=moved(batch.args, device), kwargs=moved(batch.kwargs, device)) for batch in self.batches
-        ]
+        self.batches = [batch.to(device) for batch in self.batches]
         self._targets = [None if target is None else target.to(device) for target in self._targets]
