@@ -12,7 +12,7 @@ SLURM, one torchrun per node of a job (sbatch --nodes 8 --ntasks-per-node 1):
     srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-id $SLURM_JOB_ID --rdzv-backend c10d \\
         --rdzv-endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500 examples/distributed.py
 
-With GPUs, `RefineConfig(score_on="simulation", device=f"cuda:{LOCAL_RANK}")` puts each rank on its own.
+With GPUs, `RefineConfig(device=f"cuda:{LOCAL_RANK}")` puts each rank on its own.
 """
 
 from __future__ import annotations

@@ -251,6 +251,8 @@ def _calibration(
     notes += told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
+    if torch.cuda.is_available() and torch.device(config.device).type == "cpu":
+        notes.append("torch sees a GPU here: RefineConfig(device='cuda') makes the proposals there")
     if known[0].fixed and not backend.form.intake(backend.model).fixed:
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
     pool = Pool(whole.search, partial(taught, teacher, select, world)) if split.images < whole.images else None
