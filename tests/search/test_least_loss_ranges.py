@@ -165,8 +165,29 @@ def test_sites_on_one_scale_get_one(vit_w3: Case) -> None:
         if group[0].kind == "activation":
             groups[group[0].name] = group
     parts = [Batch((image,), {}, 2) for image in vit_w3.batches[0][:16].split(2)]
-    found = least_loss_ranges(twin, groups, parts, "kl", first_floating)
+    found = least_loss_ranges(twin, groups, [(part, 1) for part in parts], "kl", first_floating)
     assert set(found) == {site.name for group in groups.values() for site in group if site.name in twin.names}
     assert all(
         found[site.name] is found[group[0].name] for group in groups.values() for site in group if site.name in found
     )
+
+
+def test_directions_of_one_run_are_those_of_runs_of_their_own(vit_w3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU runs them; in directions that depend on the image alone."""
+
+    def direction(loss: object, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        return (outputs * torch.sin(1e3 * outputs.detach())).sum()
+
+    monkeypatch.setattr("cptv_ao.search.proposals.least_loss_ranges.random_direction", direction)
+    backend, images = backend_of(vit_w3), torch.cat(list(vit_w3.batches))[:8]
+    whole = Batch((images,), {}, 8)
+    twin = Twin(backend).checked(whole)
+    groups = {lead: group for lead, group in backend.movable().items() if group[0].kind == "activation"}
+    plans = {"apart": [(part, 1) for part, _ in whole.parts(4)], "together": [(whole, 4)], "in common": [(whole, 1)]}
+    found = {name: least_loss_ranges(twin, groups, parts, "kl", first_floating) for name, parts in plans.items()}
+
+    def alike(other: str) -> float:
+        pairs = [(found["apart"][name].scale, found[other][name].scale) for name in found["apart"]]
+        return sum(abs(float(a / b) - 1) < 0.01 for a, b in pairs) / len(pairs)
+
+    assert alike("together") > 0.9 > alike("in common")
