@@ -76,6 +76,7 @@ def _scan(model: GraphModule) -> ScannedGraph:
         elif is_decomposed(node) and node not in known and not (_is_weight(node) or _computed(node)):
             unknown.append(f"{node.name} ({node.target})")
     _fix_shared_codes(sites, weights)
+    _tie_constants(sites, weights, by_qparams)
     return ScannedGraph(SiteTable(tuple(sites.values()), tuple(unknown)), activations, weights)
 
 
@@ -98,6 +99,19 @@ def _fix_shared_codes(sites: dict[str, ScaleSite], weights: Mapping[str, Pt2eWei
     for name, codes in held.items():
         if codes is not None and counts[codes] > 1:
             sites[name] = replace(sites[name], fixed="its codes stand on another scale, too")
+
+
+def _tie_constants(
+    sites: dict[str, ScaleSite], weights: Mapping[str, Pt2eWeightSlot], by_qparams: Mapping[tuple[float, int], str]
+) -> None:
+    """Constants on the very qparams of an activation move with it: their observer was shared, since an op wants its
+    inputs on one scale (XNNPACK's concatenation runs on no others)."""
+    for name, slot in weights.items():
+        if not slot.of_layer and slot.axis is None:
+            qparams = slot.read()
+            lead = by_qparams.get((float(qparams.scale), int(qparams.zero_point)))
+            if lead is not None and slot.limits == (sites[lead].qmin, sites[lead].qmax):
+                sites[name] = replace(sites[name], tied=lead, affine=True)
 
 
 def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> ScaleSite:

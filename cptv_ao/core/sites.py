@@ -82,12 +82,12 @@ class SiteTable(Mapping[str, ScaleSite]):
         return len(self._sites)
 
     def groups(self) -> dict[str, tuple[ScaleSite, ...]]:
-        """Sites that may move, by the name of the leader of their tied group.
+        """Sites that may move, by the name of the leader of their tied group, which is its first.
 
         A group with a fixed member does not move at all.
         """
         members: dict[str, list[ScaleSite]] = {}
-        for site in self._sites.values():
+        for site in sorted(self._sites.values(), key=lambda site: site.tied != site.name):
             members.setdefault(site.tied, []).append(site)
         return {lead: tuple(group) for lead, group in members.items() if not any(s.fixed for s in group)}
 

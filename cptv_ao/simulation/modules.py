@@ -77,7 +77,7 @@ class WeightQuantizer(SiteModule):
         self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None, shiftable: bool
     ) -> None:
         super().__init__(site, qparams)
-        self._symmetric = not bool(self.zero_point.any())
+        self._symmetric = not site.affine and not bool(self.zero_point.any())
         self.register_buffer("codes", codes.to(torch.float32) - along_axis(self.zero_point, site.axis, codes.dim()))
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
         #: in steps, -0.5 to 0.5; see `QParams`
@@ -134,7 +134,7 @@ class WeightQuantizer(SiteModule):
         if self._symmetric:
             limits = Limits(site.qmin, site.qmax, self.rounding == "round")
         else:
-            zero_point = along_axis(self.zero_point, site.axis, self.codes.dim())
+            zero_point = along_axis(self.zero_point.round(), site.axis, self.codes.dim())  # one may move in fractions
             limits = Limits.of(zero_point, site.qmin, site.qmax, self.rounding)
         if self.rounding == "none":
             limits = Limits.of(self.scale, site.qmin, site.qmax, "none")

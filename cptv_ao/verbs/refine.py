@@ -215,7 +215,7 @@ def _attach_weights(backend: Backend, sources: FloatSources) -> list[str]:
     """The float weights from which codes are rounded anew, where they are known; what is said of constants without."""
     if sources.weights is not None:
         unknown = attach_float_weights(backend, sources.weights)
-        told = "constants whose values float_model does not hold stay as they are (the exported float model may): "
+        told = "constants whose values float_model does not hold (an exported one may) stay, with all on their scale: "
         return [told + ", ".join(unknown)] if unknown else []
     warnings.warn(
         "refine without float_model: the teacher is the quantized model with float activations, and weight scales "

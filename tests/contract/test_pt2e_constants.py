@@ -63,7 +63,11 @@ class Constants(specs.Quantizer):
         for node in (node for node in model.graph.nodes if node.target in read):
             given = node.args[0] if node.target is _aten.cat.default else node.args[:2]
             inputs = {source: self._spec(node, source) for source in given if isinstance(source, Node)}
-            node.meta["quantization_annotation"] = specs.QuantizationAnnotation(inputs, self._value, _annotated=True)
+            output = self._value
+            if node.target is _aten.cat.default and not self._per_channel:  # one scale for all, as kernels want it
+                output = specs.SharedQuantizationSpec((given[0], node))
+                inputs = {source: inputs[source] if source is given[0] else output for source in inputs}
+            node.meta["quantization_annotation"] = specs.QuantizationAnnotation(inputs, output, _annotated=True)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -187,17 +191,17 @@ QUANTIZERS = {
 }  # fmt: skip
 
 
-def exported(model: nn.Module) -> GraphModule:
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
-    found = torch.export.export(model, (BATCHES[0],), dynamic_shapes=dynamic).module()
+def exported(model: nn.Module, dynamic: bool = True) -> GraphModule:
+    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},) if dynamic else None
+    found = torch.export.export(model, (BATCHES[0],), dynamic_shapes=shapes).module()
     assert isinstance(found, GraphModule)
     return found
 
 
-def converted(model: nn.Module, quantizer: Any, fold: bool = True) -> GraphModule:
+def converted(model: nn.Module, quantizer: Any, fold: bool = True, dynamic: bool = True) -> GraphModule:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        prepared = torchao.prepare_pt2e(exported(model), quantizer)
+        prepared = torchao.prepare_pt2e(exported(model, dynamic), quantizer)
         for batch in BATCHES:
             prepared(batch)
         graph: GraphModule = torchao.convert_pt2e(prepared, fold_quantize=fold)
@@ -282,6 +286,52 @@ def test_constants_are_searched_reported_saved_and_diagnosed(net: Any, quantizer
     name = report.moves[0].name
     assert count_codes(graph, name).total == Backend(graph).weight(name).numel()
     cptv_ao.diagnose(graph, BATCHES, float_model=model, progress=False)
+
+
+class Joined(Net):
+    """A constant before a cat, all of which XNNPACK wants on one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(16, 1, 12) * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.cat([self.token, self.a(x)[:, None]], 1).relu()).mean(1)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_constant_on_the_scale_of_an_activation_moves_with_it(fold: bool) -> None:
+    model = nets.seeded(Joined)
+    graph = converted(model, Constants(), fold, dynamic=False)
+    backend = Backend(graph)
+    (name,) = constants(backend)
+    site = backend.sites[name]
+    lead = backend.sites[site.tied]
+    assert site.affine and lead.kind == "activation"
+    assert (lead.name in backend.movable()) is not fold, "not without the values that are rounded anew"
+    attach_float_weights(backend, model)
+    group = backend.movable()[lead.name]
+    assert group[0] == lead and site in group and len(group) > 2
+    given = {one.name: backend.read(one.name) for one in group}
+    config = small_config(
+        evaluations=10, gradient_steps=30, loss="mse", holdout=0, population=("ranges",), include=(lead.name,)
+    )
+    cptv_ao.refine(graph, BATCHES, float_model=model, config=config, progress=False)
+    report = cptv_ao.report(graph)
+    assert report.after.search < report.before.search
+    assert {move.name for move in report.moves} == {one.name for one in group}
+    now = [Backend(graph).read(one.name) for one in group]
+    assert not torch.equal(now[0].scale, given[lead.name].scale)
+    assert all(torch.equal(one.scale, now[0].scale) and torch.equal(one.zero_point, now[0].zero_point) for one in now)
+    backend = Backend(graph)
+    attach_float_weights(backend, model)
+    with torch.no_grad():
+        codes, float_weight = backend.weight(name).dequantize(), backend.float_weights[name]
+        low, high = ((end - now[0].zero_point) * now[0].scale for end in (site.qmin, site.qmax))
+        assert float((codes - float_weight.clamp(low, high)).abs().max()) <= 0.51 * float(now[0].scale)
+        backend.write(lead.name, cptv_ao.QParams(now[0].scale * 1.1, now[0].zero_point + 7))
+        backend.write(name, cptv_ao.QParams(now[0].scale * 1.1, now[0].zero_point + 7))
+        assert torch.equal(Twin(backend)(BATCHES[0]), graph(BATCHES[0]))
 
 
 def test_what_the_float_model_computes_of_its_constants_is_known_of_the_exported_one() -> None:

@@ -104,7 +104,8 @@ def least_loss_ranges(
         select: picks the output that it compares.
     """
     histograms = {name: ErrorHistogram() for name in groups}
-    leads = {site.name: name for name, group in groups.items() for site in group if site.name in twin.names}
+    sites = [(name, site) for name, group in groups.items() for site in group if site.kind == "activation"]
+    leads = {site.name: name for name, site in sites if site.name in twin.names}
     generator = torch.Generator().manual_seed(0)
     for part, directions in parts:
         pull = partial(_pull, loss=loss, select=select, generator=generator)
