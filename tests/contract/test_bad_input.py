@@ -249,7 +249,16 @@ def test_a_loader_without_an_end(conv: Case, monkeypatch: pytest.MonkeyPatch, le
         with pytest.raises(cptv_ao.CalibrationDataError, match=match):
             count_codes(conv.converted, "conv1.output", loader)
     assert loader.read == 11
-    assert cptv_ao.diagnose(conv.converted, loader, float_model=conv.float_model, progress=False).images == 128
+
+
+@pytest.mark.parametrize("loader", [Endless, EndlessWithLength])
+def test_a_few_images_of_a_loader_without_an_end_are_diagnosed(
+    conv: Case, monkeypatch: pytest.MonkeyPatch, loader: type[Endless]
+) -> None:
+    """However many would be too many."""
+    monkeypatch.setattr(batches, "_IMAGES", 40)
+    given = loader(torch.cat(conv.batches))
+    assert cptv_ao.diagnose(conv.converted, given, float_model=conv.float_model, progress=False).images == 128
 
 
 def test_large_images_without_an_end(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:

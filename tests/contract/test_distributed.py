@@ -54,6 +54,14 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cptv_ao.search.proposals.device_memory._GRAPH_BYTES", 1)
 
 
+@pytest.mark.parametrize(
+    "small",
+    [
+        "conv",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("functional", "conv per tensor", "functional per tensor")),
+    ],
+    indirect=True,
+)
 def test_every_world_size_gives_the_same_scales(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_every_world_size(small, tmp_path, monkeypatch)
 
@@ -290,7 +298,12 @@ def test_ranks_that_were_given_different_things_are_told(
 
 @pytest.mark.parametrize(
     ("first", "second", "at"),
-    [(2, 1, "candidate"), (1, 2, "candidate"), (3, 2, "candidate"), (2, 3, "step"), (1, 2, "step")],
+    [
+        (2, 1, "candidate"),
+        (2, 3, "step"),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in [(1, 2, "candidate"), (3, 2, "candidate")]),
+        pytest.param(1, 2, "step", marks=pytest.mark.slow),
+    ],
 )
 def test_it_goes_on_with_another_world_size(
     conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int, at: str
