@@ -6,7 +6,6 @@ import copy
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import attention, nets, pt2e
-from helpers.cases import Case
+from helpers.cases import Case, reference_case
 from helpers.search import small_config
 from helpers.state import everything, generators
 from helpers.uneven import uneven
 from torch import Tensor
-from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
 import cptv_ao
 from cptv_ao.core import losses
@@ -246,16 +244,6 @@ def _uneven() -> Case:
     return Case(model, *nets.quantize(model, batches), batches)
 
 
-def _reference() -> Case:
-    model, batches = nets.seeded(nets.ConvNet), list(nets.images(16, 3, 16, 16).split(4))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        prepared = prepare_fx(copy.deepcopy(model), nets.mapping(3), (batches[0],))
-        for batch in batches:
-            prepared(batch)
-        return Case(model, prepared, convert_to_reference_fx(prepared), batches)
-
-
 def _attending() -> Case:
     pt2e.torchao()
     model = attention.apart(outlier=60)
@@ -265,7 +253,7 @@ def _attending() -> Case:
 
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(_uneven, marks=pytest.mark.slow), _reference, pytest.param(_attending, marks=pytest.mark.slow)],
+    [pytest.param(_uneven, marks=pytest.mark.slow), reference_case, pytest.param(_attending, marks=pytest.mark.slow)],
 )
 def test_ctrl_c_inside_an_equivalent_form(make: Callable[[], Case]) -> None:
     """Also while a form is half written: all is as it was, and the next search ends where one without it does."""

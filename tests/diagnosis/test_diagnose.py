@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -10,13 +9,12 @@ import pytest
 import torch
 import workloads
 from helpers import nets, pt2e
-from helpers.cases import Case, vit_case
+from helpers.cases import Case, reference_case, vit_case
 from helpers.diagnosed import block, diagnosed, rescale, site
 from helpers.search import exact_kl, small_config
 from helpers.state import everything
 from torch import Tensor, nn
 from torch.ao.quantization import HistogramObserver, QConfig, QConfigMapping
-from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 from torch.nn import functional
 
 import cptv_ao
@@ -96,17 +94,6 @@ def test_in_a_pt2e_graph() -> None:
     assert found.sites[0].used < 0.2
     assert found.loss == pytest.approx(found.simulated, rel=1e-3)
     assert found.blocks[0].share > 0.9
-
-
-def reference_case() -> Case:
-    model = nets.seeded(nets.ConvNet)
-    batches = list(nets.images(16, 3, 16, 16).split(4))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        prepared = prepare_fx(copy.deepcopy(model), nets.mapping(3), (batches[0],))
-        for batch in batches:
-            prepared(batch)
-        return Case(model, prepared, convert_to_reference_fx(prepared), batches)
 
 
 def test_a_reference_model_is_that_which_it_lowers_to(conv: Case) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 
+import torch
 import workloads
 from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
+from helpers import nets
 
 
 @dataclass
@@ -32,6 +36,18 @@ def vit_case(vit: nn.Module, digits: workloads.Images, weight_bits: int) -> Case
     batches = list(digits.calibration(128, seed=0).split(32))
     prepared, converted = workloads.quantize(copy.deepcopy(vit), batches[:2], weight_bits=weight_bits)
     return Case(vit, prepared, converted, batches)
+
+
+def reference_case() -> Case:
+    """What convert_to_reference_fx makes of the small convolutional network, at W3A8."""
+    model = nets.seeded(nets.ConvNet)
+    batches = list(nets.images(16, 3, 16, 16).split(4))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        prepared = prepare_fx(copy.deepcopy(model), nets.mapping(3), (batches[0],))
+        for batch in batches:
+            prepared(batch)
+        return Case(model, prepared, convert_to_reference_fx(prepared), batches)
 
 
 def backend_of(case: Case) -> Backend:
