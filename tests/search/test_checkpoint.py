@@ -137,7 +137,7 @@ def test_no_step_of_the_descent_is_lost(
 
 def test_a_descent_that_was_stopped_goes_on(conv: Case, tmp_path: Path) -> None:
     whole, path, steps = conv.copy(), tmp_path / "search", []
-    refine(whole, None)
+    kinds = [event.kind for event in refine(whole, None)]
 
     def stop(event: cptv_ao.Event) -> Any:
         steps.append(event.kind == "step")
@@ -150,7 +150,7 @@ def test_a_descent_that_was_stopped_goes_on(conv: Case, tmp_path: Path) -> None:
     )  # fmt: skip
     assert cptv_ao.report(model).status is cptv_ao.Status.CALLBACK
     seen = refine(conv, path)
-    assert [event.kind for event in seen].count("step") == CONFIG.gradient_steps - 3
+    assert [event.kind for event in seen].count("step") == kinds.count("step") - 3 > 0
     assert equal(scales(conv), scales(whole))
 
 
@@ -166,7 +166,7 @@ def test_in_the_descent_it_is_saved_as_often_as_it_pays(
         save(self, search)
 
     monkeypatch.setattr(Checkpoint, "save", watched)
-    refine(conv, tmp_path / "search", gradient_steps=40)
+    refine(conv, tmp_path / "search", gradient_steps=40, population=())
     assert [steps for steps in saved if steps is not None] == [0, 10, 20, 30], "at its proposals, in the first minute"
 
 

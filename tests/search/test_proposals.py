@@ -128,6 +128,24 @@ def test_what_the_descent_sees_is_what_it_proposes(conv: Case) -> None:
     assert seen[1:] == pytest.approx(proposed[:-1], rel=1e-3)
 
 
+@pytest.mark.parametrize(("accepted", "wanted"), [((), [5, 10]), ((0,), [5, 10, 15, 20]), ((1,), [5, 10, 15, 20])])
+def test_a_descent_of_which_nothing_is_accepted_ends_at_the_second_time(
+    conv: Case, accepted: tuple[int, ...], wanted: list[int]
+) -> None:
+    backend, images = backend_of(conv), conv.batches[0]
+    batches, teacher = [Batch((images,), {}, len(images))], [conv.float_model(images).detach()]
+    descent = GradientDescent(Twin(backend), backend.movable(), KL, rng=np.random.default_rng(0))
+    proposed = []
+    for number, _ in enumerate(descent.run(step_images(batches, teacher), Schedule(20, 0.03))):
+        proposed.append(descent.steps)
+        if number in accepted:
+            descent.go_on()
+        else:
+            descent.go_back_to(backend.read)
+    assert proposed == wanted
+    assert descent.over
+
+
 def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
     steps = Schedule(10, 0.1)
     assert [steps.progress(i) for i in (0, 5, 10)] == [0.0, 0.5, 1.0]

@@ -29,8 +29,9 @@ from cptv_ao.simulation.twin import Twin
 
 # Share of a descent that is only its beginning.
 _YOUNG = 0.25
-# Share of the learning rate that is left after the descent was sent back.
-_BACK_OFF = 0.5
+# Share of the learning rate that is left after the descent was sent back; and what is left of it when a descent of
+# which the kernels have accepted nothing ends: after the second time.
+_BACK_OFF, _GIVES_UP = 0.5, 0.25
 
 
 #: Of a descent: its tensors, and what JSON can hold.
@@ -79,12 +80,19 @@ class GradientDescent:
         return self._gradient.image_forwards
 
     def go_back_to(self, scales: Callable[[str], QParams]) -> None:
-        """Go on from other scales (by site name), at half the learning rate."""
+        """Go on from other scales (by site name), at half the learning rate; or not at all, where that is the second
+        time, and nothing was ever accepted."""
         with torch.no_grad():
             for group in self._groups:
                 group.set(scales(group.sites[0].name))
         self._optimizer.forget_direction()
-        self._progress.caution *= _BACK_OFF
+        at = self._progress
+        at.caution *= _BACK_OFF
+        at.over = at.over or (at.caution <= _GIVES_UP and not at.accepted)
+
+    def go_on(self) -> None:
+        """What was proposed was accepted."""
+        self._progress.accepted = True
 
     def rescale(self, factors: Mapping[str, float]) -> None:
         """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
@@ -111,7 +119,7 @@ class GradientDescent:
         at = self._progress
         if not self._gradient.follows(images):
             return
-        while (progress := schedule.progress(at.steps)) < 1.0:
+        while not at.over and (progress := schedule.progress(at.steps)) < 1.0:
             goes_on = going()
             if on_pause is not None:
                 on_pause(at.steps == at.proposed_at or not goes_on)
@@ -143,7 +151,7 @@ class GradientDescent:
 
     @property
     def over(self) -> bool:
-        """Whether the schedule has come to its end, and nothing has stopped it before."""
+        """Whether it has come to its end, and nothing has stopped it before: that of the schedule, or its own."""
         return self._progress.over
 
     def state(self) -> State:

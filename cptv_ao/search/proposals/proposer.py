@@ -216,7 +216,9 @@ class Proposer:
             corrects = biases.in_use(self._store) and not biases.dear
             yield name, partial(biases.corrected, scales, self._store) if corrects else scales
             self._follow()
-            if torch.equal(_scales(self._store, self._groups), before) and not descent.young:
+            if not torch.equal(_scales(self._store, self._groups), before):
+                descent.go_on()
+            elif not descent.young:
                 descent.go_back_to(self._store.read)
                 limits.limit(limited)
         if descent.over:

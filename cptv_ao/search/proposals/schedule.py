@@ -54,7 +54,8 @@ class DescentProgress:
         proposals, proposed_at: marks of the schedule that are behind the last one, and after how many steps it was.
         caution: what is left of the learning rate after it was sent back.
         feature_pull: what the distance of the features counts.
-        over: whether the schedule has come to its end.
+        accepted: whether anything of it was.
+        over: whether it has come to its end.
     """
 
     steps: int = 0
@@ -63,6 +64,7 @@ class DescentProgress:
     proposed_at: int = 0
     caution: float = 1.0
     feature_pull: float = 0.0
+    accepted: bool = False
     over: bool = False
 
     def proposed(self, marks: int) -> str:
