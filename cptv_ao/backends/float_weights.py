@@ -21,6 +21,8 @@ from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
 from cptv_ao.fx.quantized_ops import of_node
 
+# Share of the values of a constant that may be beyond the range of its scale, as an observer or a refine left it.
+_MOST_CLIPPED = 0.4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -48,7 +50,7 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
     |w / s - code| within half a step, or within a whole one where a refine has rounded weights up or down.
 
     Returns:
-        The constants whose values the float model does not hold: they stay as they are.
+        The constants, of more than one number, whose values the float model does not hold: they stay as they are.
 
     Raises:
         FloatModelMismatchError: naming the first module that differs.
@@ -62,10 +64,10 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
             continue
         if not backend.weights.slot(site.name).of_layer:
             value = _constant(held, backend.weight(site.name), site)
-            if value is None:
-                unknown.append(site.name)
-            else:
+            if value is not None:
                 backend.weights.set_float(site.name, value)
+            elif backend.weight(site.name).numel() > 1:  # else rounding took nothing from it
+                unknown.append(site.name)
             continue
         path = site.name.removesuffix(".weight") if by_module else site.scope
         weight = backend.weight(site.name)
@@ -91,14 +93,18 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
 def _constant(held: Iterable[Tensor], codes: Tensor, site: ScaleSite) -> Tensor | None:
     """The nearest of the tensors that may have these codes; None where there is none.
 
-    Codes at the ends are clipped in the observed range alone, if at all: of several tensors of few values that one is
-    meant which is nearest without that.
+    A constant is told by its values alone: where many of them were clipped, by nothing.
     """
     as_they_are = [tensor for tensor in held if tensor.numel() == codes.numel()]
     for candidates in (as_they_are, _moved(held, codes)):
-        fitting = [one.detach() for one in candidates if _distance(one.detach(), codes, site) <= 2 * HALF_STEP]
-        if fitting:
-            return min(fitting, key=lambda one: _distance(one, codes, site, clips=False))
+        nearest, found = math.inf, None
+        for candidate in candidates:
+            off, clipped = _off(candidate.detach(), codes, site)
+            beyond, apart = off > 2 * HALF_STEP, float(off.max())
+            if bool((clipped | ~beyond).all()) and float(beyond.float().mean()) <= _MOST_CLIPPED and apart < nearest:
+                nearest, found = apart, candidate.detach()
+        if found is not None:
+            return found
     return None
 
 
@@ -219,9 +225,14 @@ def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
     return weight * torch.exp2(torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0))
 
 
-def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite, clips: bool = True) -> float:
-    """How many steps a weight is from its codes, at most; where it `clips`, codes at the ends may stand for anything
-    beyond."""
+def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
+    """How many steps a weight is from its codes, at most; the codes at the ends may stand for anything beyond."""
+    off, clipped = _off(weight, quantized, site)
+    return float(off.masked_fill_(clipped, 0.0).max())
+
+
+def _off(weight: Tensor, quantized: Tensor, site: ScaleSite) -> tuple[Tensor, Tensor]:
+    """How many steps each value of a weight is from its code, and whether it is beyond the code at an end."""
     codes = quantized.int_repr().float()
     if site.axis is None:
         scale, zero_point = torch.tensor(quantized.q_scale()), torch.tensor(quantized.q_zero_point())
@@ -230,7 +241,4 @@ def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite, clips: bool = 
     steps = weight_steps(weight.to("cpu", torch.float32).reshape(codes.shape), scale.float(), site.axis)
     off = steps + along_axis(zero_point, site.axis, codes.dim()) - codes
     highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
-    if not clips:
-        return float(off.abs().max())
-    clipped = ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
-    return float(off.abs().masked_fill_(clipped, 0.0).max())
+    return off.abs(), ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))

@@ -45,5 +45,11 @@ def decibels(value: float | None) -> str:
     return UNKNOWN if not _known(value) else f"{value:.1f} dB" if math.isfinite(value) else "exact"
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
+
+
 def _known(value: float | None) -> TypeGuard[float]:
     return value is not None and not math.isnan(value)

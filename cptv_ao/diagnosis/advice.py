@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Container
 
-from cptv_ao.core.formatting import percent
-from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess, some
+from cptv_ao.core.formatting import percent, some
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess
 
 # Outputs this near to the float model's (in dB) leave nothing to gain.
 _NEAR = 40.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cptv_ao.core.formatting import decibels, number, percent, table
+from cptv_ao.core.formatting import decibels, number, percent, some, table
 from cptv_ao.core.plain import as_plain
 
 _ROWS = 10
@@ -204,12 +204,6 @@ def _facts(findings: Findings) -> list[str]:
         "more levels than nominal": findings.wide_weights,
     }
     return [f"{title}: {some(names)}" for title, names in named.items() if names]
-
-
-def some(names: tuple[str, ...], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
 
 
 def _more(count: int, what: str) -> list[str]:

@@ -14,6 +14,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.formatting import some
 from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.objective import settled
 from cptv_ao.core.progress import Advance, progress_bar
@@ -22,7 +23,7 @@ from cptv_ao.diagnosis.attribution import Attribution, causes_by_substitution, c
 from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.diagnosis.graph_survey import Survey
 from cptv_ao.diagnosis.meters import Fidelity, measured_weight
-from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, some
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind

@@ -26,6 +26,7 @@ from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
+from cptv_ao.core.formatting import some
 from cptv_ao.core.image_subsets import split_batches
 from cptv_ao.core.losses import is_per_image
 from cptv_ao.core.objective import settled
@@ -216,7 +217,7 @@ def _attach_weights(backend: Backend, sources: FloatSources) -> list[str]:
     if sources.weights is not None:
         unknown = attach_float_weights(backend, sources.weights)
         told = "constants whose values float_model does not hold (an exported one may) stay, with all on their scale: "
-        return [told + ", ".join(unknown)] if unknown else []
+        return [told + some(unknown)] if unknown else []
     warnings.warn(
         "refine without float_model: the teacher is the quantized model with float activations, and weight scales "
         "stay as they are; pass float_model= (the float or the prepared model) for the full gain",
