@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_constants import float_tensors, rearranged
-from cptv_ao.backends.pt2e import fused_weights
+from cptv_ao.backends.trained_weights import fused_weights, trained_scales
 from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
@@ -43,7 +43,7 @@ def weight_ranges(float_model: nn.Module | None) -> dict[str, tuple[int, int]]:
 
 
 def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
-    """Give the backend the float weight of each of its weight sites.
+    """Give the backend the float weight of each of its weight sites, and the scale that it was trained on (QAT).
 
     A weight is found by module path, fused with a batch norm where that is what was quantized; the weight of a
     functional op, or a constant, by its values, whichever way these were moved. Each is checked, clipped codes aside:
@@ -87,6 +87,7 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
         if found.steps > 2 * HALF_STEP:
             _refuse(path, weight, found.shapes)
         backend.weights.set_float(site.name, found.weight)
+    backend.weights.trained = trained_scales(float_model, backend.sites, by_module)
     return unknown
 
 

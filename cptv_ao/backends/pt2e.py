@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.graph_form import GraphForm
@@ -23,10 +22,6 @@ from cptv_ao.core.intake import Intake
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.fx.decomposed_ops import calls, calls_default, is_decomposed
 from cptv_ao.fx.inputs import taken_by_exported
-from cptv_ao.fx.paths import fetch
-
-# What QAT puts around a convolution and its weight.
-_FACTORS = (torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 class Pt2eForm(GraphForm):
@@ -120,32 +115,6 @@ def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> Scal
     users = tuple(dict.fromkeys(user.name for node in nodes for user in node.users))
     op, scope = _op(nodes[0]), _scope(nodes[0])
     return ScaleSite(name, "weight", op, scope, shape, slot.axis, qmin, qmax, False, users, name, fixed)
-
-
-def fused_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the convolutions of an exported float model, fused with the batch norm behind them, by path.
-
-    Prepared for QAT: batch_norm(conv(x, fake_quantize(weight * factor)) / factor + bias).
-    """
-    fused: dict[str, Tensor] = {}
-    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
-        source = _through_factors(node.args[0]) if node.target is torch.ops.aten.batch_norm.default else None
-        held = _through_factors(source.args[1]) if source is not None and len(source.args) > 1 else None
-        if held is None or held.op != "get_attr":
-            continue
-        gamma, _, _, var = (fetch(model, str(part.target)) if part is not None else None for part in node.args[1:5])
-        factor = torch.rsqrt(var + node.args[7]) * (1 if gamma is None else gamma)
-        weight = fetch(model, str(held.target))
-        path = str(held.target).removesuffix(".weight")
-        fused[path] = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
-    return fused
-
-
-def _through_factors(value: Any) -> Node | None:
-    """The node whose value this is, but for factors, sums and fake quantization."""
-    while isinstance(value, Node) and (value.op == "call_module" or value.target in _FACTORS):
-        value = value.args[0]
-    return value if isinstance(value, Node) else None
 
 
 def weight_sites(model: GraphModule, sites: Mapping[str, ScaleSite]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cptv_ao.backends.corrected_biases import Corrected, CorrectedBiases
 from cptv_ao.backends.scale_slots import WeightSlot
-from cptv_ao.core.qparams import QParams
+from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import SiteTable
 from cptv_ao.core.weight_rounding import round_weight, shift_of
 
@@ -41,6 +41,7 @@ class WeightStore:
     Attributes:
         floats: float weights given so far, from which codes are re-rounded.
         biases: what is added to the products with weights, as it was given and corrected.
+        trained: scales on which these were rounded while they were trained, where they were (QAT).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class WeightStore:
     ) -> None:
         self._slots, self._sites, self._remembered = slots, sites, list(remembered)
         self.floats: dict[str, Tensor] = {}
+        self.trained: Assignment = {}
         self._shifts: dict[str, Tensor | None] = {}
         self.biases = CorrectedBiases(slots)
         for name, slot in slots.items():

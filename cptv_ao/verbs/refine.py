@@ -172,7 +172,9 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         kernels = SplitEvaluators(backend.model, calibration)
         notes, before = [*_unknown(backend), *unknown, *told], backend.snapshot()
         shipped = what_ships(backend, calibration)
-        equalizes, judge = config.equalize and config.searches_all, kernels if shipped is None else shipped
+        # Another form rounds its weights anew, as they were not trained (QAT).
+        equalizes = config.equalize and config.searches_all and not backend.weights.trained
+        judge = kernels if shipped is None else shipped
         progress.stage("equal forms")
         form = equalized_baseline(backend, judge, calibration) if equalizes else None  # better to quantize
         target = open_target(backend, kernels, form, calibration, shipped)

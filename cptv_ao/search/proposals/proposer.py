@@ -142,6 +142,9 @@ class Proposer:
             yield from self._least_loss(population)
             if not torch.equal(first, _scales(self._store, self._groups)):
                 population.discard("ranges")
+        trained = {name: qparams for name, qparams in self._kernels.weights.trained.items() if name in self._groups}
+        if trained and self._budget.left:
+            yield "weight scales of the fake quantization", partial(dict, trained)
         batch = self._images.few(max(worth, 1))
         found = list(individuals(population, self._twin, self._groups, limited, now, batch))
         for individual in reversed(found) if dear else found:  # first what costs nothing
