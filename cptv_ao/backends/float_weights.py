@@ -185,6 +185,10 @@ def _module_weights(modules: dict[str, nn.Module], path: str) -> Iterator[Tensor
         if isinstance(norm, _BATCH_NORMS) and norm.num_features == channels and norm.running_var is not None:
             yield _fused(module, weight, norm)
             yield _folded(module, weight, norm)
+    for name in names[place + 1 :] + names[:place]:  # as `cptv_ao.transforms.layer_scale` makes them of a weight
+        for factors in modules[name].parameters(recurse=False):
+            if factors.numel() == channels and factors.is_floating_point():
+                yield _by_channel(module, weight, factors.flatten())
 
 
 def _weighted(module: nn.Module) -> nn.Module:

@@ -15,10 +15,12 @@ from cptv_ao.fx.paths import fetch
 
 
 class RewrittenState(NamedTuple):
-    """What an equal form has changed at a site at one time: tensors, each with its path, and what it moves with."""
+    """What an equal form has changed at a site at one time: tensors, each with its path, what it moves with, and why
+    it does not move."""
 
     tensors: tuple[tuple[str, Tensor], ...]
     tied: str
+    fixed: str
 
 
 class Rewrites:
@@ -50,19 +52,22 @@ class Rewrites:
         self.passed[passed] = lead
 
     def fix(self, names: Collection[str], why: str) -> None:
-        """Let sites never move."""
+        """Let sites not move; a state from before undoes it."""
         self._change(names, fixed=why)
 
     def state(self, name: str) -> RewrittenState:
         """What is changed at a site now, for `restore`."""
         tensors = tuple((path, fetch(self._model, path)) for path in self._replaced.get(name, ()))
-        return RewrittenState(tensors, self.sites[name].tied)
+        site = self.sites[name]
+        return RewrittenState(tensors, site.tied, site.fixed)
 
     def restore(self, name: str, state: RewrittenState) -> None:
         """Put back what `state` returned: the very tensors, and those that were given where it knew of none."""
-        if state.tied != self.sites[name].tied:
-            self._change([name], tied=state.tied)
-            self.passed.pop(name, None)
+        now = self.sites[name]
+        if (state.tied, state.fixed) != (now.tied, now.fixed):
+            self._change([name], tied=state.tied, fixed=state.fixed)
+            if state.tied != now.tied:
+                self.passed.pop(name, None)
         for path, value in (self._replaced.get(name, {}) | dict(state.tensors)).items():
             TensorSlot.of(self._model, path).put(value)
 

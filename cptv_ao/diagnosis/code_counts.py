@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.open import open_model
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import eval_mode, plain_torch
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.loader import read_batches
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.node_runner import Watcher
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cptv_ao.core.batches import Batch, unlike
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.loader import unlike
 from cptv_ao.core.nested import Path, mapped
 from cptv_ao.core.tensors import Select, first_floating
 from cptv_ao.fx.running import run

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx._pytree import tree_flatten_spec
 from torch.utils._pytree import tree_unflatten
 
 from cptv_ao.core.intake import Intake
 from cptv_ao.core.nested import Path, leaves
+
+# What takes a value apart that is no tensor, or may be none.
+_TAKES = {operator.getitem, getattr}
 
 
 def taken(model: GraphModule) -> Intake:
@@ -24,7 +29,15 @@ def taken(model: GraphModule) -> Intake:
         lambda keyword: any(name == keyword or name.startswith((f"{keyword}_", "**")) for name in names),
         tuple(str(node.target) for node in plain if not node.args),
         tuple(str(node.target) for node in plain if node.args and node.users),
+        nested={str(node.target): 0 for node in plain if _keys(node)},
+        plain=frozenset(str(node.target) for node in plain if not any(user.target in _TAKES for user in node.users)),
     )
+
+
+def _keys(node: Node) -> bool:
+    """Whether an input is asked for values by name, which a tensor is not."""
+    taken = [user for user in node.users if user.target is operator.getitem]
+    return bool(taken) and all(isinstance(user.args[1], str) for user in taken)
 
 
 def taken_by_exported(model: GraphModule) -> Intake:
@@ -34,11 +47,36 @@ def taken_by_exported(model: GraphModule) -> Intake:
     shapes = [_shape(node.meta.get("val")) for node in nodes]
     spec = getattr(model.graph._codegen, "pytree_info", None)
     if spec is None:
-        names, args, kwargs = [str(node.target) for node in nodes], tuple(shapes), {}
+        names, args, kwargs = [str(node.target) for node in nodes], tuple[Any, ...](shapes), {}
     else:
         names = list(spec.orig_args)
         args, kwargs = tree_unflatten(shapes, spec.in_spec)
-    return Intake(set(names).__contains__, tuple(names[: len(args)]), shapes=dict(_by_path(names, args, kwargs)))
+    nested = {
+        name: 0 if isinstance(value, Mapping) else len(value)
+        for name, value in zip(names, args, strict=False)
+        if isinstance(value, (Mapping, list, tuple))
+    }
+    return Intake(
+        set(names).__contains__,
+        tuple(names[: len(args)]),
+        shapes=dict(_by_path(names, args, kwargs)),
+        nested=nested,
+        plain=frozenset(names) - set(nested),
+    )
+
+
+def taken_apart(
+    model: GraphModule, args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> tuple[Iterable[Any], Mapping[str, Any]]:
+    """Inputs for the placeholders: an exported graph has one for each leaf of those that it was exported for."""
+    info = getattr(model.graph._codegen, "pytree_info", None)
+    if info is None:
+        return args, kwargs
+    given = dict(zip(info.orig_args, args, strict=False)) | dict(kwargs)
+    positional = len(tree_unflatten(range(info.in_spec.num_leaves), info.in_spec)[0])
+    values = [given[name] for name in info.orig_args if name in given]
+    named = dict(zip(info.orig_args[positional:], values[positional:], strict=False))
+    return tree_flatten_spec((tuple(values[:positional]), named), info.in_spec), {}
 
 
 def unlike_exported(model: Any, tensors: Iterable[Tensor]) -> bool:

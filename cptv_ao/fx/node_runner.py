@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.tensors import copied
+from cptv_ao.fx.inputs import taken_apart
 
 
 class Watcher(Interpreter):
@@ -50,6 +51,7 @@ class Recorder(Interpreter):
 
 def ordered(model: GraphModule, batch: Batch) -> list[Any]:
     """The inputs in the order of the placeholders, as copies: a model may work in place on them."""
+    args, kwargs = taken_apart(model, batch.args, batch.kwargs)
     names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
-    given = dict(zip(names, batch.args, strict=False)) | dict(batch.kwargs)
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
     return [copied(given[name]) for name in takewhile(given.__contains__, names)]

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from cptv_ao.fx.aliasing import Memory
 from cptv_ao.fx.inplace import may_write
+from cptv_ao.fx.inputs import taken_apart
 from cptv_ao.fx.paths import fetch
 from cptv_ao.fx.quantized_ops import of_module, of_node
 
@@ -42,6 +43,7 @@ class Segments:
     """
 
     def __init__(self, model: GraphModule) -> None:
+        self._model = model
         self._nodes, self._position, self._held, self._scope = _flattened(model)
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._first_use = {n: min((self._index[u] for u in n.users), default=len(self._nodes)) for n in self._nodes}
@@ -64,7 +66,8 @@ class Segments:
     def start(self, args: Iterable[Any], kwargs: dict[str, Any], stop: int | None) -> Any:
         """Run from the model's input to the cut `stop`, or to the model's output (None)."""
         first = self._next(0)
-        values = self._function(0, first)(self._scope, *args, **kwargs)
+        args, named = taken_apart(self._model, args, kwargs)
+        values = self._function(0, first)(self._scope, *args, **named)
         return values if first is None or first == stop else self.run(values, first, stop)
 
     def run(self, values: Values, start: int, stop: int | None) -> Any:

@@ -6,6 +6,7 @@ After:  Quantizer(x)                 -> Dequantize            -> FloatLayer(x, b
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -103,10 +104,14 @@ class Pt2eBuilder(Builder):
 
     def _output(self, node: Node) -> None:
         """In the form in which the model returns its values."""
-        info = getattr(self._model.graph._codegen, "pytree_info", None)
-        flat = self._mapped(node.args[0])
-        spec = None if info is None else info.out_spec
-        self._graph.output(flat if spec is None else tree_unflatten(flat, spec))
+        flat, codegen = self._mapped(node.args[0]), copy.copy(self._model.graph._codegen)
+        if not hasattr(codegen, "pytree_info"):
+            self._graph.output(flat)
+            return
+        info = cast(Any, codegen).pytree_info
+        self._graph.output(tree_unflatten(flat, info.out_spec))
+        cast(Any, codegen).pytree_info = info._replace(out_spec=None)
+        self._graph.set_codegen(codegen)  # takes nested inputs apart
 
     def _function(self, node: Node) -> None:
         quantizer, product = self._sites.output(node.name), self._product(node)

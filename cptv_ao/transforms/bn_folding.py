@@ -41,7 +41,7 @@ def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
         factor = fold_factors(found["running_var"], found.get("weight"), found.get("bias"), norm.eps)
         bias = backend.weights.biases.given(norm.weight)
         offset = (zero if bias is None else bias) - mean
-        _scale_channels(backend, norm.weight, factor, factor * offset + found.get("bias", zero))
+        scale_channels(backend, norm.weight, factor, factor * offset + found.get("bias", zero))
         for name, path in norm.tensors.items():
             backend.rewrites.put(norm.weight, path, identity[name])
         backend.write(norm.output, backend.read(norm.after))
@@ -50,13 +50,13 @@ def _fold(backend: Backend, norm: UnfusedNorm) -> bool:
     return not done
 
 
-def _scale_channels(backend: Backend, name: str, factor: Tensor, bias: Tensor) -> None:
+def scale_channels(backend: Backend, name: str, factor: Tensor, bias: Tensor | None) -> None:
     """Multiply what a layer gives, channel by channel, and give it another bias.
 
     Args:
         name: of its weight, whose scales are per channel of the output.
         factor: (C,); where it is negative, codes change their sign (-128 becomes 127), where it is 0, they are 0.
-        bias: (C,), the whole new one.
+        bias: (C,), the whole new one; None of a layer that has none.
     """
     codes, given, store = backend.weight(name).int_repr(), backend.read(name), backend.weights
     shape = (-1, *[1] * (codes.dim() - 1))

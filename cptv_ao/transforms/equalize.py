@@ -7,6 +7,8 @@ offsets (batch norm folding, Jacob et al., arXiv 1712.05877); the norm that is l
     Before: quantized conv (scale for all channels) -> dequantize -> batch_norm -> quantize_per_tensor(s, z)
     After:  quantized conv (s, z)                   -> dequantize -> identity   -> quantize_per_tensor(s, z)
 
+Factors by channel behind a layer (LayerScale) become part of it: see `cptv_ao.transforms.layer_scale`.
+
 Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and say nothing.
 
 Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
@@ -30,6 +32,7 @@ from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.bn_folding import _fold, is_folded
 from cptv_ao.transforms.channel_shift import centre
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
+from cptv_ao.transforms.layer_scale import fold_scale
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
 from cptv_ao.transforms.range_clipping import _codes, _cut
@@ -43,8 +46,8 @@ _FOLDED = 1e-2
 def equalize(
     backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
 ) -> list[str]:
-    """Fold unfused batch norms, cut ranges that activation functions clip, and smooth outliers of layer norms; in a
-    PT2E graph smooth outliers, and centre what linear layers read.
+    """Fold unfused batch norms and layer scales, cut ranges that functions clip, and smooth outliers of layer
+    norms; in a PT2E graph smooth outliers, and centre what linear layers read.
 
     Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
@@ -62,11 +65,13 @@ def equalize(
         return _equalize_exported(backend, batches, world)
     patterns = Patterns(backend)
     norms, read = patterns.unfused_norms(), _smoothable(backend, patterns.read_norms())
+    scaled = patterns.scaled_layers()
     norms = _with_channels_first(backend, norms, batches[0])
-    if not (norms or read or patterns.clipped_sites()):
+    if not (norms or scaled or read or patterns.clipped_sites()):
         return []
     check = Equivalence(backend, batches, world, confirmed)
     folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
+    scales = sum(check.used(scaled, partial(fold_scale, backend), _FOLDED))
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
     codes = _codes(backend, batches[0], world) if clipped or read else 0
@@ -74,6 +79,8 @@ def equalize(
     notes = []
     if folded:
         notes.append(f"{folded} batch norms folded into the scales and biases of the layers before them")
+    if scales:
+        notes.append(f"{scales} layer scales folded into the layers before them")
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
     return notes + _smoothed(backend, batches, read, codes, check, world)
@@ -113,6 +120,7 @@ def replaceable(backend: Backend) -> dict[str, str]:
         return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}
     patterns = Patterns(backend)
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
+    tensors |= {scaled.path: scaled.weight for scaled in patterns.scaled_layers()}
     return tensors | {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
 
 

@@ -2,6 +2,7 @@
 `cptv_ao.transforms.equalize`.
 
     unfused norm:  quantized layer -> dequantize -> batch_norm -> quantize_per_tensor
+    scaled layer:  quantized layer -> quantized.mul by a tensor of the model
     read norm:     quantized layer norm -> linear layers only
     clipped site:  an activation -> ReLU or ReLU6 only
 """
@@ -12,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.ao.nn.quantized as nnq
@@ -52,6 +53,24 @@ class UnfusedNorm:
     node: str
     tensors: Mapping[str, str]
     eps: float
+
+
+@dataclass(frozen=True)
+class ScaledLayer:
+    """A quantized layer whose output is multiplied by a tensor of the model.
+
+    Attributes:
+        weight, output: sites of the layer.
+        factors: site of the tensor.
+        product: site of the product.
+        path: of the tensor.
+    """
+
+    weight: str
+    output: str
+    factors: str
+    product: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,10 @@ class Patterns:
         """In graph order."""
         return self._all(self._unfused)
 
+    def scaled_layers(self) -> list[ScaledLayer]:
+        """In graph order."""
+        return self._all(self._scaled)
+
     def read_norms(self) -> list[ReadNorm]:
         """In graph order."""
         return self._all(self._read)
@@ -141,6 +164,37 @@ class Patterns:
         if known is None or known.after or known.adds:
             return None
         return layer if [user for user in value.users if reads(user)] == [norm] else None
+
+    def _scaled(self, node: Node) -> ScaledLayer | None:
+        product = self._outputs.get(node.name)
+        if packet_of(node.target) is not torch.ops.quantized.mul or product is None:
+            return None
+        for value, factors in (node.args[:2], node.args[1::-1]):
+            path, layer = self._tensor(factors, node), self._plain_layer(value, node)
+            if path is None or layer is None:
+                continue
+            weight, output = self._weights[layer.name], self._outputs[layer.name]
+            if weight.axis == 0 and (output.qmin, output.qmax) == (product.qmin, product.qmax):
+                held = self._outputs[cast(Node, factors).name]
+                return ScaledLayer(weight.name, output.name, held.name, product.name, path)
+        return None
+
+    def _tensor(self, value: Any, reader: Node) -> str | None:
+        """Path of the tensor of the model that is put on a scale for a node alone."""
+        if not isinstance(value, Node) or op_of(value, self._modules) is not QUANTIZE or list(value.users) != [reader]:
+            return None
+        return own_path(value.args[0], self._once) if value.name in self._outputs else None
+
+    def _plain_layer(self, value: Any, reader: Node) -> Node | None:
+        """The quantized layer whose output a node alone reads, through what changes nothing in eval mode."""
+        while isinstance(value, Node) and list(value.users) == [reader]:
+            if value.name in self._weights and value.name in self._outputs:
+                known = of_node(value, self._modules)
+                return None if known is None or known.after or known.adds else value
+            if op_of(value, self._modules) not in (IDENTITY, DROPOUT) or not value.args:
+                return None
+            value, reader = value.args[0], value
+        return None
 
     def _after(self, norm: Node) -> ScaleSite | None:
         """The site on whose scale the output of a norm is put at once."""

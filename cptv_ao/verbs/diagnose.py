@@ -11,9 +11,9 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import OpenedModel
-from cptv_ao.core.batches import read_batches
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
+from cptv_ao.core.loader import read_batches
 from cptv_ao.diagnosis.advice import advise
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.diagnosis.run import _IMAGES, _diagnosis

@@ -19,7 +19,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.backends.open import OpenedModel
 from cptv_ao.backends.rollback import restored_on_error
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_interrupt
@@ -28,6 +28,7 @@ from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.formatting import some
 from cptv_ao.core.image_subsets import split_batches
+from cptv_ao.core.loader import read_batches
 from cptv_ao.core.losses import is_per_image
 from cptv_ao.core.objective import settled
 from cptv_ao.core.outcome import Outcome

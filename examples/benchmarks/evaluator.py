@@ -32,8 +32,9 @@ import workloads
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import find_blocks
+from cptv_ao.core.loader import read_batches
 from cptv_ao.core.losses import kl
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.teacher import teacher_outputs

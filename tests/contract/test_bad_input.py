@@ -17,7 +17,6 @@ from torch.ao.quantization import QConfigMapping
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.scale_slots import ModuleWeightSlot
-from cptv_ao.core import batches
 from cptv_ao.diagnosis.code_counts import count_codes
 
 
@@ -239,7 +238,7 @@ def test_a_bad_loader(conv: Case, loader: Any, match: str) -> None:
 @pytest.mark.parametrize("length", [None, 2])
 def test_a_loader_without_an_end(conv: Case, monkeypatch: pytest.MonkeyPatch, length: int | None, kind: str) -> None:
     """Read up to a limit, whatever it says of its length."""
-    monkeypatch.setattr(batches, "_IMAGES", 40)
+    monkeypatch.setattr("cptv_ao.core.loader._IMAGES", 40)
     loader = Endless(conv.batches[0]) if length is None else EndlessWithLength(conv.batches[0])
     told = "and it has no length" if length is None else "more than its length"
     match = rf"calib_loader: expected an end, got 44 images .* in 11 batches so far, {told}; .*list\(itertools.islice\("
@@ -256,13 +255,13 @@ def test_a_few_images_of_a_loader_without_an_end_are_diagnosed(
     conv: Case, monkeypatch: pytest.MonkeyPatch, loader: type[Endless]
 ) -> None:
     """However many would be too many."""
-    monkeypatch.setattr(batches, "_IMAGES", 40)
+    monkeypatch.setattr("cptv_ao.core.loader._IMAGES", 40)
     given = loader(torch.cat(conv.batches))
     assert cptv_ao.diagnose(conv.converted, given, float_model=conv.float_model, progress=False).images == 128
 
 
 def test_large_images_without_an_end(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_BYTES", 3 * conv.batches[0].nbytes)
+    monkeypatch.setattr("cptv_ao.core.loader._BYTES", 3 * conv.batches[0].nbytes)
     loader = Endless(conv.batches[0])
     match = r"expected an end, got 16 images \(4.6e-05 GiB\) in 4 batches so far"
     check(cptv_ao.CalibrationDataError, match, conv.converted, loader, float_model=conv.float_model)

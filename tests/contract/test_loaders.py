@@ -15,9 +15,9 @@ from helpers.state import weights
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.core import batches
-from cptv_ao.core.batches import read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.image_subsets import split_batches
+from cptv_ao.core.loader import read_batches
 
 
 class Label:
@@ -145,7 +145,7 @@ def test_expanded_tensors() -> None:
 
 
 def test_more_than_memory_should_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_IMAGES", 40)
+    monkeypatch.setattr("cptv_ao.core.loader._IMAGES", 40)
     with pytest.warns(
         cptv_ao.CptvWarning, match="calib_loader: 11 batches of 4 images are being read, and held in mem"
     ):
@@ -160,12 +160,12 @@ def test_reading_many_batches_looks_at_each_once(monkeypatch: pytest.MonkeyPatch
     """How often a batch is asked for its images does not grow with the number of batches."""
     asked = []
 
-    class Counting(batches.Batch):
+    class Counting(Batch):
         def __getattribute__(self, name: str) -> Any:
             asked.append(name)
             return super().__getattribute__(name)
 
-    monkeypatch.setattr(batches, "Batch", Counting)
+    monkeypatch.setattr("cptv_ao.core.loader.Batch", Counting)
     costs = []
     for count in (10, 100):
         asked.clear()

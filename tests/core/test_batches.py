@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import CalibrationDataError
 from cptv_ao.core.image_subsets import first_images, split_batches, spread_images
 from cptv_ao.core.intake import Intake
+from cptv_ao.core.loader import read_batches
 from cptv_ao.core.nested import leaves, mapped
 
 

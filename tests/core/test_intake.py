@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import CalibrationDataError, CptvWarning
 from cptv_ao.core.intake import Intake
+from cptv_ao.core.loader import read_batches
 
 ONE, TWO = Intake({"x"}.__contains__, ("x",), ("mask",)), Intake({"a", "b"}.__contains__, ("a", "b"))
+PLAIN = Intake({"a", "b"}.__contains__, ("a", "b"), plain=frozenset("ab"))
+DICT, PAIR = (Intake({"d"}.__contains__, ("d",), nested={"d": parts}) for parts in (0, 2))
+PAIRED = Intake({"p", "b"}.__contains__, ("p", "b"), nested={"p": 2}, plain=frozenset("b"))
 MASKED = Intake({"a", "b", "mask"}.__contains__, ("a", "b"), ("mask",))
 
 
@@ -43,6 +47,15 @@ A, B = images(3), images(3, 3)
         (TWO, ({"a": A, "b": B, "file": "x"}, "label"), (), {"a": A, "b": B}),
         (TWO, ([A], B), ([A], B), {}),
         (MASKED, (A, B), (A, B), {}),
+        (PLAIN, ((A, B), "label"), (A, B), {}),
+        (PLAIN, [[A, B]], (A, B), {}),
+        (DICT, {"a": A, "b": B}, ({"a": A, "b": B},), {}),
+        (DICT, ({"a": A, "b": B}, "label"), ({"a": A, "b": B},), {}),
+        (DICT, {"d": {"a": A, "b": B}, "label": B}, (), {"d": {"a": A, "b": B}}),
+        (PAIR, (A, B), ((A, B),), {}),
+        (PAIR, (A, B, "label"), ((A, B),), {}),
+        (PAIR, ((A, B), "label"), ((A, B),), {}),
+        (PAIRED, ((A, B), B, "label"), ((A, B), B), {}),
     ],
 )
 def test_inputs_are_told_from_labels(intake: Intake, item: Any, args: Any, kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from torch.ao.quantization import get_default_qconfig_mapping
 
 import cptv_ao
 from cptv_ao.backends.kernel_faults import scrambling_clamps
-from cptv_ao.core.batches import read_batches
+from cptv_ao.core.loader import read_batches
 
 BATCHES = list(nets.images(32, 4, 8, 8).split(8))
 

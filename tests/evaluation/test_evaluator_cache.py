@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import find_blocks
+from cptv_ao.core.loader import read_batches
 from cptv_ao.core.losses import kl
 from cptv_ao.core.qparams import QParams
 from cptv_ao.evaluation.entry_cache import EntryCache

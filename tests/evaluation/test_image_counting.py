@@ -14,7 +14,8 @@ from helpers.search import small_config
 from torch import Tensor, nn
 
 import cptv_ao
-from cptv_ao.core.batches import Batch, read_batches
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.loader import read_batches
 from cptv_ao.evaluation.image_counting import counted
 
 LENGTH, WIDTH = 6, 8
