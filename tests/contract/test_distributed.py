@@ -315,7 +315,7 @@ def test_it_goes_on_with_another_world_size(
 
     def killed(event: cptv_ao.Event) -> None:
         seen.append(event.kind)
-        if seen.count(at) > (9 if at == "candidate" else 4):
+        if seen.count(at) > (9 if at == "candidate" else 2):
             raise Killed("enough")
 
     found = together(first, lambda _: refine(conv, checkpoint=path, callback=killed), tmp_path)

@@ -20,6 +20,7 @@ from helpers.search import small_config
 from torch import Tensor, nn
 
 import cptv_ao
+from cptv_ao.simulation import fused
 
 PACKAGE = Path(cptv_ao.__file__).parent
 
@@ -104,7 +105,18 @@ def test_these_are_all_that_the_package_can_emit() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
         for _ in re.findall(r"warnings\.warn\(", path.read_text())
     ]
-    assert found == [*["core/batches.py"] * 2, *["verbs/refine.py"] * 3]
+    assert found == [*["core/loader.py"] * 2, "simulation/fused.py", *["verbs/refine.py"] * 3]
+
+
+def test_a_gpu_without_a_compiler_is_told_and_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(fused, "fit", fails)
+    fused.compiles.cache_clear()
+    told = [str(found.message) for found in recorded(lambda: fused.compiles(torch.device("cpu")))]
+    assert told == ["no fused kernels on cpu, plain torch computes there: Failed to find C compiler."]
+    fused.compiles.cache_clear()
 
 
 def test_no_warning_with_a_float_model(small: Case, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -237,6 +237,6 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
         names.append(name)
         assert twin.sites.modules[wide].site.qmax == 127
         assert scales()[wide].scale > backend.read(wide).scale * 1.5
-    assert len(names) == 4
+    assert len(names) == 2, "it ends at the second time"
     assert twin.sites.modules[wide].site.qmax == backend.sites[wide].qmax == 255
     assert max(losses[3:]) < 2 * max(losses[:3])
