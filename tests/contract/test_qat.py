@@ -254,6 +254,7 @@ def gained(
     return after - before, after - teacher, cptv_ao.report(refined)
 
 
+@pytest.mark.slow  # torchao takes half a minute to find batch norms; of lowered models above
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_exported_model_gets_the_scales_back_that_it_was_trained_on(digits: workloads.Images, seed: int) -> None:
     """Torch's fused fake quantization takes -1..1 for -2..1, its conversion does not: .60 of .87."""

@@ -60,7 +60,7 @@ def noted(used: set[str], name: str, function: Any, *args: Any, **kwargs: Any) -
 
 def found(case: Case) -> Tensor:
     """The gradient of a batch."""
-    backend, images = backend_of(case), case.batches[0]
+    backend, images = backend_of(case), case.batches[0][:2]
     batch = Batch((images,), {}, len(images))
     twin = Twin(backend).checked(batch)
     twin.reround_weights()

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "count"), [("not vit_w3", 33), pytest.param("vit_w3", 1, marks=pytest.mark.slow)], ids=["parts", "vit"]
+)
+def test_kernels_in_the_interpreter(chosen: str, count: int) -> None:
     pytest.importorskip("triton", reason="comes with torch builds for GPUs")
     checks = Path(__file__).with_name("check_fused.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(checks)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert 34 * "." in done.stdout
+    assert count * "." in done.stdout
