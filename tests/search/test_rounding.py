@@ -38,7 +38,7 @@ def test_the_gradient_of_a_shift_is_that_of_the_weight_in_steps() -> None:
 
 
 def test_every_code_is_one_of_the_two_beside_its_float_weight(case: Case) -> None:
-    model = refined(case)
+    model = refined(case, population=(), learning_rate=0.01)  # so that there is something left to the descent
     backend = backend_of(Case(case.float_model, case.prepared, model, case.batches))
     turned = total = 0
     for name, weight in backend.float_weights.items():
