@@ -24,11 +24,11 @@ from torch.fx import GraphModule, Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.qparams import PER_CHANNEL
 from cptv_ao.core.weight_rounding import along_axis
 from cptv_ao.fx.quantized_ops import is_quantized, of_module
 
 _QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
-_PER_CHANNEL = {torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams}
 # Marks are 1 + k / _MARKS, exact in float32.
 _MARKS = 2**16
 
@@ -194,7 +194,7 @@ def _places(model: GraphModule) -> list[_Place]:
     for module in model.modules():
         if _is_reference_module(module) and getattr(module, "weight_dtype", None) == torch.qint8:
             owner = cast(Any, module)
-            axis = owner.weight_axis_int if owner.weight_qscheme in _PER_CHANNEL else None
+            axis = owner.weight_axis_int if owner.weight_qscheme in PER_CHANNEL else None
             scale, zero_point = TensorSlot(owner, "weight_scale"), TensorSlot(owner, "weight_zero_point")
             places.append(_Place(scale, zero_point, TensorSlot(owner, "weight"), axis))
     seen = set()

@@ -92,6 +92,11 @@ def check_device(device: str) -> None:
     )
 
 
+def is_cpu(device: str) -> bool:
+    """Whether a device by name is the CPU, where kernels run, and nothing has to be moved."""
+    return torch.device(device).type == "cpu"
+
+
 @contextmanager
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     """Run in eval mode; every module gets its own training flag back."""

@@ -27,13 +27,13 @@ class Intake:
     """The inputs of one model.
 
     Attributes:
-        nested: inputs that are known to be dicts (0) or tuples of so many tensors, by name.
-        plain: names of those that are known to be neither.
         takes: whether it has an input of this name: dicts may hold others (labels, names of files), which are left.
         required: names of the positional inputs that it cannot do without, in order: with two or more of them a tuple
             holds as many inputs, else its first item alone is one.
         optional: names of those that a caller may leave out.
         shapes: that a graph was exported for, by where an input stands; None in the place of a number that is free.
+        nested: inputs that are known to be dicts (0) or tuples of so many tensors, by name.
+        plain: names of those that are known to be neither.
     """
 
     takes: Callable[[str], bool] = _any

@@ -19,6 +19,10 @@ REDUCED_QMAX = 127
 SHIFT_PARTS = 254
 
 
+#: torch's schemes of quantized tensors whose channels have scales of their own.
+PER_CHANNEL = {torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams}
+
+
 @dataclass(frozen=True)
 class QParams:
     """What makes the codes of a value: round(value / scale + shift / SHIFT_PARTS) + zero_point, clamped.

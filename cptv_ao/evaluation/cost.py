@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.image_subsets import Split, spread_images
 from cptv_ao.fx.running import run
@@ -98,7 +99,7 @@ def cost_of(
         with torch.no_grad():
             run(model, one, 0)  # what a first run does besides
             seconds = world.first(_seconds(teacher, few)), world.first(_seconds(model, few))
-    stage = _STAGE if torch.device(device).type == "cpu" else _STAGE_ON_GPU
+    stage = _STAGE if is_cpu(device) else _STAGE_ON_GPU
     return Cost(max(counter.total / one.images, 1.0), *seconds, limit, stage)
 
 

@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_map
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.open import OpenedModel
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
+from cptv_ao.core.qparams import PER_CHANNEL
 from cptv_ao.core.tensors import Select, compared, first_floating, moved
 from cptv_ao.fx.inplace import written
 from cptv_ao.fx.quantized_ops import is_observer, is_rounding
 from cptv_ao.fx.running import call, run
 from cptv_ao.simulation.twin import unquantized
-
-_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class OnDevice(nn.Module):
         return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, output)
 
 
-def on_device(teacher: nn.Module, device: str, batch: Batch) -> tuple[nn.Module, list[str]]:
+def teacher_on(teacher: nn.Module, device: str, batch: Batch) -> tuple[nn.Module, list[str]]:
     """A teacher on a device, where it runs there; else itself, and a note that says why not.
 
     Args:
         batch: some images, of which it is tried on one.
     """
-    if torch.device(device).type == "cpu":
+    if is_cpu(device):
         return teacher, []
     try:
         found = OnDevice(teacher, device)
@@ -150,7 +150,7 @@ def _rounded(fake: Any, value: Tensor) -> Tensor:
     scale, zero_point = fake.scale.detach(), fake.zero_point.detach()
     if isinstance(fake.zero_point, nn.Parameter):  # one that was learned, between codes
         zero_point = zero_point.round().clamp(qmin, qmax)
-    if fake.qscheme in _PER_CHANNEL:
+    if fake.qscheme in PER_CHANNEL:
         return torch.fake_quantize_per_channel_affine(value, scale, zero_point, fake.ch_axis, qmin, qmax)
     return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, qmin, qmax)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.backends.forms import form_of
+from cptv_ao.core.formatting import some
 from cptv_ao.fx.quantized_ops import is_quantized
 
 
@@ -31,7 +30,7 @@ def saving_notes(model: GraphModule) -> list[str]:
     if unpicklable:
         notes.append(
             f"saving: torch.save(model) and pickle write a file that torch cannot load, because of "
-            f"{_named(unpicklable)}: save with torch.jit.trace, or the state_dict, or the scales with save_scales"
+            f"{some(unpicklable, 1)}: save with torch.jit.trace, or the state_dict, or the scales with save_scales"
         )
     elif not _reduces(model):
         notes.append(
@@ -41,19 +40,19 @@ def saving_notes(model: GraphModule) -> list[str]:
     forgotten = [f"{path} ({type(m).__name__})" for path, m in modules.items() if _forgets_scale(m)]
     if forgotten:
         notes.append(
-            f"saving: a state_dict does not hold the scale of {_named(forgotten)}: save with torch.jit.trace, or the "
+            f"saving: a state_dict does not hold the scale of {some(forgotten, 1)}: save with torch.jit.trace, or the "
             "scales with save_scales / load_scales"
         )
     strings = [node.name for node in model.graph.nodes if isinstance(node.type, str)]
     if strings:
         notes.append(
             "saving: torch.jit.script cannot read annotations that are strings (from __future__ import annotations) "
-            f"of {_named(strings)}: torch.jit.trace needs none"
+            f"of {some(strings, 1)}: torch.jit.trace needs none"
         )
     packed = [name for name, value in model.state_dict().items() if _is_packed_on_root(name, value)]
     if packed:
         notes.append(
-            f"saving: torch.load of a file of the state_dict needs weights_only=False, because of {_named(packed)}; "
+            f"saving: torch.load of a file of the state_dict needs weights_only=False, because of {some(packed, 1)}; "
             "save_scales / load_scales need no pickle"
         )
     return notes
@@ -95,7 +94,3 @@ def _forgets_scale(module: nn.Module) -> bool:
 def _is_packed_on_root(name: str, value: object) -> bool:
     """A packed weight of a functional op; `torch.load` knows those of modules."""
     return "." not in name and isinstance(value, torch.ScriptObject)
-
-
-def _named(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

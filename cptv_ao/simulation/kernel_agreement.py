@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from cptv_ao.backends.kernel_faults import scrambling_clamps
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.formatting import some
 from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.fx.running import call
 from cptv_ao.simulation.saturation import saturating_inputs
@@ -20,7 +21,6 @@ from cptv_ao.simulation.twin import Twin
 
 # Relative difference of the outputs from which it is worth a word: roundings alone stay well below.
 _TOLERATED = 0.03
-_NAMES = 3
 
 
 def broken_weights(backend: Backend) -> list[str]:
@@ -48,7 +48,7 @@ def agreement_notes(backend: Backend, few: Batch, config: RefineConfig) -> list[
     if not found:
         return [told + "no kernel saturates, roundings by one code grow on the way to the output"]
     told += (
-        f"kernels of this CPU saturate on the activations of {_named(found)}; observers with reduce_range=True or a "
+        f"kernels of this CPU saturate on the activations of {some(found)}; observers with reduce_range=True or a "
         "CPU with VNNI avoid it (depthwise convolutions saturate on any x86 CPU)"
     )
     if config.score_on == "kernels":
@@ -66,20 +66,16 @@ def broken_kernels(backend: Backend, few: Batch) -> list[str]:
     if transposed := broken_weights(backend):
         told.append(
             f"torch's kernel of transposed convolutions on {engine} computes something else than these layers "
-            f"({_named(transposed)}): quantize for another engine (qnnpack), leave them in float, or upsample and "
+            f"({some(transposed)}): quantize for another engine (qnnpack), leave them in float, or upsample and "
             "convolve instead"
         )
     if clamps := scrambling_clamps(backend.model, few):
         told.append(
             f"torch's kernel of clamps on {engine} mixes up the values of channels_last tensors, as convolutions "
-            f"return them, in {_named(clamps)} (ReLU6, Hardtanh, clamp): put x.contiguous() in front of it in the "
+            f"return them, in {some(clamps)} (ReLU6, Hardtanh, clamp): put x.contiguous() in front of it in the "
             "float model, use ReLU, or quantize for another engine (x86)"
         )
     return told
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
 
 
 def disagreeing(backend: Backend, few: Batch, config: RefineConfig) -> tuple[float, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptv_ao.core.qparams import PER_CHANNEL
 from cptv_ao.simulation import fused
 from cptv_ao.simulation.limits import Limits, Rounding
 
@@ -66,7 +67,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
-_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
 # No rounding, and no ends.
 _EVERYWHERE = Limits(-math.inf, math.inf, False)
 
@@ -154,7 +154,7 @@ def real(value: Any) -> Tensor | None:
 
 def from_kernel(value: Any, device: torch.device | str = "cpu") -> Any:
     """A tensor that kernels computed, quantized or not, as a value of the twin; anything else as it is."""
-    if isinstance(value, Tensor) and value.is_quantized and value.qscheme() in _PER_CHANNEL:
+    if isinstance(value, Tensor) and value.is_quantized and value.qscheme() in PER_CHANNEL:
         return value.dequantize().to(device)  # a weight that was not lowered: its layer computes in float
     if isinstance(value, Tensor) and value.is_quantized:
         zero_point = torch.tensor(float(value.q_zero_point()), device=device)

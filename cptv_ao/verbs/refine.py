@@ -22,7 +22,7 @@ from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.contexts import check_device, eval_mode, plain_torch, stop_on_interrupt
+from cptv_ao.core.contexts import check_device, eval_mode, is_cpu, plain_torch, stop_on_interrupt
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
@@ -39,7 +39,7 @@ from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
-from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, on_device, taught
+from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught, teacher_on
 from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
@@ -241,7 +241,7 @@ def _calibration(
     notes."""
     config, world = asked.config, asked.world
     select = config.output or first_floating
-    teacher, told = on_device(sources.teacher_for(backend, batches[0]), config.device, batches[0])
+    teacher, told = teacher_on(sources.teacher_for(backend, batches[0]), config.device, batches[0])
     planned = None if checkpoint is None else checkpoint.image_seconds
     with as_float(teacher):
         known = counted(batches, teacher, select, world)
@@ -255,7 +255,7 @@ def _calibration(
     notes += told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
-    if torch.cuda.is_available() and torch.device(config.device).type == "cpu":
+    if torch.cuda.is_available() and is_cpu(config.device):
         notes.append("torch sees a GPU here: RefineConfig(device='cuda') makes the proposals there")
     if known[0].fixed and not backend.form.intake(backend.model).fixed:
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")

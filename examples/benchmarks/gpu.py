@@ -199,17 +199,16 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds = Counter[str]()
-        self._last, self._kind = time.monotonic(), "until the first proposal"
+        self._last = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
         kinds = {"step": "descent", "proposal": "proposals, made and judged"}
-        kind = kinds.get(event.kind, "block visits")
-        first = self._kind if self._kind == "until the first proposal" else kind
-        self.seconds[first] += now - self._last
+        kind = kinds.get(event.kind, "block visits") if self.seconds else "until the first proposal"
+        self.seconds[kind] += now - self._last
         if event.kind in ("proposal", "pass"):
             say(f"    {event.name}: loss {event.loss:.5f} after {event.seconds:.1f} s")
-        self._last, self._kind = now, kind
+        self._last = now
 
 
 def search(name: str, given: GraphModule, model: nn.Module, images: Tensor, batch: int, **settings: Any) -> Any:

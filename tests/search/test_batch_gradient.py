@@ -7,26 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import Case, backend_of
+from helpers.cases import Case
+from helpers.search import learnt, leaves_of
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import cosine, get_loss, kl
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.search.proposals import batch_gradient, device_memory
 from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
-from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
-from cptv_ao.simulation.twin import Twin
 
 
 def found(case: Case, objective: Objective, pull: float | None = None) -> tuple[float, Tensor, float, int]:
     """Loss, gradient and pull of the features on a batch of 4, and the image forwards that they took."""
-    backend, images = backend_of(case), case.batches[0]
-    batch = Batch((images,), {}, len(images))
-    twin = Twin(backend).checked(batch)
-    twin.reround_weights()
-    groups = [LearnableQParams.of(twin, group, True) for group in backend.movable().values()]
-    leaves = [leaf for g in groups for leaf in (g.log_scale, g.offset, g.shift) if leaf is not None]
+    images = case.batches[0]
+    twin, batch, groups = learnt(case, images)
+    leaves = leaves_of(groups)
     with torch.no_grad():
         teacher = case.float_model(images)
         gradient = BatchGradient(twin, groups, objective)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import Case, backend_of
+from helpers.cases import Case
+from helpers.search import learnt, leaves_of
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
@@ -32,16 +33,13 @@ def on(device: str, leaf: Tensor | None) -> Tensor | None:
 
 def opened(case: Case, device: str) -> tuple[Twin, list[LearnableQParams], list[Tensor], Batch, Tensor]:
     """A twin, what is learnt of it, the leaves of that, a batch, and its targets."""
-    backend, images = backend_of(case), case.batches[0]
-    batch = Batch((images,), {}, len(images))
-    twin = Twin(backend).checked(batch)
-    twin.reround_weights()
-    groups = [LearnableQParams.of(twin, group, True) for group in backend.movable().values()]
+    images = case.batches[0]
+    twin, batch, groups = learnt(case, images)
     with torch.no_grad():
         teacher = case.float_model(images).to(device)
     twin.to(device)
     groups = [replace(group, **{k: on(device, getattr(group, k)) for k in LEAVES}) for group in groups]
-    leaves = [leaf for g in groups for leaf in (g.log_scale, g.offset, g.shift) if leaf is not None]
+    leaves = leaves_of(groups)
     return twin, groups, leaves, replace(batch, args=(images.to(device),)), teacher
 
 

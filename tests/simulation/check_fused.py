@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import Case, backend_of
+from helpers.cases import Case
+from helpers.search import learnt, leaves_of
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
-from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.simulation import fused
 from cptv_ao.simulation.limits import Limits, Rounding
-from cptv_ao.simulation.twin import Twin
 
 pytest.importorskip("triton", reason="comes with torch builds for GPUs")
 
@@ -60,12 +58,9 @@ def noted(used: set[str], name: str, function: Any, *args: Any, **kwargs: Any) -
 
 def found(case: Case) -> Tensor:
     """The gradient of a batch."""
-    backend, images = backend_of(case), case.batches[0][:2]
-    batch = Batch((images,), {}, len(images))
-    twin = Twin(backend).checked(batch)
-    twin.reround_weights()
-    groups = [LearnableQParams.of(twin, group, True) for group in backend.movable().values()]
-    leaves = [leaf for g in groups for leaf in (g.log_scale, g.offset, g.shift) if leaf is not None]
+    images = case.batches[0][:2]
+    twin, batch, groups = learnt(case, images)
+    leaves = leaves_of(groups)
     with torch.no_grad():
         teacher = case.float_model(images)
         gradient = BatchGradient(twin, groups, Objective(kl, first_floating, True, feature_weight=3.0))

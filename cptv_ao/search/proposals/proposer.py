@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
+from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
@@ -69,7 +70,7 @@ class Proposer:
         self._steps = StepImages(calibration, _step_images(calibration))
         self._twin = Twin(backend).checked(self._images)
         self._twin.reround_weights()
-        if torch.device(self._config.device).type != "cpu":
+        if not is_cpu(self._config.device):
             self._steps.to(self._config.device)
             self._images = self._images.few(_TOLD_BY).to(self._config.device)
             self._twin.to(self._config.device)
@@ -244,5 +245,5 @@ def _scales(store: ScaleStore, leads: Iterable[str]) -> Tensor:
 def _step_images(calibration: Calibration) -> int:
     if not is_per_image(calibration.config.loss):
         return _STEP_IMAGES
-    flops = _STEP_FLOPS if torch.device(calibration.config.device).type == "cpu" else _STEP_FLOPS_ON_GPU
+    flops = _STEP_FLOPS if is_cpu(calibration.config.device) else _STEP_FLOPS_ON_GPU
     return max(_STEP_LEAST, min(_STEP_IMAGES, round(flops / calibration.cost.flops)))

@@ -37,7 +37,7 @@ class SaturationLimits:
         self._backend, self._groups = backend, groups
         # Values of kernels are compared with those of a twin beside them.
         self._twin = twin if twin.device.type == "cpu" else Twin(backend).checked(probe)
-        self._limits = {id(one): one for one in (twin, self._twin)}.values()
+        self._limited_twins = {twin, self._twin}
         self._probe, self._world = probe, world
         self._activations = {lead: group for lead, group in groups.items() if group[0].affine}
         #: leaders of the groups whose codes are limited now
@@ -73,6 +73,6 @@ class SaturationLimits:
         """Keep the codes of these groups, and of no others, where no kernel saturates."""
         for lead in self.limited.symmetric_difference(leads):
             for site in self._groups[lead]:
-                for twin in self._limits:
+                for twin in self._limited_twins:
                     twin.sites.limit([site.name], REDUCED_QMAX if lead in leads else site.qmax)
         self.limited = set(leads)
