@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("helpers")
 
+import helpers  # noqa: F401 - it puts examples/ on the path, for workloads
 import workloads
 from helpers import nets
 from helpers.cases import Case, vit_case
