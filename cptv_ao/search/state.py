@@ -49,16 +49,16 @@ class SearchLosses:
         same, and the best ones are not worse than the model that was given."""
         if self.start != found.start:
             return (
-                f"it started from another loss ({_in_words(self.start)}, here {_in_words(found.start)}): is this "
+                f"it started from another loss ({_exactly(self.start)}, here {_exactly(found.start)}): is this "
                 "another machine or thread count?"
             )
         if self != found:
             return (
-                f"its scales are not what it says: best {_in_words(self.best)}, here {_in_words(found.best)}; last "
-                f"{self.now:.6g}, here {found.now:.6g}"
+                f"its scales are not what it says: best {_exactly(self.best)}, here {_exactly(found.best)}; last "
+                f"{self.now}, here {found.now}"
             )
         if found.best.worse_than(found.start):
-            return f"its scales are worse than the given ones: {_in_words(found.best)}, those {_in_words(found.start)}"
+            return f"its scales are worse than the given ones: {_exactly(found.best)}, those {_exactly(found.start)}"
         return ""
 
 
@@ -209,6 +209,6 @@ def _assignment(prefix: str, tensors: Mapping[str, Tensor]) -> Assignment:
     return scales
 
 
-def _in_words(losses: Losses) -> str:
-    held_out = "" if losses.holdout is None else f" and {losses.holdout:.6g} held out"
-    return f"{losses.search:.6g}{held_out}"
+def _exactly(losses: Losses) -> str:
+    """All digits: what is told apart by equality must not look equal."""
+    return f"{losses.search}" if losses.holdout is None else f"{losses.search} and {losses.holdout} held out"

@@ -7,6 +7,7 @@ round((acc + b / (s_x s_w)) * (s_x s_w / s_y)) + z_y.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,19 @@ class SiteModule(OutOfPlace):
         self.site, self.rounding = other.site, other.rounding
         for name, value in other._buffers.items():
             setattr(self, name, value)
+
+    def state(self) -> tuple[Tensor | None, ...]:
+        """What it holds, for `restore`: copies, but of what nobody writes into."""
+        return self.scale.clone(), self.zero_point.clone()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Put back what `state` returned."""
+        self.scale.copy_(state[0])
+        self.zero_point.copy_(state[1])
+
+    def limit(self, qmax: int) -> None:
+        """Clip codes at `qmax`."""
+        self.site = replace(self.site, qmax=qmax)
 
 
 class Quantizer(SiteModule):
@@ -100,6 +114,18 @@ class WeightQuantizer(SiteModule):
         shift, correction, device = qparams.shift_steps, qparams.correction, self.scale.device
         self.shift = None if shift is None else shift.to(device)
         self.correction = None if correction is None else correction.to(device)
+
+    def state(self) -> tuple[Tensor | None, ...]:
+        return (*super().state(), self.codes.clone(), self.shift, self.correction)
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        super().restore(state)
+        self.codes.copy_(state[2])
+        self.shift, self.correction = state[3:]
+
+    def add_correction(self, by: Tensor) -> None:
+        """Correct the bias by so much more (C,)."""
+        self.correction = by if self.correction is None else self.correction + by
 
     def corrected(self, bias: Tensor | None) -> Tensor | None:
         """The bias of the layer; as it was given where it computes in float."""

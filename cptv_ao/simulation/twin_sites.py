@@ -54,26 +54,17 @@ class TwinSites:
         return module.weight if isinstance(module, WeightQuantizer) and module.shiftable else None
 
     def state(self, name: str) -> tuple[Tensor | None, ...]:
-        """What is held for a site, for `restore`: copies, but of what nobody writes into (shift, correction)."""
-        module = self.modules[name]
-        held = module.scale.clone(), module.zero_point.clone()
-        if not isinstance(module, WeightQuantizer):
-            return held
-        return (*held, module.codes.clone(), module.shift, module.correction)
+        """What is held for a site, for `restore`."""
+        return self.modules[name].state()
 
     def restore(self, name: str, state: tuple[Any, ...]) -> None:
         """Put back what `state` returned."""
-        module = self.modules[name]
-        module.scale.copy_(state[0])
-        module.zero_point.copy_(state[1])
-        if isinstance(module, WeightQuantizer):
-            module.codes.copy_(state[2])
-            module.shift, module.correction = state[3:]
+        self.modules[name].restore(state)
 
     def limit(self, names: Iterable[str], qmax: int) -> None:
         """Clip the codes of these activation sites at `qmax`."""
         for name in names:
-            self.modules[name].site = replace(self.modules[name].site, qmax=qmax)
+            self.modules[name].limit(qmax)
 
     @contextmanager
     def replaced(self, values: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:

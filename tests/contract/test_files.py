@@ -194,6 +194,7 @@ def test_a_log_into_a_fifo_comes_as_one_stream(tmp_path: Path, name: str) -> Non
 
 
 @linux
+@pytest.mark.slow
 def test_a_log_into_the_own_output_loses_nothing(tmp_path: Path) -> None:
     code = (
         "import cptv_ao; from cptv_ao.callbacks import Log; print('first'); log = Log('/dev/stdout');"

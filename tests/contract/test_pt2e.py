@@ -317,6 +317,7 @@ def test_activations_below_8_bits_are_real(vit: nn.Module, digits: workloads.Ima
     assert after > before
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_where_torch_ao_is_absent() -> None:
     absent = "import sys; sys.modules['torch.ao.quantization.fx'] = None"
     subprocess.run([sys.executable, "-c", f"{absent}; import cptv_ao; cptv_ao.RefineConfig()"], check=True)

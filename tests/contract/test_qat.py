@@ -265,7 +265,7 @@ def test_an_exported_model_gets_the_scales_back_that_it_was_trained_on(digits: w
     assert report.after.mean < 1e-3 * report.before.mean
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [SEEDS[0], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:])])
 def test_a_lowered_model_gets_the_scales_back_that_it_was_trained_on(digits: workloads.Images, seed: int) -> None:
     """convert_fx observes the weights once more, which turns those that were between two codes."""
     model = trained(digits, seed)

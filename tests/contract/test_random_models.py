@@ -132,6 +132,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, int, bool, str]:
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
+@pytest.mark.slow
 @given(models())
 def test_refine_does_no_harm(drawn: tuple[nn.Module, int, bool, str]) -> None:
     float_model, bits, per_tensor, engine = drawn

@@ -104,6 +104,7 @@ def test_jit_script(kind: type[nn.Module]) -> None:
     assert same_bits(scripted(case.converted)(case.batches[0]), wanted)
 
 
+@pytest.mark.slow
 def test_jit_script_of_a_vit(vit_w3: Case) -> None:
     wanted = refined(vit_w3)
     assert same_bits(scripted(vit_w3.converted)(vit_w3.batches[0]), wanted)

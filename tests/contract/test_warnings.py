@@ -191,7 +191,8 @@ except UserWarning:
 """
 
 
-@pytest.mark.parametrize("net", ["ConvNet", pytest.param("FunctionalNet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["ConvNet", "FunctionalNet"])
 def test_a_process_in_which_every_warning_is_an_error(tmp_path: Path, net: str) -> None:
     """torch's flood (800 warnings in one refine of ConvNet, measured) is filtered inside our calls, and only there."""
     here = Path(__file__).parents[1]

@@ -269,6 +269,7 @@ def test_names_that_are_long_or_hostile_stay_inside(conv: Case, report: cptv_ao.
     assert box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
 
 
+@pytest.mark.slow
 def test_nothing_is_shown_and_nothing_global_is_touched(conv: Case, report: cptv_ao.Report) -> None:
     import matplotlib
 

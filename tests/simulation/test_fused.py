@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(
-    ("chosen", "count"), [("not vit_w3", 33), pytest.param("vit_w3", 1, marks=pytest.mark.slow)], ids=["parts", "vit"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("chosen", "count"), [("not vit_w3", 33), ("vit_w3", 1)], ids=["parts", "vit"])
 def test_kernels_in_the_interpreter(chosen: str, count: int) -> None:
     pytest.importorskip("triton", reason="comes with torch builds for GPUs")
     checks = Path(__file__).with_name("check_fused.py")

@@ -37,6 +37,7 @@ from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.simulation.twin import Twin, set_rounding, unquantized
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ENGINES = ["x86", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("fbgemm", "qnnpack"))]
 EQUAL = 0.9999
 # One code of one row that lies on the edge of rounding: all its equals in the row are off together.
 FEW = 8
@@ -119,7 +120,7 @@ def test_each_op_computes_the_kernels_codes(name: str, engine: str) -> None:
     assert _check_parity(converted, nets.images(2, 3, size, size, seed=1), skip=broken) > 50
 
 
-@pytest.mark.parametrize("engine", ["x86", "fbgemm", "qnnpack"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_each_op_of_the_trained_vit_computes_the_kernels_codes(
     vit: nn.Module, digits: workloads.Images, engine: str, device: str
 ) -> None:
@@ -134,7 +135,7 @@ def test_each_op_of_the_small_networks_computes_the_kernels_codes(engine: str) -
         assert _check_parity(converted, nets.images(8, 3, size, size, seed=1)) > 10
 
 
-@pytest.mark.parametrize("engine", ["x86", "fbgemm", "qnnpack"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_trained_vit_end_to_end(vit: nn.Module, digits: workloads.Images, engine: str, device: str) -> None:
     _, converted = workloads.quantize(copy.deepcopy(vit), [digits.calibration(256, 0)], engine=engine)
     twin = Twin(Backend(converted)).to(device)
@@ -162,6 +163,7 @@ print(disagreement(model, Twin(Backend(model)), [Batch((digits.test[:100],), {},
 
 @pytest.mark.slow
 @pytest.mark.skipif("onednn" not in torch.backends.quantized.supported_engines, reason="needs the onednn engine")
+@pytest.mark.slow
 def test_disagreement_shows_saturation() -> None:
     """Without VNNI oneDNN adds pairs of 8-bit products in 16 bits, which 255 * 127 * 2 does not fit."""
     pytest.importorskip("timm", reason="the trained ViT's blocks are timm's")

@@ -164,6 +164,7 @@ def test_a_mistake_is_told_in_one_line(here: Path, mistake: str, capsys: pytest.
     assert after == before, "nothing was written"
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_process_with_2(folder: Path) -> None:
     done = run(folder, "inspect", "nowhere:model")
     assert done.returncode == 2

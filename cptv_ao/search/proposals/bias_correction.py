@@ -120,8 +120,7 @@ def _correct(twin: Twin, layers: Sequence[QuantizedLayer], batch: Batch, share: 
 
     def correct(layer: Any, args: tuple[QTensor], output: QTensor) -> QTensor:
         missing = (share * (wanted[layer] - _mean(layer, output))).nan_to_num_(0.0, 0.0, 0.0)
-        before = layer.weight.correction
-        layer.weight.correction = missing if before is None else before + missing
+        layer.weight.add_correction(missing)
         corrected: QTensor = layer.forward(*args)
         return corrected
 
