@@ -9,6 +9,7 @@ import copy
 import os
 from typing import Any
 
+import pytest
 import torch
 from helpers import nets
 from helpers.search import small_config

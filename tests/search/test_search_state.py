@@ -104,7 +104,7 @@ def test_losses_that_were_found_again_are_compared() -> None:
     claimed = RECORD.losses
     assert claimed.fault(claimed) == ""
     assert "started from another loss" in claimed.fault(replace(claimed, start=Losses(2.5, 3.0)))
-    assert "not what it says: best 1 and 2.5 held out, here 1.25" in claimed.fault(
+    assert "not what it says: best 1.0 and 2.5 held out, here 1.25" in claimed.fault(
         replace(claimed, best=Losses(1.25, 2.5))
     )
     assert "last 1.5, here 1.75" in claimed.fault(replace(claimed, now=1.75))
