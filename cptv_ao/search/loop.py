@@ -73,8 +73,7 @@ class Loop:
         self.best, self._best_state = self.start, self._given_state
         self.rejected = False
         self._position = Position()
-        if given is not None:
-            self._keep()
+        self._equalized = self._keep() if given is not None else None
 
     def state(self) -> SearchState:
         """Where it is, less the descent."""
@@ -122,6 +121,13 @@ class Loop:
         self.loss = self._search.score()
         self._search.keep()
         return SearchLosses(self.start, self.best, self.loss)
+
+    def begin(self) -> None:
+        """Tell of the form that the search starts from, where that is another than the given one."""
+        if self._equalized is not None:
+            told = "accepted, " if self._equalized else "no worse, "
+            self.stages.append(f"equal forms: {told}{_told(self.loss)}")
+            self._tell("proposal", "equal forms", 0, self.loss)
 
     def propose(self, proposals: Iterable[Proposal]) -> bool:
         """Score scales for the whole model; go on from the best of them if it is better than what is there.

@@ -36,6 +36,8 @@ class Search:
         """
         found = None if self._checkpoint is None else self._checkpoint.resume(self)
         loop, proposer = self._loop, self._proposer
+        if found is None:
+            loop.begin()
         if found is None or (found.descent is not None and proposer is not None):
             proposals = () if proposer is None else proposer.proposals(loop.step, self._pause)
             if loop.propose(proposals):

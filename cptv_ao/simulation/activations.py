@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,20 +18,20 @@ Pull = Callable[[Any], Tensor]
 
 
 def steps_and_gradients(
-    twin: Twin, names: Collection[str], batch: Batch, pull: Pull
+    twin: Twin, scales: Mapping[str, Tensor], batch: Batch, pull: Pull
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Run a batch through the twin in float, forward and backward.
 
     Args:
-        names: of activation sites.
+        scales: of activation sites, by name (), in whose steps values are told.
         pull: of what its gradient is.
 
     Returns:
-        By site, of each time that something is put on its scale: the values in steps of the scale, not rounded, centred
+        By site, of each time that something is put on its scale: the values in steps of it, not rounded, centred
         at 0; and the gradient with respect to these. Without sites that the outputs do not depend on.
     """
-    scales = {name: twin.sites.get(name).scale.float().to(twin.device).requires_grad_() for name in names}
-    owners, seen = {id(scale): name for name, scale in scales.items()}, dict[str, tuple[nn.Module, list[Tensor]]]()
+    own = {name: scale.float().to(twin.device).requires_grad_() for name, scale in scales.items()}
+    owners, seen = {id(scale): name for name, scale in own.items()}, dict[str, tuple[nn.Module, list[Tensor]]]()
 
     def see(module: nn.Module, _: Any, output: Any) -> None:
         name = owners.get(id(output.scale)) if isinstance(output, QTensor) else None
@@ -45,7 +45,7 @@ def steps_and_gradients(
     args, kwargs = own_inputs(batch)
     try:
         with torch.enable_grad(), twin.in_float(twin.names):
-            number = pull(twin.call({name: {"scale": scale} for name, scale in scales.items()}, *args, **kwargs))
+            number = pull(twin.call({name: {"scale": scale} for name, scale in own.items()}, *args, **kwargs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -54,7 +54,7 @@ def steps_and_gradients(
         return {}
     gradients = iter(torch.autograd.grad(number, all_codes, allow_unused=True))
     pairs = {
-        name: [(codes.detach(), own) for codes, own in zip(found, gradients, strict=False) if own is not None]
+        name: [(codes.detach(), pulled) for codes, pulled in zip(found, gradients, strict=False) if pulled is not None]
         for name, (_, found) in seen.items()
     }
     return {name: found for name, found in pairs.items() if found}

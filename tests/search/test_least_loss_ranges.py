@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.qparams import QParams, rescaled
+from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.search.proposals.error_histogram import ErrorHistogram
-from cptv_ao.search.proposals.least_loss_ranges import least_loss_ranges
+from cptv_ao.search.proposals.least_loss_ranges import SiteErrors
 from cptv_ao.simulation.activations import steps_and_gradients
 from cptv_ao.simulation.twin import Twin
 
+Groups = Mapping[str, tuple[ScaleSite, ...]]
 NOW = QParams(torch.tensor(0.05, dtype=torch.float64), torch.tensor(100))
 
 
@@ -122,6 +124,33 @@ def test_codes_stay_where_kernels_do_not_saturate(site: ScaleSite) -> None:
     )
 
 
+def _ranges(twin: Twin, groups: Groups, parts: Sequence[tuple[Batch, int]]) -> Assignment:
+    errors = SiteErrors(twin, groups, "kl", first_floating)
+    for part, directions in parts:
+        errors.add(part, directions)
+    return errors.ranges(groups)
+
+
+def test_what_the_twin_holds_later_changes_nothing(vit_w3: Case) -> None:
+    """Some images before the ranges of the first are in use, some after."""
+    backend = backend_of(vit_w3)
+    groups = {lead: group for lead, group in backend.movable().items() if group[0].kind == "activation"}
+    parts = [Batch((image,), {}, 2) for image in vit_w3.batches[0][:12].split(2)]
+    wanted = _ranges(Twin(backend), groups, [(part, 1) for part in parts])
+    twin = Twin(backend)
+    errors = SiteErrors(twin, groups, "kl", first_floating)
+    for part in parts[:3]:
+        errors.add(part, 1)
+    for name, qparams in errors.ranges(groups).items():
+        twin.sites.set(name, qparams)
+    for part in parts[3:]:
+        errors.add(part, 1)
+    found = errors.ranges(groups)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name].scale, wanted[name].scale) for name in wanted)
+    assert all(torch.equal(found[name].zero_point, wanted[name].zero_point) for name in wanted)
+
+
 def test_values_and_gradients_are_those_of_the_float_network(vit_w3: Case) -> None:
     twin = Twin(backend_of(vit_w3))
     twin.reround_weights()
@@ -134,8 +163,8 @@ def test_values_and_gradients_are_those_of_the_float_network(vit_w3: Case) -> No
     for hook in hooks:
         hook.remove()
     gradients = dict(zip(outputs, torch.autograd.grad(number, list(outputs.values())), strict=True))
-    names = [f"{name}.output" for name in linear]
-    found = steps_and_gradients(twin, names, Batch((batch,), {}, len(batch)), lambda y: (y * direction).sum())
+    scales = {f"{name}.output": twin.sites.get(f"{name}.output").scale for name in linear}
+    found = steps_and_gradients(twin, scales, Batch((batch,), {}, len(batch)), lambda y: (y * direction).sum())
     for name in linear:
         ((steps, pull),) = found[f"{name}.output"]
         scale = twin.sites.get(f"{name}.output").scale.float()
@@ -165,7 +194,7 @@ def test_sites_on_one_scale_get_one(vit_w3: Case) -> None:
         if group[0].kind == "activation":
             groups[group[0].name] = group
     parts = [Batch((image,), {}, 2) for image in vit_w3.batches[0][:16].split(2)]
-    found = least_loss_ranges(twin, groups, [(part, 1) for part in parts], "kl", first_floating)
+    found = _ranges(twin, groups, [(part, 1) for part in parts])
     assert set(found) == {site.name for group in groups.values() for site in group if site.name in twin.names}
     assert all(
         found[site.name] is found[group[0].name] for group in groups.values() for site in group if site.name in found
@@ -184,7 +213,7 @@ def test_directions_of_one_run_are_those_of_runs_of_their_own(vit_w3: Case, monk
     twin = Twin(backend).checked(whole)
     groups = {lead: group for lead, group in backend.movable().items() if group[0].kind == "activation"}
     plans = {"apart": [(part, 1) for part, _ in whole.parts(4)], "together": [(whole, 4)], "in common": [(whole, 1)]}
-    found = {name: least_loss_ranges(twin, groups, parts, "kl", first_floating) for name, parts in plans.items()}
+    found = {name: _ranges(twin, groups, parts) for name, parts in plans.items()}
 
     def alike(other: str) -> float:
         pairs = [(found["apart"][name].scale, found[other][name].scale) for name in found["apart"]]

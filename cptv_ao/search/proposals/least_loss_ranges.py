@@ -6,7 +6,7 @@ is kept, one that they do not see is clipped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ class LeastLossRanges:
     """Finds the ranges of all activations that are searched.
 
     Args:
-        twin: of the model; written: scales.
+        twin: of the model.
         groups: the tied groups that are searched, by the name of their leader.
         images: of which some are followed.
         calibration: for the loss and the cost of a forward.
@@ -54,21 +54,35 @@ class LeastLossRanges:
     ) -> None:
         self._twin, self._images, self._calibration = twin, images, calibration
         self._groups = {lead: group for lead, group in groups.items() if group[0].kind == "activation"}
+        self._errors: SiteErrors | None = None
+        self._left: list[tuple[Batch, int]] = []
         #: images run through the twin so far; forward and backward count as three
         self.image_forwards = 0
 
-    def assignment(self, store: ScaleStore, limited: Collection[str]) -> Assignment:
+    @property
+    def done(self) -> bool:
+        """Whether all images were looked at."""
+        return self._errors is not None and not self._left
+
+    def assignment(self, store: ScaleStore, limited: Collection[str], few: bool = False) -> Assignment:
         """The ranges, by site name.
 
         Args:
             store: whose scales there are now.
             limited: leaders of the groups whose codes must stay where no kernel saturates.
+            few: look at the first few images only; the next call goes on with the others.
         """
-        config, parts = self._calibration.config, self._parts()
-        self.image_forwards += _FORWARDS * sum(part.images for part, _ in parts)
-        follow(self._twin, store)
-        groups = {lead: _limited(group) if lead in limited else group for lead, group in self._groups.items()}
-        return least_loss_ranges(self._twin, groups, parts, config.loss, config.output or first_floating)
+        config = self._calibration.config
+        if self._errors is None:
+            follow(self._twin, store)
+            self._errors = SiteErrors(self._twin, self._groups, config.loss, config.output or first_floating)
+            self._left = self._parts()
+        while self._left and not (few and self._errors.images >= _LEAST):
+            self._errors.add(*self._left.pop(0))
+        self.image_forwards = _FORWARDS * self._errors.images
+        return self._errors.ranges(
+            {lead: _limited(group) if lead in limited else group for lead, group in self._groups.items()}
+        )
 
     def _parts(self) -> list[tuple[Batch, int]]:
         """What is run at once, and how many directions that has."""
@@ -86,43 +100,57 @@ def _limited(group: tuple[ScaleSite, ...]) -> tuple[ScaleSite, ...]:
     return tuple(replace(site, qmax=min(site.qmax, REDUCED_QMAX)) for site in group)
 
 
-def least_loss_ranges(
-    twin: Twin,
-    groups: Mapping[str, tuple[ScaleSite, ...]],
-    parts: Sequence[tuple[Batch, int]],
-    loss: str | Loss,
-    select: Select,
-) -> Assignment:
-    """Scales and zero_points of the activations, each group's as if it alone were quantized.
+class SiteErrors:
+    """What the outputs make of errors at each activation, from images in float, a part after another.
 
     Args:
-        twin: whose present scales they are measured in.
-        groups: tied groups of activations, by the name of their leader, with the codes that they may use.
-        parts: images, of each of which the outputs are followed in one random direction an image; and how many
-            directions, each of as many of them, are told apart.
+        twin: in whose present scales errors are measured, whatever it holds later.
+        groups: tied groups of activations, by the name of their leader.
         loss: whose second order counts.
         select: picks the output that it compares.
     """
-    histograms = {name: ErrorHistogram() for name in groups}
-    sites = [(name, site) for name, group in groups.items() for site in group if site.kind == "activation"]
-    leads = {site.name: name for name, site in sites if site.name in twin.names}
-    generator = torch.Generator().manual_seed(0)
-    for part, directions in parts:
-        pull = partial(_pull, loss=loss, select=select, generator=generator)
-        seen = steps_and_gradients(twin, leads, part, pull)
+
+    def __init__(
+        self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], loss: str | Loss, select: Select
+    ) -> None:
+        sites = [(lead, site) for lead, group in groups.items() for site in group if site.kind == "activation"]
+        self._twin, self._leads = twin, {site.name: lead for lead, site in sites if site.name in twin.names}
+        self._now = {name: twin.sites.get(name) for name in self._leads}
+        self._histograms = {lead: ErrorHistogram() for lead in groups}
+        self._pull = partial(_pull, loss=loss, select=select, generator=torch.Generator().manual_seed(0))
+        #: that were followed so far
+        self.images = 0
+
+    def add(self, part: Batch, directions: int) -> None:
+        """Follow the outputs of some images.
+
+        Args:
+            part: each of its images in one random direction.
+            directions: how many of them, each of as many images, are told apart.
+        """
+        self.images += part.images
+        scales = {name: self._now[name].scale for name in self._leads}
+        seen = steps_and_gradients(self._twin, scales, part, self._pull)
         for direction in range(directions):
-            for histogram in histograms.values():
+            for histogram in self._histograms.values():
                 histogram.begin()
             for name, found in seen.items():
                 for steps, gradient in found:
                     own = _rows(len(steps), part.images, direction, directions)
-                    histograms[leads[name]].add(steps[own], gradient[own])
-    chosen = {
-        name: histograms[name].least_error(group[0], twin.sites.get(name))
-        for name, group in groups.items()
-        if name in leads
-    }
-    return {site.name: chosen[name] for name in chosen for site in groups[name]}
+                    self._histograms[self._leads[name]].add(steps[own], gradient[own])
+
+    def ranges(self, groups: Mapping[str, tuple[ScaleSite, ...]]) -> Assignment:
+        """Scales and zero_points of least error, each group's as if it alone were quantized.
+
+        Args:
+            groups: those of before, with the codes that they may use.
+        """
+        chosen = {
+            lead: self._histograms[lead].least_error(group[0], self._now[lead])
+            for lead, group in groups.items()
+            if lead in self._now
+        }
+        return {site.name: chosen[lead] for lead in chosen for site in groups[lead]}
 
 
 def _rows(count: int, images: int, direction: int, directions: int) -> slice:

@@ -160,8 +160,13 @@ class Proposer:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
     def _least_loss(self, population: Collection[str]) -> Iterator[Proposal]:
-        if "curvature" in population and self._budget.left:
-            yield "activation ranges of least loss", partial(self._ranges.assignment, self._store, self._limits.limited)
+        if "curvature" not in population:
+            return
+        found = partial(self._ranges.assignment, self._store, self._limits.limited)
+        if self._biases.dear and self._budget.left:  # the first gain does not wait for all images
+            yield "activation ranges of least loss, few images", partial(found, True)
+        if self._budget.left and not self._ranges.done:
+            yield "activation ranges of least loss", found
 
     def _rounded_in_turn(self, weights: Collection[str]) -> Assignment:
         """At their present scales."""
