@@ -17,7 +17,7 @@ from cptv_ao.core.atomic_file import at_once, is_special
 from cptv_ao.core.errors import ScalesFileError
 
 # Versions before 4 had no checksum, and were in no release.
-_KEY, _VERSION = "cptv_ao", 4
+_KEY, _VERSION = "cptv_ao", 1
 
 
 # The checksum is of the whole file with zeros in the place of these hex digits, as it stands in the file's header: JSON

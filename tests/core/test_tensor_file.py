@@ -29,7 +29,7 @@ def test_what_is_written_is_read(path: Path) -> None:
     tensors, data = read_file(path)
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[key], value) and tensors[key].dtype == value.dtype for key, value in TENSORS.items())
-    assert data == {"version": 4, **DATA}
+    assert data == {"version": 1, **DATA}
 
 
 def test_a_view_is_written_as_it_looks(tmp_path: Path) -> None:
