@@ -137,7 +137,7 @@ class Backend(Snapshots):
         return self.weights.floats
 
     def correctable(self, name: str) -> bool:
-        """Whether a bias is packed with a weight, and may be corrected: so in lowered models."""
+        """Whether a bias is written with a weight, and may be corrected."""
         return name in self.weights and self.weights.slot(name).packs_bias
 
     def movable(self) -> dict[str, tuple[ScaleSite, ...]]:

@@ -16,12 +16,13 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.graph_form import GraphForm
-from cptv_ao.backends.pt2e_slots import QUANTIZE, LiteralScaleSlot, Pt2eWeightSlot, constant_of
+from cptv_ao.backends.pt2e_slots import QUANTIZE, LiteralScaleSlot, Pt2eWeightSlot, bias_of, constant_of
 from cptv_ao.backends.scale_slots import ScannedGraph
 from cptv_ao.core.intake import Intake
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.fx.decomposed_ops import calls, calls_default, is_decomposed
 from cptv_ao.fx.inputs import taken_by_exported
+from cptv_ao.fx.readers import read_once
 
 
 class Pt2eForm(GraphForm):
@@ -51,10 +52,10 @@ def _scan(model: GraphModule) -> ScannedGraph:
     unknown: list[str] = []
     by_qparams: dict[tuple[float, int], str] = {}
     groups = {group[0]: group for group in _weights(model)}
-    known = {node for group in groups.values() for node in group}
+    known, once = {node for group in groups.values() for node in group}, read_once(model.graph.nodes)
     for node in model.graph.nodes:
         if node in groups:
-            slot = Pt2eWeightSlot(model, groups[node])
+            slot = Pt2eWeightSlot(model, groups[node], bias_of(groups[node], once))
             name = _unique(f"{_scope(node)}.{'weight' if slot.of_layer else 'constant'}", node, sites)
             weights[name] = slot
             sites[name] = _weight_site(name, groups[node], slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from cptv_ao.core.weight_rounding import round_by_reciprocal
 from cptv_ao.fx.decomposed_ops import calls, calls_default
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import fetch
+from cptv_ao.fx.readers import own_path
 
 #: Ops that put a value, or a weight, on a scale.
 QUANTIZE = ("quantize_per_tensor", "quantize_per_channel", "quantize_per_channel_group", "quantize_per_token")
@@ -55,9 +56,14 @@ class LiteralScaleSlot:
 
 class Pt2eWeightSlot(WeightSlot):
     """A weight or a constant before its dequantize nodes: codes that are written, or a float tensor that the graph
-    rounds."""
+    rounds.
 
-    def __init__(self, model: GraphModule, nodes: Sequence[Node]) -> None:
+    Args:
+        nodes: the dequantize nodes.
+        bias: path of the bias of the one layer that reads them, where nothing else reads it.
+    """
+
+    def __init__(self, model: GraphModule, nodes: Sequence[Node], bias: str | None = None) -> None:
         node, source = nodes[0], nodes[0].args[0]
         assert isinstance(source, Node)
         quantize = source if source.op == "call_function" else None
@@ -77,7 +83,9 @@ class Pt2eWeightSlot(WeightSlot):
             self._qparams = LiteralScaleSlot(model, *literals)
             limits = node.args[3:6]
         self.limits, self._dtype = (int(limits[0]), int(limits[1])), limits[2]
-        self.tensors = (*self._qparams.tensors, *(() if self._codes is None else (self._codes,)))
+        self._bias = None if bias is None else TensorSlot.of(model, bias)
+        self.packs_bias = self._bias is not None
+        self.tensors = (*self._qparams.tensors, *(slot for slot in (self._codes, self._bias) if slot is not None))
 
     @property
     def codes_at(self) -> TensorSlot | None:
@@ -95,18 +103,30 @@ class Pt2eWeightSlot(WeightSlot):
         return quantized_weight(codes, qparams, self.axis)
 
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
-        assert bias is None, "the bias is not held with the weight"
         if self._codes is not None:
             self._codes.tensor.copy_(codes)
+        if bias is not None:
+            self._write_bias(bias)
         self._qparams.write(qparams)
 
+    def bias(self) -> Tensor | None:
+        return None if self._bias is None else self._bias.copied()
+
+    def _write_bias(self, bias: Tensor) -> None:
+        assert self._bias is not None, "the bias is not written with the weight"
+        with torch.no_grad():
+            self._bias.tensor.copy_(bias)
+
     def state(self) -> Any:
-        return None if self._codes is None else self._codes.tensor.clone(), self._qparams.state()
+        return None if self._codes is None else self._codes.tensor.clone(), self._qparams.state(), self.bias()
 
     def restore(self, state: Any) -> None:
+        codes, qparams, bias = state
         if self._codes is not None:
-            self._codes.tensor.copy_(state[0])
-        self._qparams.restore(state[1])
+            self._codes.tensor.copy_(codes)
+        if bias is not None:
+            self._write_bias(bias)
+        self._qparams.restore(qparams)
 
     def renew(self) -> None:
         """Nothing to do: a graph in float remembers nothing."""
@@ -132,6 +152,18 @@ def constant_of(node: Node) -> str | None:
 def multiplies(node: Node) -> bool:
     """Whether a dequantize node gives the weight of a linear or a convolution, not a constant of any other op."""
     return any(len(user.args) > 1 and user.args[1] is node and _is_layer(user) for user in node.users)
+
+
+def bias_of(nodes: Sequence[Node], once: Container[str]) -> str | None:
+    """Path of the bias of the layer whose weight these dequantize nodes give; None where it has none, or shares it.
+
+    Args:
+        once: the tensors that one node alone reads, see `cptv_ao.fx.readers.read_once`.
+    """
+    users = [user for node in nodes for user in node.users]
+    if len(users) != 1 or not _is_layer(users[0]) or users[0].kwargs or not multiplies(nodes[0]):
+        return None
+    return own_path(users[0].args[2], once) if len(users[0].args) > 2 else None
 
 
 def _is_layer(node: Node) -> bool:

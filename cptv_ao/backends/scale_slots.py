@@ -89,7 +89,7 @@ class WeightSlot(ABC):
     Attributes:
         tensors: the slots of the tensors that it writes into.
         float_weight: the float weight, where the graph itself holds one and rounds it each time; None else.
-        packs_bias: whether the bias of the layer is held with the weight.
+        packs_bias: whether the layer has a bias of its own, or takes one, that is written with the weight.
         pads: whether it is of a convolution that pads its input.
         is_right: whether the kernel computes with this weight, not with another one.
         of_layer: whether a layer multiplies its input with it; else it is a constant of another op.
@@ -123,7 +123,7 @@ class WeightSlot(ABC):
         """Write codes and their scales; without a bias the one that is there stays."""
 
     def bias(self) -> Tensor | None:
-        """What is added to the products, in float (C,), where the bias is held with the weight; None else."""
+        """What is added to the products, in float (C,), where the bias is written with the weight; None else."""
         return None
 
     @abstractmethod

@@ -67,6 +67,7 @@ class FloatLayer(OutOfPlace):
         self.weight, self._product = weight, product
 
     def forward(self, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = self.weight.corrected(bias)
         if isinstance(self._product, Linear):
             return nn.functional.linear(value, self.weight.dequantize(), bias)
         return torch.convolution(value, self.weight.dequantize(), bias, *self._product.settings)

@@ -27,6 +27,8 @@ from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 
+_Layer = QuantizedLayer | FloatLayer
+
 # Forwards that an image costs: one in float, and one in which each layer runs once more when it is corrected.
 _FORWARDS = 3
 # Images whose means biases are for: at most, and where there is no time for the least of them, nothing is corrected.
@@ -93,9 +95,7 @@ def corrections(
         What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
     """
     runs = Counter(map(_site, twin.layers))
-    layers = [
-        one for one in twin.layers if isinstance(one, QuantizedLayer) and _site(one) in names and runs[_site(one)] == 1
-    ]
+    layers = [one for one in twin.layers if _site(one) in names and runs[_site(one)] == 1]
     images = 0
     with torch.no_grad():
         for batch in batches:
@@ -107,21 +107,21 @@ def corrections(
     return {name: correction.cpu() for name, correction in held.items() if correction is not None}, images
 
 
-def _site(layer: QuantizedLayer | FloatLayer) -> str:
+def _site(layer: _Layer) -> str:
     return layer.weight.site.name
 
 
-def _correct(twin: Twin, layers: Sequence[QuantizedLayer], batch: Batch, share: float) -> None:
+def _correct(twin: Twin, layers: Sequence[_Layer], batch: Batch, share: float) -> None:
     """Move the corrections by a share of what the means on a batch are apart."""
-    wanted: dict[QuantizedLayer, Tensor] = {}
+    wanted: dict[_Layer, Tensor] = {}
 
-    def see(layer: Any, _: Any, output: QTensor) -> None:
+    def see(layer: Any, _: Any, output: QTensor | Tensor) -> None:
         wanted[layer] = _mean(layer, output)
 
-    def correct(layer: Any, args: tuple[QTensor], output: QTensor) -> QTensor:
+    def correct(layer: Any, args: tuple[Any, ...], output: QTensor | Tensor) -> QTensor | Tensor:
         missing = (share * (wanted[layer] - _mean(layer, output))).nan_to_num_(0.0, 0.0, 0.0)
         layer.weight.add_correction(missing)
-        corrected: QTensor = layer.forward(*args)
+        corrected: QTensor | Tensor = layer.forward(*args)
         return corrected
 
     with twin.in_float(twin.names):
@@ -129,7 +129,7 @@ def _correct(twin: Twin, layers: Sequence[QuantizedLayer], batch: Batch, share: 
     _hooked(twin, layers, correct, batch)
 
 
-def _hooked(twin: Twin, layers: Sequence[QuantizedLayer], hook: Any, batch: Batch) -> None:
+def _hooked(twin: Twin, layers: Sequence[_Layer], hook: Any, batch: Batch) -> None:
     hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
         call(twin, batch)
@@ -138,10 +138,15 @@ def _hooked(twin: Twin, layers: Sequence[QuantizedLayer], hook: Any, batch: Batc
             handle.remove()
 
 
-def _mean(layer: QuantizedLayer, output: QTensor) -> Tensor:
-    """Of each channel (C,), within what the output's codes can stand for: what is beyond it, the function behind the
-    layer clips in float, too (ReLU6), or nothing brings back."""
-    values, like = output.dequantize(), layer.output
-    low, high = ((end - like.zero_point) * like.scale for end in (like.site.qmin, like.site.qmax))
-    others = [dim for dim in range(values.dim()) if dim != layer.channel_dim % values.dim()]
-    return values.clamp(low, high).mean(others)
+def _mean(layer: _Layer, output: QTensor | Tensor) -> Tensor:
+    """Of each channel (C,), within what the output's codes can stand for, where it has some: what is beyond it, the
+    function behind the layer clips in float, too (ReLU6), or nothing brings back."""
+    if isinstance(output, QTensor) and isinstance(layer, QuantizedLayer):
+        like = layer.output
+        values = output.dequantize().clamp(
+            *((end - like.zero_point) * like.scale for end in (like.site.qmin, like.site.qmax))
+        )
+    else:
+        assert isinstance(output, Tensor)
+        values = output
+    return values.mean([dim for dim in range(values.dim()) if dim != layer.channel_dim % values.dim()])
