@@ -18,10 +18,10 @@ from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.loss_curvature import random_direction
-from cptv_ao.core.losses import Loss
+from cptv_ao.core.losses import LossChoice
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.core.tensors import Select, compared
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.proposals.batch_gradient import largest_part
 from cptv_ao.search.proposals.error_histogram import ErrorHistogram
@@ -68,7 +68,7 @@ class LeastLossRanges:
         self.image_forwards += _FORWARDS * sum(part.images for part, _ in parts)
         follow(self._twin, store)
         groups = {lead: _limited(group) if lead in limited else group for lead, group in self._groups.items()}
-        return least_loss_ranges(self._twin, groups, parts, config.loss, config.output or first_floating)
+        return least_loss_ranges(self._twin, groups, parts, config.loss, config.select)
 
     def _parts(self) -> list[tuple[Batch, int]]:
         """What is run at once, and how many directions that has."""
@@ -90,7 +90,7 @@ def least_loss_ranges(
     twin: Twin,
     groups: Mapping[str, tuple[ScaleSite, ...]],
     parts: Sequence[tuple[Batch, int]],
-    loss: str | Loss,
+    loss: LossChoice,
     select: Select,
 ) -> Assignment:
     """Scales and zero_points of the activations, each group's as if it alone were quantized.
@@ -133,5 +133,5 @@ def _rows(count: int, images: int, direction: int, directions: int) -> slice:
     return slice(images * direction // directions * each, images * (direction + 1) // directions * each)
 
 
-def _pull(output: Any, *, loss: str | Loss, select: Select, generator: torch.Generator) -> Tensor:
+def _pull(output: Any, *, loss: LossChoice, select: Select, generator: torch.Generator) -> Tensor:
     return random_direction(loss, compared(output, select), generator)
