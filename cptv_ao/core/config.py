@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from cptv_ao.core.blocks import BlockPolicy
 from cptv_ao.core.losses import LOSSES, Loss
+from cptv_ao.core.tensors import Select, first_floating
 
 LossName = Literal["auto", "kl", "infonce", "soft_infonce", "mse", "cosine"]
 # As in <function loss at 0x7f3a5c0>.
@@ -28,9 +28,12 @@ class RefineConfig:
 
     Attributes:
         loss: `auto`: `kl` for logits, which come out of a layer with a weight; `cosine` for embeddings, which do not;
-            `mse` for maps, sequences and one number per image. Another name; or a function `(candidate (N, C), teacher
-            (N, C)) -> scalar`, float32 tensors, that is never negative. One that cannot be differentiated is followed
-            by the block visits; the gradient steps follow the layer inputs alone.
+            `mse` for maps, sequences and one number per image; of a model with several outputs the mean of what suits
+            each, as a share of what the best output loses that is the same for all images. Another name; or a function
+            `(candidate (N, C), teacher (N, C)) -> scalar`, float32 tensors, that is never negative; both of each
+            output. Or such by the names of outputs, `{"logits": "kl", "aux": None}`: None leaves one out, what is not
+            named is `auto`. One that cannot be differentiated is followed by the block visits; the gradient steps
+            follow the layer inputs alone.
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
@@ -64,7 +67,8 @@ class RefineConfig:
         weight_range: nominal `(qmin, qmax)` of all weight codes, e.g. `(-4, 3)`; by default from the qconfigs of
             `float_model`, else inferred from the codes.
         holdout: fraction of the batches that only accept or reject the result; 0 accepts on the search images.
-        output: picks the tensor that the loss compares from the model's output; by default its first floating one.
+        output: what the loss compares: the name of an output, several, or a function that picks from what the model
+            returns, a tensor or any nesting of them; by default every floating tensor that has rows for the images.
         score_on: `kernels`: the model's own quantized kernels (CPU). `simulation`: the float twin, on `device`; what
             the search finds is then accepted or rejected as a whole on the kernels.
         accept_on: makes of a copy of the model what will ship, e.g. `torch.compile`; a search on the simulation (that
@@ -84,7 +88,7 @@ class RefineConfig:
         epsilon: half-width of the uniform noise of the `paper` search.
     """
 
-    loss: LossName | Loss = "auto"
+    loss: LossName | Loss | Mapping[str, LossName | Loss | None] = "auto"
     temperature: float = 3.0
     search: SearchName = "evolution"
     population: tuple[Individual, ...] = ("output_error", "ranges", "curvature", "biases")
@@ -102,7 +106,7 @@ class RefineConfig:
     block_order: Literal["forward", "backward"] = "forward"
     weight_range: tuple[int, int] | None = None
     holdout: float = 0.2
-    output: Callable[[Any], Tensor] | None = None
+    output: Callable[[Any], Any] | str | tuple[str, ...] | None = None
     score_on: Literal["kernels", "simulation"] = "kernels"
     accept_on: Callable[[Any], Any] | None = None
     device: str = "cpu"
@@ -148,6 +152,16 @@ class RefineConfig:
         return self.include == ("*",) and len(set(self.kinds)) > 1
 
     @property
+    def pick(self) -> Callable[[Any], Any] | None:
+        """The user's function that picks from what the model returns."""
+        return None if isinstance(self.output, (str, tuple)) else self.output
+
+    @property
+    def select(self) -> Select:
+        """What picks the tensor that is compared."""
+        return self.pick or first_floating
+
+    @property
     def loss_name(self) -> str:
         """What a report calls the loss."""
         name = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", None)
@@ -165,6 +179,8 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in value.items()) + "}"
     if not callable(value):
         return repr(value)
     if isinstance(getattr(value, "__qualname__", None), str):
@@ -177,12 +193,21 @@ def _told(value: Any) -> str:
 
 def _check_choices(config: RefineConfig) -> None:
     names = ["auto", *sorted(LOSSES)]
-    _expect(callable(config.loss) or config.loss in names, "loss", f"one of {names} or a function", config.loss)
+    by_name = config.loss if isinstance(config.loss, Mapping) else {"": config.loss}
+    for one in by_name.values():
+        left_out = one is None and isinstance(config.loss, Mapping)
+        _expect(left_out or callable(one) or one in names, "loss", f"one of {names} or a function", one)
     _expect(config.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", config.search)
     _expect(config.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", config.score_on)
     _expect(_is_device(config.device), "device", "a device such as 'cpu' or 'cuda:1'", config.device)
     _expect(config.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", config.block_order)
-    for name in ("blocks", "output", "accept_on"):
+    named = (config.output,) if isinstance(config.output, str) else config.output
+    if isinstance(named, tuple):
+        all_names = bool(named) and all(isinstance(name, str) for name in named)
+        _expect(all_names, "output", "names of outputs, a function or None", config.output)
+    else:
+        _expect(named is None or callable(named), "output", "names of outputs, a function or None", named)
+    for name in ("blocks", "accept_on"):
         value = getattr(config, name)
         _expect(value is None or callable(value), name, "a function or None", value)
     for name in ("racing", "equalize"):

@@ -7,14 +7,16 @@ Gauss-Newton matrix: Martens, ICML 2010).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptv_ao.core.losses import Loss
+from cptv_ao.core.losses import JointLoss, Loss, LossChoice
 
 
-def random_direction(loss: str | Loss, outputs: Tensor, generator: torch.Generator) -> Tensor:
+def random_direction(loss: LossChoice, outputs: Tensor, generator: torch.Generator) -> Tensor:
     """A number whose gradient with respect to the outputs is a direction of each image.
 
     They fit the loss up to a factor that is the same for all images. A function of the user's, of which nobody knows
@@ -28,7 +30,13 @@ def random_direction(loss: str | Loss, outputs: Tensor, generator: torch.Generat
     Returns:
         Of shape ().
     """
+    assert not isinstance(loss, Mapping)
     noise = torch.randn(outputs.shape, generator=generator).to(outputs)
+    return loss.direction(outputs, noise) if isinstance(loss, JointLoss) else direction(loss, outputs, noise)
+
+
+def direction(loss: str | Loss, outputs: Tensor, noise: Tensor) -> Tensor:
+    """The same of given noise, (N, C) as the outputs."""
     if loss == "kl":  # H = diag(p) - p p^T
         shares = outputs.detach().softmax(1)
         noise = shares.sqrt() * noise

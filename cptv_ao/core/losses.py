@@ -6,7 +6,8 @@ can be averaged by their number of images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -61,9 +62,52 @@ def soft_infonce(candidate: Tensor, teacher: Tensor, *, temperature: float = 3.0
     return (wanted.exp() * (wanted - found)).sum(1).mean().clamp_min(0) * (2 * temperature)
 
 
-def is_per_image(loss: str | Loss) -> bool:
+class JointLoss(ABC):
+    """Of several outputs, packed into one tensor (N, numbers of all): what is asked of a loss, asked of each."""
+
+    __name__: str
+
+    @property
+    @abstractmethod
+    def losses(self) -> tuple[str | Loss, ...]:
+        """Names or functions, one for each output that counts."""
+
+    @abstractmethod
+    def __call__(self, candidate: Tensor, teacher: Tensor) -> Tensor:
+        """To be followed: in the dtype of what it is given."""
+
+    @abstractmethod
+    def each(self, candidate: Tensor, teacher: Tensor) -> Tensor:
+        """The losses (outputs,) of the outputs, in float64; the joint one is their mean."""
+
+    @abstractmethod
+    def direction(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """See `cptv_ao.core.loss_curvature`."""
+
+
+#: What `RefineConfig.loss` may be: of all outputs, or by the name of each (None: it does not count).
+LossChoice = str | Loss | Mapping[str, Any]
+
+
+def is_per_image(loss: LossChoice) -> bool:
     """Whether a loss is known to be a mean over the images, each on its own."""
-    return isinstance(loss, str) and loss in ("auto", "kl", "mse", "cosine")
+    return all(isinstance(one, str) and one in ("auto", "kl", "mse", "cosine") for one in _held(loss))
+
+
+def is_known(loss: LossChoice) -> bool:
+    """Whether it is one of ours, of each output: never negative."""
+    return all(isinstance(one, str) for one in _held(loss))
+
+
+def compares_images(loss: LossChoice) -> str | None:
+    """The name of a loss among those asked for that takes its negatives from the batch."""
+    return next((one for one in _held(loss) if isinstance(one, str) and "infonce" in one), None)
+
+
+def _held(loss: LossChoice) -> tuple[str | Loss, ...]:
+    if isinstance(loss, JointLoss):
+        return loss.losses
+    return tuple(one for one in loss.values() if one is not None) if isinstance(loss, Mapping) else (loss,)
 
 
 def _similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -106,11 +150,14 @@ class _Scalar:
         raise TypeError(f"RefineConfig.loss: expected {self._name} to return one real number, got {got}{hint}")
 
 
-def get_loss(loss: str | Loss, temperature: float) -> Loss:
+def get_loss(loss: LossChoice, temperature: float) -> Loss:
     """A loss by name, with its temperature where it has one; a function is made safe (see `_Scalar`).
 
-    `auto` is `kl` here: `cptv_ao.core.objective.settled` decides where the outputs are known.
+    `auto` is `kl` here: what it is, and what losses by name are, is decided where the outputs are known.
     """
+    assert not isinstance(loss, Mapping)
+    if isinstance(loss, JointLoss):
+        return loss
     if not isinstance(loss, str):
         return _Scalar(loss)
     function = LOSSES["kl" if loss == "auto" else loss]
@@ -123,13 +170,15 @@ def get_loss(loss: str | Loss, temperature: float) -> Loss:
     return tempered
 
 
-def get_exact_loss(loss: str | Loss, temperature: float) -> Loss:
+def get_exact_loss(loss: LossChoice, temperature: float) -> Loss:
     """As `get_loss`, for values that are compared with one another: those known by name are computed in float64.
 
     In float32 a KL of 1e-8 is what roundings of logarithms leave, and half of the time it is not above zero: there no
     candidate could be told from another, though outputs may be 25 dB apart. Functions of the user's are given what the
     model returns.
     """
+    if isinstance(loss, JointLoss):
+        return EachLoss(loss)
     function = get_loss(loss, temperature)
     if not isinstance(loss, str):
         return function
@@ -138,6 +187,16 @@ def get_exact_loss(loss: str | Loss, temperature: float) -> Loss:
         return function(_wide(candidate), _wide(teacher))
 
     return exact
+
+
+class EachLoss:
+    """A joint loss in float64, which also tells those of its outputs."""
+
+    def __init__(self, joint: JointLoss) -> None:
+        self.each = joint.each
+
+    def __call__(self, candidate: Tensor, teacher: Tensor) -> Tensor:
+        return self.each(candidate, teacher).mean()
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -43,8 +43,9 @@ def settled(config: RefineConfig, teacher: Tensor, kind: OutputKind = "logits") 
         TypeError: a function returns something else than a number.
         ValueError: the loss that was asked for gives the same for any output.
     """
+    assert not isinstance(config.loss, Mapping)
     if not isinstance(config.loss, str):
-        return config, _checked(config, teacher)
+        return config, check_function(config, teacher)
     single = teacher.shape[1] == 1
     if config.loss == "auto":
         if single:
@@ -70,8 +71,13 @@ def differentiable(loss: Loss, teacher: Tensor) -> bool:
             return False
 
 
-def _checked(config: RefineConfig, teacher: Tensor) -> list[str]:
-    """Of a function of the user's; what is to be said of it."""
+def check_function(config: RefineConfig, teacher: Tensor) -> list[str]:
+    """Of a loss that is a function of the user's; what is to be said of it.
+
+    Raises:
+        TypeError, ValueError: as `settled`.
+    """
+    assert not isinstance(config.loss, Mapping)
     loss = get_loss(config.loss, config.temperature)
     perfect = float(loss(teacher, teacher))
     if math.isfinite(perfect) and all(float(loss(other, teacher)) == perfect for other in _others(teacher)):

@@ -79,6 +79,24 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class OutputLoss:
+    """What one output of the model lost.
+
+    Attributes:
+        name: keys, fields and indices that lead to it, with dots between; `output` where it is all.
+        loss: by which it is compared.
+        before, after: of several outputs in `size`, so that their mean is the loss of all.
+        size: what the best output would lose that is the same for all images; 1 where there is one output only.
+    """
+
+    name: str
+    loss: str
+    before: Losses
+    after: Losses
+    size: float = 1.0
+
+
+@dataclass(frozen=True)
 class Point:
     """The search at one moment: at its start, after a proposal, or at the end of a block visit.
 
@@ -101,7 +119,8 @@ class Outcome:
     """What one `refine` did.
 
     `history` is the search on what it ran on: with `score_on="simulation"` the losses of the simulation, where
-    `before` and `after` are those of the kernels. `settings` are those of the `RefineConfig`, in words.
+    `before` and `after` are those of the kernels. `settings` are those of the `RefineConfig`, in words. `outputs` are
+    the outputs that are compared, each with its own losses.
     """
 
     status: Status
@@ -121,6 +140,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     history: tuple[Point, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
+    outputs: tuple[OutputLoss, ...] = ()
 
 
 def per_block(blocks: Sequence[BlockResult]) -> list[tuple[str, int, int, int, float, float]]:

@@ -10,32 +10,24 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.output_tree import named_tensors
 
 Select = Callable[[Any], Tensor]
 
 
 def first_floating(output: Any) -> Tensor:
-    """The first floating tensor of an output: a tensor, a tuple or list, or a dict; depth first.
+    """The first floating tensor of an output, whatever holds it; depth first.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    for value in flatten(output):
-        if isinstance(value, Tensor) and value.is_floating_point():
+    for value in named_tensors(output).values():
+        if value.is_floating_point():
             return value
     raise UnsupportedModelError(
         f"expected an output that holds a floating tensor, got {type(output).__name__}; "
         "say which part the loss compares with RefineConfig(output=...)"
     )
-
-
-def flatten(output: Any) -> list[Any]:
-    """The leaves of nested dicts, lists and tuples, depth first."""
-    if isinstance(output, Mapping):
-        return [leaf for value in output.values() for leaf in flatten(value)]
-    if isinstance(output, (list, tuple)):
-        return [leaf for value in output for leaf in flatten(value)]
-    return [output]
 
 
 def compared(output: Any, select: Select = first_floating) -> Tensor:

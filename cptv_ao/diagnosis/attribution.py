@@ -16,7 +16,7 @@ from cptv_ao.core.blocks import Block
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.progress import Advance
-from cptv_ao.core.tensors import compared, first_floating
+from cptv_ao.core.tensors import compared
 from cptv_ao.evaluation.calibration import Calibration, Images, on_device
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.scoring import SplitEvaluators
@@ -121,7 +121,7 @@ def causes_by_substitution(
         outputs: the node of each block's output, blocks in graph order.
         float_outputs: the float model's tensors per batch, by block, in the shape of these nodes.
     """
-    select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
+    select, loss = config.select, get_exact_loss(config.loss, config.temperature)
     before = causes.whole
     for name, node in outputs.items():
         advance(name)

@@ -65,6 +65,27 @@ class SiteDiagnosis:
 
 
 @dataclass(frozen=True)
+class OutputDiagnosis:
+    """One output of the model.
+
+    Attributes:
+        name: keys, fields and indices that lead to it, with dots between; `output` where it is all.
+        loss_name: of the loss that it is compared by.
+        loss: on the model's own kernels; of several outputs as a share of what the best output loses that is the same
+            for all images.
+        sqnr: against the float model's, in dB.
+        agreement: share of the images, of maps and sequences of their places, with the same largest number; None for
+            single numbers.
+    """
+
+    name: str
+    loss_name: str
+    loss: float
+    sqnr: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
 class Findings:
     """What the graph itself tells.
 
@@ -102,14 +123,16 @@ class Diagnosis:
         simulated: of its float twin, on which shares are taken; None where the twin does not know an op.
         least: loss of the teacher against itself (0, but for InfoNCE): what no model can go below.
         floor: loss of the twin with every site in float: what no site explains; None without a twin.
-        sqnr: of the model's outputs against the teacher's, in dB.
-        agreement: share of the images on which model and teacher have the same largest output; None for one output.
+        sqnr: of the model's outputs against the teacher's, in dB; of several outputs the lowest.
+        agreement: share of the images on which model and teacher have the same largest output; None for one output. Of
+            several outputs the lowest of those that are compared as logits, if any are.
         images: on which all was measured.
         blocks: ordered by `share`, the largest first.
         sites: those with a `share` first, the largest first; then by block, the lowest `sqnr` first.
         findings: what the graph tells.
         notes: what could not be measured, and why.
         advice: sentences.
+        outputs: those that are compared, each by itself.
     """
 
     loss_name: str
@@ -125,6 +148,7 @@ class Diagnosis:
     findings: Findings
     notes: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
+    outputs: tuple[OutputDiagnosis, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers; what is not finite becomes None."""
@@ -152,6 +176,7 @@ class Diagnosis:
             f"cptv_ao.diagnose: {self.loss_name} {number(self.loss)} on the model's own kernels, {self.images} images"
         )
         lines = [told + _outputs(self), ""]
+        lines += [*_by_output(self), ""] if len(self.outputs) > 1 else []
         if self.simulated is not None:
             lines += [f"shares below are of the simulation, whose loss is {number(self.simulated)}:"]
         lines += [*_blocks(self), "", *_sites(self)]
@@ -165,6 +190,13 @@ class Diagnosis:
 def _outputs(found: Diagnosis) -> str:
     told = "" if found.sqnr is None else f"; outputs {decibels(found.sqnr)}"
     return told if found.agreement is None else f"{told}, {percent(found.agreement)} of the images agree with float"
+
+
+def _by_output(found: Diagnosis) -> list[str]:
+    rows = [("output", "loss", "", "SQNR", "agreement")]
+    for one in found.outputs:
+        rows.append((one.name, one.loss_name, number(one.loss), decibels(one.sqnr), percent(one.agreement)))
+    return table(rows)
 
 
 def _blocks(found: Diagnosis) -> list[str]:

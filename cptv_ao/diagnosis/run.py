@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
@@ -16,18 +15,18 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.formatting import some
 from cptv_ao.core.losses import get_exact_loss
-from cptv_ao.core.objective import settled
 from cptv_ao.core.progress import Advance, progress_bar
-from cptv_ao.core.tensors import first_floating
 from cptv_ao.diagnosis.attribution import Attribution, causes_by_substitution, causes_on_twin, steps
 from cptv_ao.diagnosis.comparison import Comparison, compared_by_modules, compared_on_twin
 from cptv_ao.diagnosis.graph_survey import Survey
 from cptv_ao.diagnosis.meters import Fidelity, measured_weight
-from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis
+from cptv_ao.diagnosis.output_fidelity import output_diagnoses
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, OutputDiagnosis, SiteDiagnosis
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
+from cptv_ao.evaluation.compared_outputs import chosen_outputs
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.kernel_agreement import broken_kernels, disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
@@ -56,19 +55,19 @@ def _diagnosis(
 ) -> Diagnosis:
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
-        batches = _few(counted(batches, teacher, config.output or first_floating))
+        config, batches, notes = chosen_outputs(teacher, counted(batches, teacher, config.pick), config)
+        batches = _few(batches)
         check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
-        kind = output_kind(backend.model, teacher, batches[0], config)
-        config, told = settled(replace(config, gradient_steps=0), images.targets[0], kind)
+        config, told = settled_outputs(backend.model, teacher, images, replace(config, gradient_steps=0))
         kernels = SplitEvaluators(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
         survey = Survey(backend, blocks)
         with progress_bar("diagnose", steps(blocks), progress) as advance:
             measured = _measured(backend, teacher, images, survey, config, loss, advance)
-    causes, outputs = measured.causes, kernels.outputs()
-    notes = told + ([measured.note] if measured.note else [])
+    causes, outputs = measured.causes, output_diagnoses(kernels.outputs(), images, config)
+    notes += told + ([measured.note] if measured.note else [])
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
     return Diagnosis(
@@ -77,13 +76,14 @@ def _diagnosis(
         simulated=causes.whole if measured.on_twin else None,
         least=causes.least,
         floor=causes.floor,
-        sqnr=_fidelity(outputs, images).sqnr,
-        agreement=_agreement(outputs, images),
+        sqnr=min((one.sqnr for one in outputs if one.sqnr is not None), default=None),
+        agreement=min((one.agreement for one in _choices(outputs) if one.agreement is not None), default=None),
         images=kernels.images,
         blocks=_blocks(blocks, measured, survey),
         sites=_sites(backend, blocks, measured),
         findings=_findings(backend, survey, measured.compared, batches[0], config),
         notes=tuple(notes),
+        outputs=outputs,
     )
 
 
@@ -186,16 +186,6 @@ def _least(images: Images, config: RefineConfig) -> float:
     return total / sum(batch.images for batch in images.batches)
 
 
-def _fidelity(outputs: Sequence[Tensor], images: Images) -> Fidelity:
-    fidelity = Fidelity()
-    for output, target in zip(outputs, images.targets, strict=True):
-        fidelity.add(output, target)
-    return fidelity
-
-
-def _agreement(outputs: Sequence[Tensor], images: Images) -> float | None:
-    """Share of the images with the same largest output."""
-    if outputs[0].shape[1] < 2:
-        return None
-    same = [o.argmax(1) == t.argmax(1) for o, t in zip(outputs, images.targets, strict=True)]
-    return float(torch.cat(same).double().mean())
+def _choices(outputs: Sequence[OutputDiagnosis]) -> Sequence[OutputDiagnosis]:
+    """Of several outputs those that choose among classes."""
+    return outputs if len(outputs) == 1 else [one for one in outputs if one.loss_name == "kl"]

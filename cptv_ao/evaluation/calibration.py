@@ -11,7 +11,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError
-from cptv_ao.core.tensors import first_floating
+from cptv_ao.core.losses import compares_images
 from cptv_ao.evaluation.cost import Cost
 from cptv_ao.evaluation.teacher import teacher_outputs
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
@@ -22,12 +22,13 @@ _PROBE_IMAGES, PROBE_FORWARDS = 16, 6
 
 def check_negatives(config: RefineConfig, batches: Sequence[Batch]) -> None:
     """InfoNCE takes its negatives from the batch: one image has none."""
-    if not (isinstance(config.loss, str) and "infonce" in config.loss):
+    loss = compares_images(config.loss)
+    if loss is None:
         return
     for index, batch in enumerate(batches):
         if batch.images < 2:
             raise CalibrationDataError(
-                f"calib_loader, batch {index}: {config.loss} needs at least 2 images per batch for its negatives, "
+                f"calib_loader, batch {index}: {loss} needs at least 2 images per batch for its negatives, "
                 "got 1; use larger batches (the paper: 100), drop_last=True, or another loss",
                 index,
             )
@@ -48,7 +49,7 @@ class Images:
     @staticmethod
     def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig, world: World = ALONE) -> Images:
         """Run the teacher once."""
-        targets = teacher_outputs(teacher, batches, config.output or first_floating, world)
+        targets = teacher_outputs(teacher, batches, config.select, world)
         return Images(tuple(batches), tuple(targets))
 
 

@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import CalibrationDataError, FloatModelMismatchError, NonFiniteError
-from cptv_ao.core.losses import Loss
+from cptv_ao.core.losses import EachLoss, Loss
+from cptv_ao.core.packed_outputs import PackedOutputs, not_finite
 from cptv_ao.core.tensors import Select, compared, first_floating
 from cptv_ao.evaluation.race import WAVES, margin, waves_of
 from cptv_ao.evaluation.tail_runner import TailRunner
@@ -60,6 +61,7 @@ class Evaluator:
         self._last: tuple[float, ...] | None = None  # losses per batch of the last candidate scored in full
         self._parent: tuple[float, ...] | None = None
         self._ran: _Ran | None = None
+        self._first: dict[int, Tensor] = {}  # losses of several outputs per batch, at the first look
         #: races so far
         self.raced = 0
         self.images = sum(batch.images for batch in self._batches)
@@ -149,6 +151,15 @@ class Evaluator:
                 losses[index] = self._loss_of(index, check=True)
         self._ran = _Ran(self.runner.stamp(), losses)
 
+    def first_by_output(self) -> list[float]:
+        """The losses of each of several outputs that `check` has seen, on every rank."""
+        count = len(next(iter(self._first.values()))) if self._first else 0
+        table = torch.zeros(len(self._batches), int(self._world.most(count)[0]), dtype=torch.float64)
+        for index, each in self._first.items():
+            table[index] = self._batches[index].images * each
+        means: list[float] = (self._world.sum(table).sum(0) / self.images).tolist()
+        return means
+
     def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
         """The summed losses of these batches, each scored by the rank that holds it."""
         ran = self._ran if self._ran is not None and same_stamp(self._ran.stamp, self.runner.stamp()) else None
@@ -167,7 +178,9 @@ class Evaluator:
         def output() -> Tensor:
             found = compared(self.runner.output(index), self._select)
             if check:
-                _expect_output(found, teacher, index)
+                _expect_output(found, teacher, index, self._select)
+                if isinstance(self._loss, EachLoss):
+                    self._first[index] = self._loss.each(found, teacher)
             return found
 
         return batch_loss(self._loss, output, teacher)
@@ -181,14 +194,17 @@ class _Ran:
     losses: dict[int, float]
 
 
-def _expect_output(output: Tensor, teacher: Tensor, index: int) -> None:
+def _expect_output(output: Tensor, teacher: Tensor, index: int, select: Select) -> None:
     if output.shape != teacher.shape:
-        raise FloatModelMismatchError(
-            f"float_model: expected outputs of shape {tuple(output.shape)} as the quantized model gives on batch "
-            f"{index}, got {tuple(teacher.shape)}"
+        wanted, got = (
+            select.told(t) if isinstance(select, PackedOutputs) else f"of shape {tuple(t.shape)}"
+            for t in (output, teacher)
         )
-    if not bool(torch.isfinite(output).all()):
-        raise NonFiniteError(f"the quantized model's output on calibration batch {index} holds NaN or inf")
+        raise FloatModelMismatchError(
+            f"float_model: expected outputs {wanted} as the quantized model gives on batch {index}, got {got}"
+        )
+    if bad := not_finite(select, output):
+        raise NonFiniteError(f"the quantized model's {bad} on calibration batch {index} holds NaN or inf")
 
 
 def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> float:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
-from cptv_ao.core.errors import CalibrationDataError
+from cptv_ao.core.errors import CalibrationDataError, UnsupportedModelError
 from cptv_ao.core.loader import unlike
 from cptv_ao.core.nested import Path, mapped
-from cptv_ao.core.tensors import Select, first_floating
+from cptv_ao.core.output_tree import named_tensors
+from cptv_ao.core.packed_outputs import HINT
+from cptv_ao.core.tensors import first_floating
 from cptv_ao.fx.running import run
 
-_Output = Callable[[Batch, int], Any]
+_Output = Callable[[Batch, int], list[Tensor]]
 
 # Images on which is tried whether a single input may be cut.
 _FEW = 4
@@ -31,7 +33,7 @@ _SAME = 1e-3
 
 
 def counted(
-    batches: Sequence[Batch], teacher: nn.Module, select: Select = first_floating, world: World = ALONE
+    batches: Sequence[Batch], teacher: nn.Module, pick: Callable[[Any], Any] | None = None, world: World = ALONE
 ) -> list[Batch]:
     """The same batches, with the number of their images as it is, and cut no more where that would change outputs.
 
@@ -39,16 +41,20 @@ def counted(
         batches: as they were read.
         teacher: the float model; it is run on a few images and their halves, and on whole batches where inputs have
             several numbers of rows.
-        select: as for the evaluator.
+        pick: what of its outputs is compared; None: all.
         world: the ranks that all do so.
 
     Raises:
         CalibrationDataError: the model does not accept a batch.
     """
 
-    def output(batch: Batch, index: int) -> Any:
+    def output(batch: Batch, index: int) -> list[Tensor]:
         with torch.no_grad():
-            return select(run(teacher, batch, index))
+            found = run(teacher, batch, index)
+        found = found if pick is None else pick(found)
+        if pick is None:
+            first_floating(found)
+        return [tensor for tensor in named_tensors(found).values() if tensor.is_floating_point()]
 
     each = [batch.sizes for batch in batches]
     rows = {path: tuple(sizes[path] for sizes in each) for path in each[0]}
@@ -99,10 +105,10 @@ def _images(candidates: set[tuple[int, ...]], batches: Sequence[Batch], output: 
     left = sorted(candidates)
     while len(left) > 1:
         index = next(i for i, sizes in enumerate(zip(*left, strict=True)) if len(set(sizes)) > 1)
-        got = output(batches[index], index)
-        count = len(got) if isinstance(got, Tensor) and got.dim() else 0
-        divisors = [sizes[index] for sizes in left if count and count % sizes[index] == 0]
-        left = [sizes for sizes in left if divisors and sizes[index] == max(divisors)]
+        counts = [len(tensor) for tensor in output(batches[index], index) if tensor.dim() and len(tensor)]
+        divisors = [[sizes[index] for sizes in left if count % sizes[index] == 0] for count in counts]
+        most = max(next(filter(None, divisors), [0]))
+        left = [sizes for sizes in left if sizes[index] == most]
     return left[0] if left else None
 
 
@@ -120,19 +126,34 @@ def _per_image(batches: Sequence[Batch], output: _Output) -> int:
     except CalibrationDataError:  # the model says that this is no input
         output(whole, index)  # its error, if it does not take the whole batch
         return 0
-    if not isinstance(got, Tensor) or not got.dim() or not bool(torch.isfinite(got).all()):
+    if any(len(half) != len(got) for half in halves):
+        raise UnsupportedModelError(
+            f"expected as many outputs for any number of images, got {len(got)} for {batch.images} of them and "
+            f"{len(halves[0])} for {middle}; {HINT}"
+        )
+    if not any(tensor.dim() for tensor in got) or not all(bool(torch.isfinite(tensor).all()) for tensor in got):
         return 1  # which is told where the outputs are used
-    per_image = len(got) // batch.images
-    fits = per_image > 0 and [len(half) for half in halves] == [per_image * middle, len(got) - per_image * middle]
-    alike = fits and all(half.shape[1:] == got.shape[1:] for half in halves)
-    return per_image if alike and _near(torch.cat(halves), got) else 0
+    found = [_rows(own, parts, batch) for own, *parts in zip(got, *halves, strict=True) if own.dim()]
+    with_rows = [rows for rows in found if rows is not None]
+    return min(with_rows) if with_rows else 0
+
+
+def _rows(got: Tensor, halves: Sequence[Tensor], batch: Batch) -> int | None:
+    """How many rows of an output each image has; 0 where they depend on the other images, None where it has none."""
+    middle = batch.images // 2
+    rows = len(got) // batch.images
+    fits = rows > 0 and [len(half) for half in halves] == [rows * middle, len(got) - rows * middle]
+    if not fits or any(half.shape[1:] != got.shape[1:] for half in halves):
+        return None
+    return rows if _near(torch.cat(list(halves)), got) else 0
 
 
 def _check_batched(batches: Sequence[Batch], output: _Output) -> None:
     """Refuse single images without a batch dimension, where a model takes them: a layer of (..., C) does."""
     index = next(i for i, batch in enumerate(batches) if batch.images > 1)
     batch = batches[index]
-    if len(batch.tensors) > 1 or len(got := output(batch, index)) % batch.images == 0:
+    got, *others = output(batch, index)
+    if len(batch.tensors) > 1 or others or len(got) % batch.images == 0:
         return
 
     def one(_: Path, value: Any) -> Any:
@@ -142,7 +163,8 @@ def _check_batched(batches: Sequence[Batch], output: _Output) -> None:
         alone = output(replace(batch, args=mapped(batch.args, one), kwargs=mapped(batch.kwargs, one)), index)
     except CalibrationDataError:
         return
-    if len(alone) == 1 and alone[0].shape == got.shape and _near(alone[0], got):
+    first = alone[0] if alone else got
+    if len(first) == 1 and first[0].shape == got.shape and _near(first[0], got):
         (tensor,) = batch.tensors.values()
         raise CalibrationDataError(
             f"calib_loader, batch {index}: expected a batch dimension, got an input of shape {tuple(tensor.shape)}, "

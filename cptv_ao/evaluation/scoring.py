@@ -18,7 +18,7 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.outcome import Losses
-from cptv_ao.core.tensors import compared, first_floating
+from cptv_ao.core.tensors import compared
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.evaluator import Evaluator, batch_loss
 from cptv_ao.fx.running import run
@@ -51,6 +51,12 @@ class SplitEvaluators:
         """Of the scales that are in the model now."""
         return Losses(self.search.score(), None if self.holdout is None else self.holdout.score())
 
+    def by_output(self) -> tuple[Losses, ...]:
+        """Of each of several outputs, of the scales that were in the model at the start."""
+        search = self.search.first_by_output()
+        held = [None] * len(search) if self.holdout is None else self.holdout.first_by_output()
+        return tuple(Losses(*pair) for pair in zip(search, held, strict=True))
+
 
 def check_losses(losses: Losses) -> Losses:
     """Those of the model that was given.
@@ -68,7 +74,7 @@ def check_losses(losses: Losses) -> Losses:
 
 
 def _evaluator(model: GraphModule, images: Images, config: RefineConfig, world: World) -> Evaluator:
-    select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
+    select, loss = config.select, get_exact_loss(config.loss, config.temperature)
     evaluator = Evaluator(model, images.batches, images.targets, loss, select, config.cache_bytes, world)
     evaluator.check()
     return evaluator
@@ -86,14 +92,19 @@ class Shipped:
         config = calibration.config
         self._model, self._make, self._world = model, make, calibration.world
         self._search, self._holdout = calibration.search, calibration.holdout
-        self._select, self._loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
+        self._select, self._loss = config.select, get_exact_loss(config.loss, config.temperature)
 
     def losses(self) -> Losses:
         """Of the scales that are in the model now."""
-        made = self._make(copy.deepcopy(self._model))
+        made = self.made()
         with torch.no_grad():
             held_out = self._mean(made, self._holdout) if self._holdout.batches else None
             return Losses(self._mean(made, self._search), held_out)
+
+    def made(self) -> Callable[..., Any]:
+        """What ships of the scales that are in the model now."""
+        made: Callable[..., Any] = self._make(copy.deepcopy(self._model))
+        return made
 
     def _mean(self, made: Callable[..., Any], images: Images) -> float:
         table = torch.zeros(len(images.batches), dtype=torch.float64)

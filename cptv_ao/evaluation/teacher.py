@@ -20,6 +20,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.errors import NonFiniteError, UnsupportedModelError
+from cptv_ao.core.packed_outputs import not_finite
 from cptv_ao.core.qparams import PER_CHANNEL
 from cptv_ao.core.tensors import Select, compared, first_floating, moved
 from cptv_ao.fx.inplace import written
@@ -180,8 +181,8 @@ def teacher_outputs(
             if not world.mine(index):
                 continue
             output = compared(run(teacher, batch, index), select)
-            if not bool(torch.isfinite(output).all()):
-                raise NonFiniteError(f"the teacher's output on calibration batch {index} holds NaN or inf")
+            if bad := not_finite(select, output):
+                raise NonFiniteError(f"the teacher's {bad} on calibration batch {index} holds NaN or inf")
             outputs[index] = output.to(
                 "cpu", copy=True
             )  # a model may return a buffer of its own, and write into it again

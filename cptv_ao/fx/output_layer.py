@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from cptv_ao.core.output_tree import children, named_leaves
 from cptv_ao.fx import ops, quantized_ops
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.op_table import Op
@@ -21,28 +24,58 @@ _LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, _aten.log_softmax, _a
 _CASTS = {"double", "half", "bfloat16"}
 
 
+#: What computes an output: a layer with a weight, a function whose values are between bounds, or something else.
+End = Literal["layer", "bounded", "other"]
+
+
+def output_nodes(model: GraphModule) -> dict[str, Node]:
+    """The nodes of the outputs, by the names that `named_tensors` gives them."""
+    output = next(node for node in model.graph.nodes if node.op == "output")
+    info = getattr(model.graph._codegen, "pytree_info", None)
+    spec = None if info is None else info.out_spec
+    value = output.args[0] if spec is None else tree_unflatten(tree_leaves(output.args), spec)
+    return {name: leaf for name, leaf in named_leaves(_opened(value)).items() if isinstance(leaf, Node)}
+
+
+def _opened(value: Any) -> Any:
+    """With what a graph puts into named tuples and dataclasses in the place of the nodes that make these."""
+    if isinstance(value, Node):
+        kind: Any = value.target
+        if value.op != "call_function" or not isinstance(kind, type):
+            return value
+        names = [field.name for field in fields(kind)] if is_dataclass(kind) else getattr(kind, "_fields", ())
+        return _opened({**dict(zip(names, value.args, strict=False)), **value.kwargs}) if names else value
+    parts = children(value)
+    return value if parts is None else {name: _opened(part) for name, part in parts}
+
+
+def end_of(model: GraphModule, node: Node | None) -> End:
+    """What computes a node's value, moved, rounded or averaged at most."""
+    modules = dict(model.named_modules())
+    while node is not None:
+        quantized = quantized_ops.of_node(node, modules)
+        if quantized is not None and quantized.product:
+            return "other" if quantized.after else "layer"
+        op = ops.op_of(node, modules)
+        if op is not None and op.effect == "layer":
+            return "layer"
+        if op is not None and op.effect == "fixed":
+            return "bounded"
+        dequantizes = quantized is not None and quantized.role == "dequantizes"
+        casts = node.op == "call_method" and node.target in _CASTS
+        if not (dequantizes or casts or _passes(op) or _is_log_softmax(node, modules)):
+            return "other"
+        node = node.all_input_nodes[0] if node.all_input_nodes else None
+    return "other"
+
+
 def ends_in_layer(model: GraphModule) -> bool:
     """Whether the first output is what a layer with a weight computes, moved, rounded or averaged at most.
 
     Args:
         model: a quantized or a float graph.
     """
-    modules = dict(model.named_modules())
-    output = next(node for node in model.graph.nodes if node.op == "output")
-    node = next((leaf for leaf in tree_leaves(output.args) if isinstance(leaf, Node)), None)
-    while node is not None:
-        quantized = quantized_ops.of_node(node, modules)
-        if quantized is not None and quantized.product:
-            return not quantized.after
-        op = ops.op_of(node, modules)
-        if op is not None and op.effect == "layer":
-            return True
-        dequantizes = quantized is not None and quantized.role == "dequantizes"
-        casts = node.op == "call_method" and node.target in _CASTS
-        if not (dequantizes or casts or _passes(op) or _is_log_softmax(node, modules)):
-            return False
-        node = node.all_input_nodes[0] if node.all_input_nodes else None
-    return False
+    return end_of(model, next(iter(output_nodes(model).values()), None)) == "layer"
 
 
 def _passes(op: Op | None) -> bool:

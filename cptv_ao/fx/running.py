@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import CalibrationDataError, CptvError
 from cptv_ao.core.nested import Path, mapped
-from cptv_ao.core.tensors import copied, flatten
+from cptv_ao.core.output_tree import named_tensors
+from cptv_ao.core.tensors import copied
 from cptv_ao.fx.inputs import unlike_exported
 
 
@@ -64,8 +65,8 @@ def changed_by_hooks(model: nn.Module, batch: Batch) -> str:
         with_hooks = run(model, batch, 0)
         with _without_hooks(model):
             without = run(model, batch, 0)
-    pairs = zip(flatten(with_hooks), flatten(without), strict=False)
-    if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+    pairs = zip(named_tensors(with_hooks).values(), named_tensors(without).values(), strict=False)
+    if all(torch.equal(a, b) for a, b in pairs):
         return ""
     return f"forward hooks change what the model returns (on {hooked[0]}), and its float twin has none of them"
 

@@ -51,6 +51,7 @@ def page(report: Outcome, diagnosis: Diagnosis | None = None, after: Diagnosis |
         f'<header class="{_tone(report)}"><p>cptv_ao.refine</p>'
         f"<h1>{escape(told.capitalize())}</h1><p>{escape(rest[:1].upper() + rest[1:])}.</p></header>",
         _losses(report),
+        _outputs(report),
         _plots(report, diagnosis, after),
         _notes(report),
         _blocks(report),
@@ -90,6 +91,18 @@ def _losses(report: Outcome) -> str:
     machine = f"{report.threads} thread{'s' if report.threads != 1 else ''}, seed {report.seed}"
     facts = f"<p>{moved}; {cost}, <b>{_seconds(report.seconds)}</b>, {machine}.</p>"
     return f'<section aria-label="Losses">\n<div class="tiles">{"".join(tiles)}</div>\n{facts}</section>'
+
+
+def _outputs(report: Outcome) -> str:
+    if len(report.outputs) < 2:
+        return ""
+    rows = [
+        (one.name, one.loss, *(number(v) for v in (one.before.search, one.after.search)), *map(number, held))
+        for one in report.outputs
+        for held in [(one.before.holdout, one.after.holdout)]
+    ]
+    columns = ("output", "loss", "before", "after", "held-out before", "after")
+    return _section("Outputs, as shares of what the best output loses that knows no image", columns, rows, text=2)
 
 
 def _tile(report: Outcome, images: str, before: float, after: float) -> str:

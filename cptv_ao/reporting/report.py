@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.core.formatting import change, number, percent, table
-from cptv_ao.core.outcome import META_KEY, Outcome, per_block
+from cptv_ao.core.outcome import META_KEY, Outcome, OutputLoss, per_block
 from cptv_ao.core.plain import as_plain, from_plain
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Report(Outcome):
                 else []
             )
         )
+        lines += ["", *_by_output(self.outputs)] if len(self.outputs) > 1 else []
         lines += ["", *self.stages] if self.stages else []
         if self.blocks:
             rows = [("block", "visits", "evaluations", "accepted", "loss before", "after")]
@@ -120,6 +122,18 @@ def _found(model: nn.Module) -> Report | None:
         return from_plain(Report, meta[META_KEY]) if isinstance(meta, dict) else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _by_output(outputs: Sequence[OutputLoss]) -> list[str]:
+    held = any(one.before.holdout is not None for one in outputs)
+    title = ("held-out before", "after", "change") if held else ()
+    rows: list[tuple[str, ...]] = [("output", "loss", "before", "after", "change", *title)]
+    for one in outputs:
+        row: tuple[str, ...] = (one.name, one.loss, *_change(one.before.search, one.after.search))
+        if one.before.holdout is not None and one.after.holdout is not None:
+            row += _change(one.before.holdout, one.after.holdout)
+        rows.append(row)
+    return table(rows)
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

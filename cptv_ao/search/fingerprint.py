@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,10 @@ def _of_config(config: RefineConfig, backend: Backend, identity: Identity) -> di
     """Each setting in words; functions by name and digest, the policy of the blocks by the blocks that it gives."""
     settings = {name: value for name, value in config.told().items() if name not in _FREE}
     for name in settings:
-        if callable(value := getattr(config, name)):
+        value = getattr(config, name)
+        if isinstance(value, Mapping):
+            settings[name] += f" ({_short(identity.of(dict(value)))})"
+        elif callable(value):
             settings[name] = f"{name_of(value)} ({_short(identity.of(value))})"
     found = find_blocks(backend.sites.values(), config.blocks)
     blocks = [(block.name, [site.name for site in block.sites]) for block in found]

@@ -16,6 +16,7 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.distributed import World
 from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.formatting import number
+from cptv_ao.core.losses import is_known
 from cptv_ao.core.outcome import BlockResult, Losses, Point, Status
 from cptv_ao.core.qparams import Assignment
 from cptv_ao.evaluation.evaluator import Evaluator
@@ -234,7 +235,7 @@ class Loop:
         """The loss of what was just written; inf where it is rejected or no number."""
         self.budget.count()
         # Nothing says that a loss of the user's own is never negative: it is always scored in full.
-        named = isinstance(self._config.loss, str)
+        named = is_known(self._config.loss)
         races = race and named and self._config.racing
         loss = self._search.score(threshold if named else math.inf, races, vector.tobytes())
         return loss if math.isfinite(loss) else math.inf

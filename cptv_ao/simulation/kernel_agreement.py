@@ -86,7 +86,7 @@ def disagreeing(backend: Backend, few: Batch, config: RefineConfig) -> tuple[flo
     Raises:
         UnsupportedModelError: no twin is known.
     """
-    select = config.output or first_floating
+    select = config.select
     twin = Twin(backend).checked(few)
     gap = disagreement(backend.model, twin, [few], select)
     return gap, sorted(saturating_inputs(backend.model, twin, few)) if gap > _TOLERATED else []

@@ -7,15 +7,17 @@ After:  Quantizer(x)                 -> Dequantize            -> FloatLayer(x, b
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
+from cptv_ao.core.output_tree import children
 from cptv_ao.fx.decomposed_ops import is_decomposed
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.builder import Builder
@@ -86,6 +88,26 @@ class FloatLayer(OutOfPlace):
         return self._product.rows(value, self.weight.codes, most)
 
 
+class _OutputForm(nn.Module):
+    """Puts the values of a graph into what the model returns: a dataclass, an object of the user's."""
+
+    def __init__(self, form: TreeSpec) -> None:
+        super().__init__()
+        self._form = form
+
+    def forward(self, values: Sequence[Any]) -> Any:
+        return tree_unflatten(list(values), self._form)
+
+
+def _is_plain(output: Any) -> bool:
+    """Whether it is made of tuples, lists and dicts."""
+    parts = children(output)
+    if parts is None:
+        return True
+    plain = type(output) in {tuple, list, dict} or hasattr(output, "_fields")
+    return plain and all(_is_plain(part) for _, part in parts)
+
+
 class Pt2eBuilder(Builder):
     """From the backend of a PT2E graph."""
 
@@ -110,7 +132,11 @@ class Pt2eBuilder(Builder):
             self._graph.output(flat)
             return
         info = cast(Any, codegen).pytree_info
-        self._graph.output(tree_unflatten(flat, info.out_spec))
+        output = tree_unflatten(flat, info.out_spec)
+        if not _is_plain(output):  # which no graph can write down
+            self._owned["output_form"] = _OutputForm(info.out_spec)
+            output = self._graph.create_node("call_module", "output_form", (flat,))
+        self._graph.output(output)
         cast(Any, codegen).pytree_info = info._replace(out_spec=None)
         self._graph.set_codegen(codegen)  # takes nested inputs apart
 

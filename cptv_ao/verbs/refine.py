@@ -30,15 +30,15 @@ from cptv_ao.core.formatting import some
 from cptv_ao.core.image_subsets import split_batches
 from cptv_ao.core.loader import read_batches
 from cptv_ao.core.losses import is_per_image
-from cptv_ao.core.objective import settled
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
-from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration, Images, Pool, check_negatives
+from cptv_ao.evaluation.compared_outputs import chosen_outputs
 from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.output_kind import output_kind
+from cptv_ao.evaluation.output_scores import OutputScores
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
+from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught, teacher_on
 from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import put_on
@@ -176,11 +176,13 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         # Another form rounds its weights anew, as they were not trained (QAT).
         equalizes = config.equalize and config.searches_all and not backend.weights.trained
         judge = kernels if shipped is None else shipped
+        scores = OutputScores(calibration, (lambda: backend.model) if shipped is None else shipped.made)
+        each = () if not scores.several else scores.losses() if shipped is not None else kernels.by_output()
         progress.stage("equal forms")
         form = equalized_baseline(backend, judge, calibration) if equalizes else None  # better to quantize
         target = open_target(backend, kernels, form, calibration, shipped)
         space = SearchSpace.of(target.store, config)
-        budget.reserve(_afterwards(target, calibration))
+        budget.reserve(_afterwards(target, calibration, scores))
 
         loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
         check_losses(loop.start)
@@ -190,7 +192,8 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
 
     notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
-    forwards = target.image_forwards + (0 if proposer is None else proposer.image_forwards)
+    report = replace(report, outputs=scores.told(each, report))
+    forwards = target.image_forwards + scores.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
 
 
@@ -202,10 +205,11 @@ def _unknown(backend: Backend) -> list[str]:
     return notes
 
 
-def _afterwards(target: KernelTarget, calibration: Calibration) -> float:
+def _afterwards(target: KernelTarget, calibration: Calibration, scores: OutputScores) -> float:
     """Seconds that the verdict on a search takes, and what is told beside it."""
     cost = calibration.cost
-    return target.verdict_forwards * cost.kernel_seconds + 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
+    judged = target.verdict_forwards + (calibration.images if scores.several else 0)
+    return judged * cost.kernel_seconds + 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
 
 
 def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:
@@ -240,26 +244,25 @@ def _calibration(
     """The images that the search pays for, split in two, what the teacher makes of them, and how that is compared; and
     notes."""
     config, world = asked.config, asked.world
-    select = config.output or first_floating
     teacher, told = teacher_on(sources.teacher_for(backend, batches[0]), config.device, batches[0])
     planned = None if checkpoint is None else checkpoint.image_seconds
     with as_float(teacher):
-        known = counted(batches, teacher, select, world)
+        known = counted(batches, teacher, config.pick, world)
+        config, known, notes = chosen_outputs(teacher, known, config)
         cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned, config.device)
         whole = split_batches(known, config.holdout)
         split = affordable(whole, cost, not is_per_image(config.loss))
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-        kind = output_kind(backend.model, teacher, known[0], config)
-    config, notes = settled(config, images.targets[0], kind)
-    notes += told
+        config, said = settled_outputs(backend.model, teacher, images, config, world)
+    notes += said + told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
     if torch.cuda.is_available() and is_cpu(config.device):
         notes.append("torch sees a GPU here: RefineConfig(device='cuda') makes the proposals there")
     if known[0].fixed and not backend.form.intake(backend.model).fixed:
         notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
-    pool = Pool(whole.search, partial(taught, teacher, select, world)) if split.images < whole.images else None
+    pool = Pool(whole.search, partial(taught, teacher, config.select, world)) if split.images < whole.images else None
     return Calibration(config, images, held_out, world, cost, pool), notes
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.tensors import compared, copied, first_floating, flatten, moved
+from cptv_ao.core.tensors import compared, copied, first_floating, moved
 
 Pair = namedtuple("Pair", ["a", "b"])
 X, Y = torch.arange(6.0).reshape(2, 3), torch.tensor([1, 2])
 
 
 def test_the_first_floating_tensor_is_found_in_depth() -> None:
-    assert flatten({"a": [1, (2, 3)], "b": {"c": 4}}) == [1, 2, 3, 4]
     assert first_floating((Y, {"a": [Y, X]}, X + 1)) is X
     with pytest.raises(UnsupportedModelError, match="expected an output that holds a floating tensor, got dict"):
         first_floating({"a": Y})

@@ -18,10 +18,10 @@ from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.loss_curvature import random_direction
-from cptv_ao.core.losses import Loss
+from cptv_ao.core.losses import LossChoice
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import Select, compared, first_floating
+from cptv_ao.core.tensors import Select, compared
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.proposals.batch_gradient import largest_part
 from cptv_ao.search.proposals.error_histogram import ErrorHistogram
@@ -75,7 +75,7 @@ class LeastLossRanges:
         config = self._calibration.config
         if self._errors is None:
             follow(self._twin, store)
-            self._errors = SiteErrors(self._twin, self._groups, config.loss, config.output or first_floating)
+            self._errors = SiteErrors(self._twin, self._groups, config.loss, config.select)
             self._left = self._parts()
         while self._left and not (few and self._errors.images >= _LEAST):
             self._errors.add(*self._left.pop(0))
@@ -111,7 +111,7 @@ class SiteErrors:
     """
 
     def __init__(
-        self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], loss: str | Loss, select: Select
+        self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], loss: LossChoice, select: Select
     ) -> None:
         sites = [(lead, site) for lead, group in groups.items() for site in group if site.kind == "activation"]
         self._twin, self._leads = twin, {site.name: lead for lead, site in sites if site.name in twin.names}
@@ -161,5 +161,5 @@ def _rows(count: int, images: int, direction: int, directions: int) -> slice:
     return slice(images * direction // directions * each, images * (direction + 1) // directions * each)
 
 
-def _pull(output: Any, *, loss: str | Loss, select: Select, generator: torch.Generator) -> Tensor:
+def _pull(output: Any, *, loss: LossChoice, select: Select, generator: torch.Generator) -> Tensor:
     return random_direction(loss, compared(output, select), generator)

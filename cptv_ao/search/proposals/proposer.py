@@ -17,7 +17,6 @@ from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.batch_gradient import Objective
@@ -194,7 +193,7 @@ class Proposer:
             self._groups,
             Objective(
                 get_loss(config.loss, config.temperature),
-                config.output or first_floating,
+                config.select,
                 is_per_image(config.loss),
                 config.feature_weight,
                 config.cache_bytes // 4,

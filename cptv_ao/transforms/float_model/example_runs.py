@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from cptv_ao.core.tensors import flatten
+from cptv_ao.core.output_tree import named_tensors
 
 # Functions that get a scale of their own.
 _QUANTIZABLE = {
@@ -83,8 +83,8 @@ def _shapes(value: Any) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists and dicts."""
-    return [leaf for leaf in flatten(value) if isinstance(leaf, Tensor)]
+    """The tensors of nested tuples, lists, dicts and dataclasses."""
+    return list(named_tensors(value).values())
 
 
 def another_batch(example: tuple[Any, ...]) -> tuple[Any, ...]:
