@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets, pt2e
-from helpers.attention import DIM, Attending
-from helpers.search import small_config
-from torch import Tensor, nn
+from helpers.shipping import BATCHES, UNSEEN, Tokens, mse, settings
+from torch import nn
 from torch.fx import GraphModule
 
 import cptv_ao
@@ -30,26 +29,6 @@ from executorch.backends.xnnpack.recipes.xnnpack_recipe_types import XNNPackReci
 from executorch.exir import to_edge_transform_and_lower
 from executorch.export import ExportRecipe, export
 from executorch.runtime import Runtime
-
-BATCHES = list(nets.images(64, 3, 8, 8).split(16))
-UNSEEN = nets.images(64, 3, 8, 8, seed=1).split(16)
-
-
-class Tokens(Attending):
-    """A ViT of one block with a class token and a position embedding, in front of channels that lie apart."""
-
-    def __init__(self) -> None:
-        super().__init__("one layer")
-        self.token, self.position = nn.Parameter(torch.randn(1, 1, DIM)), nn.Parameter(torch.randn(1, 17, DIM))
-        with torch.no_grad():
-            self.norm1.bias += torch.arange(DIM) * 2.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        x = x + self.proj(self.attend(self.norm1(x)))
-        x = x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
-        return self.head(self.norm3(x)[:, 0])
 
 
 def exported(model: nn.Module) -> Any:
@@ -66,20 +45,6 @@ def runner(program: Any) -> Any:
     """What runs a .pte: its bytes or its path."""
     loaded = Runtime.get().load_program(program)  # must outlive its methods
     return lambda images: loaded.load_method("forward").execute([images])[0]
-
-
-def outputs(model: Any, batches: Any) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(batch) for batch in batches])
-
-
-def mse(model: Any, teacher: nn.Module, batches: Any) -> float:
-    return float((outputs(model, batches) - outputs(teacher, batches)).square().mean())
-
-
-def settings(**changes: Any) -> cptv_ao.RefineConfig:
-    wanted: dict[str, Any] = {"evaluations": 4, "gradient_steps": 60, "loss": "mse", "holdout": 0.25}
-    return small_config(**(wanted | {"population": ("curvature",)} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +86,7 @@ def test_the_whole_road(graph: GraphModule, float_model: nn.Module, tmp_path: Pa
     path = tmp_path / "refined.pte"
     path.write_bytes(lowered(graph))
     after = runner(path)
-    error = outputs(graph, UNSEEN) - outputs(float_model, UNSEEN)
-    apart = outputs(after, UNSEEN) - outputs(graph, UNSEEN)
-    assert float(apart.square().mean()) < float(error.square().mean()), "kernels add less than quantization"
+    assert mse(after, graph, UNSEEN) < mse(graph, float_model, UNSEEN), "kernels add less than quantization"
     assert mse(after, float_model, BATCHES) < 0.9 * mse(before, float_model, BATCHES)
 
 
@@ -152,6 +115,5 @@ def test_a_recipe_refines_by_its_own_hook(float_model: nn.Module, tmp_path: Path
         session = export(copy.deepcopy(float_model), [(BATCHES[0],)], recipe)
     assert cptv_ao.report(made[0]).after.search < cptv_ao.report(made[0]).before.search
     session.save_to_pte(str(tmp_path / "refined"))
-    ran = outputs(runner(tmp_path / "refined.pte"), UNSEEN)
-    error = outputs(made[0], UNSEEN) - outputs(float_model, UNSEEN)
-    assert float((ran - outputs(made[0], UNSEEN)).square().mean()) < float(error.square().mean())
+    ran = runner(tmp_path / "refined.pte")
+    assert mse(ran, made[0], UNSEEN) < mse(made[0], float_model, UNSEEN)

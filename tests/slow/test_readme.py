@@ -23,8 +23,8 @@ _SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 WITH_SNIPPETS = [name for name, text in PAGES.items() if _SNIPPET.search(text)]
 
 
-# Pages whose snippets need a package that the extra `test` does not bring.
-_NEEDS = {"docs/executorch.md": "executorch.runtime"}
+# Pages whose snippets need packages of an extra of their own.
+_NEEDS = {"docs/executorch.md": ["executorch.runtime"], "docs/onnx.md": ["onnxscript", "onnxruntime"]}
 
 
 def test_there_are_snippets() -> None:
@@ -37,8 +37,8 @@ def test_the_snippets_run(
     page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of a page in order, in one namespace, as somebody pastes them."""
-    if page in _NEEDS:
-        pytest.importorskip(_NEEDS[page], reason="an extra of its own")
+    for package in _NEEDS.get(page, []):
+        pytest.importorskip(package, reason=f"pip install 'cptv_ao[{Path(page).stem}]'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)  # it was looked up before
