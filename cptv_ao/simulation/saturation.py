@@ -33,7 +33,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
     recorder = Recorder(model)
     with torch.no_grad():
         recorder.run(*ordered(model, batch))
-        sources = _sources(twin, batch)
+        sources = _sources(twin, batch.few(1))
         found: dict[str, int] = {}
         for node in twin.module.graph.nodes:
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
