@@ -155,7 +155,7 @@ class PackedOutputs:
             if any(output.index >= len(held) for output in self.outputs):
                 wanted = told([output.name for output in self.outputs])
                 raise FloatModelMismatchError(
-                    f"float_model: it returns {wanted}, and the quantized model returns {told(tensors)}"
+                    f"expected outputs {wanted}, as the float network returns, got {told(tensors)}; {HINT}"
                 )
             found = [held[output.index] for output in self.outputs]
         return [tensor.dequantize() if tensor.is_quantized else tensor for tensor in found]

@@ -55,7 +55,8 @@ def _diagnosis(
 ) -> Diagnosis:
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
-        config, batches, notes = chosen_outputs(teacher, counted(batches, teacher, config.pick), config)
+        batches = counted(batches, teacher, config.pick)
+        config, batches, notes = chosen_outputs(backend.model, teacher, batches, config)
         batches = _few(batches)
         check_negatives(config, batches)
         images = Images.of(batches, teacher, config)

@@ -62,11 +62,12 @@ class _Seen:
 
 
 def chosen_outputs(
-    teacher: nn.Module, batches: Sequence[Batch], config: RefineConfig
+    model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], config: RefineConfig
 ) -> tuple[RefineConfig, list[Batch], list[str]]:
     """Which outputs are compared.
 
     Args:
+        model: the quantized one; runs on one image where the teacher returns more than one tensor.
         teacher: runs on one image and on two.
         batches: as they were counted.
         config: as it was given.
@@ -78,8 +79,10 @@ def chosen_outputs(
         UnsupportedModelError: the size of an output depends on what the images show.
         ValueError: the config names an output that is not there, or cannot be compared.
     """
-    seen = _seen(teacher, next((batch for batch in batches if batch.images > 1), batches[0]), config)
+    batch = next((batch for batch in batches if batch.images > 1), batches[0])
+    seen = _seen(teacher, batch, config)
     left = {one.name: one.left_out for one in seen if one.left_out}
+    left |= {one.name: "only the float network returns it" for one in _missing(seen, model, batch, config)}
     _check_names(config, _names(seen), left)
     floating = [one for one in seen if one.few.is_floating_point() and _is_asked(one.name, config)]
     if len(floating) > 1 and (depending := next((one for one in floating if one.depends), None)):
@@ -132,6 +135,16 @@ def _seen(teacher: nn.Module, batch: Batch, config: RefineConfig) -> list[_Seen]
         _Seen(name, index, tensor, None if twice is None else twice[name], few.images)
         for index, (name, tensor) in enumerate(first.items())
     ]
+
+
+def _missing(seen: Sequence[_Seen], model: nn.Module, batch: Batch, config: RefineConfig) -> list[_Seen]:
+    """What a quantized model does not return: its own tensors have the same names, or others in the same order."""
+    if len(seen) < 2:
+        return []
+    with torch.no_grad():
+        own = _tensors(config, run(model, batch.few(1), 0))
+    by_name = any(one.name in own for one in seen)
+    return [one for one in seen if (one.name not in own if by_name else one.index >= len(own))]
 
 
 def _tensors(config: RefineConfig, output: Any) -> dict[str, Tensor]:

@@ -151,14 +151,13 @@ class Evaluator:
                 losses[index] = self._loss_of(index, check=True)
         self._ran = _Ran(self.runner.stamp(), losses)
 
-    def first_by_output(self) -> list[float]:
-        """The losses of each of several outputs that `check` has seen, on every rank."""
+    def first_by_output(self) -> Tensor:
+        """The losses (outputs,) of each of several outputs that `check` has seen, on every rank."""
         count = len(next(iter(self._first.values()))) if self._first else 0
         table = torch.zeros(len(self._batches), int(self._world.most(count)[0]), dtype=torch.float64)
         for index, each in self._first.items():
             table[index] = self._batches[index].images * each
-        means: list[float] = (self._world.sum(table).sum(0) / self.images).tolist()
-        return means
+        return self._world.sum(table).sum(0) / self.images
 
     def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
         """The summed losses of these batches, each scored by the rank that holds it."""
@@ -196,15 +195,19 @@ class _Ran:
 
 def _expect_output(output: Tensor, teacher: Tensor, index: int, select: Select) -> None:
     if output.shape != teacher.shape:
-        wanted, got = (
-            select.told(t) if isinstance(select, PackedOutputs) else f"of shape {tuple(t.shape)}"
-            for t in (output, teacher)
-        )
+        shapes = [
+            select.told(t) if isinstance(select, PackedOutputs) else str(tuple(t.shape)) for t in (output, teacher)
+        ]
         raise FloatModelMismatchError(
-            f"float_model: expected outputs {wanted} as the quantized model gives on batch {index}, got {got}"
+            f"float_model: expected outputs of shape {shapes[0]} as the quantized model gives on batch {index}, got "
+            f"{shapes[1]}"
         )
     if bad := not_finite(select, output):
         raise NonFiniteError(f"the quantized model's {bad} on calibration batch {index} holds NaN or inf")
+
+
+def _shape(output: Tensor) -> str:
+    return str(tuple(output.shape))
 
 
 def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> float:

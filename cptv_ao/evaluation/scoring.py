@@ -16,7 +16,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import NonFiniteError
-from cptv_ao.core.losses import get_exact_loss
+from cptv_ao.core.losses import EachLoss, JointLoss, get_exact_loss
 from cptv_ao.core.outcome import Losses
 from cptv_ao.core.tensors import compared
 from cptv_ao.evaluation.calibration import Calibration, Images
@@ -53,9 +53,8 @@ class SplitEvaluators:
 
     def by_output(self) -> tuple[Losses, ...]:
         """Of each of several outputs, of the scales that were in the model at the start."""
-        search = self.search.first_by_output()
-        held = [None] * len(search) if self.holdout is None else self.holdout.first_by_output()
-        return tuple(Losses(*pair) for pair in zip(search, held, strict=True))
+        held_out = None if self.holdout is None else self.holdout.first_by_output()
+        return by_output(self.search.first_by_output(), held_out)
 
 
 def check_losses(losses: Losses) -> Losses:
@@ -93,26 +92,45 @@ class Shipped:
         self._model, self._make, self._world = model, make, calibration.world
         self._search, self._holdout = calibration.search, calibration.holdout
         self._select, self._loss = config.select, get_exact_loss(config.loss, config.temperature)
+        self._outputs = len(config.loss.losses) if isinstance(config.loss, JointLoss) else 1
+        self._known: dict[Losses, tuple[Losses, ...]] = {}
 
     def losses(self) -> Losses:
         """Of the scales that are in the model now."""
-        made = self.made()
+        made = self._make(copy.deepcopy(self._model))
         with torch.no_grad():
-            held_out = self._mean(made, self._holdout) if self._holdout.batches else None
-            return Losses(self._mean(made, self._search), held_out)
+            search = self._each(made, self._search)
+            held_out = self._each(made, self._holdout) if self._holdout.batches else None
+        losses = Losses(float(search.mean()), None if held_out is None else float(held_out.mean()))
+        self._known[losses] = by_output(search, held_out)
+        return losses
 
-    def made(self) -> Callable[..., Any]:
-        """What ships of the scales that are in the model now."""
-        made: Callable[..., Any] = self._make(copy.deepcopy(self._model))
-        return made
+    def by_output(self, losses: Losses) -> tuple[Losses, ...]:
+        """Those of each output, of losses that were measured here."""
+        return self._known[losses]
 
-    def _mean(self, made: Callable[..., Any], images: Images) -> float:
-        table = torch.zeros(len(images.batches), dtype=torch.float64)
+    def _each(self, made: Callable[..., Any], images: Images) -> Tensor:
+        """The losses (outputs,) of each output; of a single one its own."""
+        rows = []
         for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
+            each = [0.0] * self._outputs
             if self._world.mine(index):
-                output = partial(self._output, made, batch, index)
-                table[index] = batch.images * batch_loss(self._loss, output, target)
-        return float(self._world.sum(table).sum()) / sum(batch.images for batch in images.batches)
+                each = self._of_batch(partial(self._output, made, batch, index), target)
+            rows.append([batch.images * loss for loss in each])
+        return self._world.sum(torch.tensor(rows, dtype=torch.float64)).sum(0) / images.count
+
+    def _of_batch(self, output: Callable[[], Tensor], target: Tensor) -> list[float]:
+        loss = self._loss
+        if not isinstance(loss, EachLoss):
+            return [batch_loss(loss, output, target)]
+        each: list[float] = loss.each(output(), target).tolist()
+        return each
 
     def _output(self, made: Callable[..., Any], batch: Batch, index: int) -> Tensor:
         return compared(run(made, batch, index), self._select)
+
+
+def by_output(search: Tensor, held_out: Tensor | None) -> tuple[Losses, ...]:
+    """Losses (outputs,) on both sets, output by output."""
+    held: list[Any] = [None] * len(search) if held_out is None else held_out.tolist()
+    return tuple(Losses(*pair) for pair in zip(search.tolist(), held, strict=True))

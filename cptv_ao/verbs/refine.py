@@ -176,8 +176,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         # Another form rounds its weights anew, as they were not trained (QAT).
         equalizes = config.equalize and config.searches_all and not backend.weights.trained
         judge = kernels if shipped is None else shipped
-        scores = OutputScores(calibration, (lambda: backend.model) if shipped is None else shipped.made)
-        each = () if not scores.several else scores.losses() if shipped is not None else kernels.by_output()
+        scores = OutputScores(backend.model, kernels, shipped, calibration)
         progress.stage("equal forms")
         form = equalized_baseline(backend, judge, calibration) if equalizes else None  # better to quantize
         target = open_target(backend, kernels, form, calibration, shipped)
@@ -192,7 +191,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
 
     notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
-    report = replace(report, outputs=scores.told(each, report))
+    report = replace(report, outputs=scores.told(report))
     forwards = target.image_forwards + scores.image_forwards + (0 if proposer is None else proposer.image_forwards)
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
 
@@ -208,7 +207,7 @@ def _unknown(backend: Backend) -> list[str]:
 def _afterwards(target: KernelTarget, calibration: Calibration, scores: OutputScores) -> float:
     """Seconds that the verdict on a search takes, and what is told beside it."""
     cost = calibration.cost
-    judged = target.verdict_forwards + (calibration.images if scores.several else 0)
+    judged = target.verdict_forwards + scores.verdict_forwards
     return judged * cost.kernel_seconds + 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
 
 
@@ -248,7 +247,7 @@ def _calibration(
     planned = None if checkpoint is None else checkpoint.image_seconds
     with as_float(teacher):
         known = counted(batches, teacher, config.pick, world)
-        config, known, notes = chosen_outputs(teacher, known, config)
+        config, known, notes = chosen_outputs(backend.model, teacher, known, config)
         cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned, config.device)
         whole = split_batches(known, config.holdout)
         split = affordable(whole, cost, not is_per_image(config.loss))

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import attention, pt2e
+from helpers import attention, nets, pt2e
 from helpers.cases import Case
 from helpers.killed import Killed
 from helpers.ranks import Failed, together
 from helpers.search import small_config
+from helpers.several_nets import Sequences
 from helpers.state import weights
 
 import cptv_ao
@@ -374,3 +375,22 @@ def test_torchrun_and_one_process_print_the_same(tmp_path: Path) -> None:
         lines.append(sorted(line for line in done.stdout.split("\n") if line.startswith("rank ")))
     alone, both = lines
     assert both == [alone[0], alone[0].replace("rank 0", "rank 1")]
+
+
+def test_several_outputs_of_images_of_several_sizes(tmp_path: Path) -> None:
+    """Each rank runs the float network on some batches: what it does not run has outputs of other sizes."""
+    net = nets.seeded(Sequences)
+    batches = [nets.images(12, length, 6, seed=length) for length in (3, 4, 5, 6)]
+    _, model = nets.quantize(net, batches, weight_bits=4)
+
+    def work(_: int) -> Any:
+        config = replace(CONFIG, loss="auto")
+        own = cptv_ao.refine(model, batches, float_model=net, config=config, inplace=False, progress=False)
+        report = cptv_ao.report(own)
+        return report.before, report.after, report.moves, report.outputs
+
+    (alone,), both = (together(size, work, tmp_path) for size in (1, 2))
+    assert not isinstance(alone, Failed), alone
+    for found in both:
+        assert found == alone
+    assert [one.name for one in alone[3]] == ["0", "1"] and alone[1].search < alone[0].search

@@ -78,6 +78,8 @@ def small_model() -> tuple[nn.Module, Any]:
 
 
 def refine(model: GraphModule, float_model: nn.Module | None, **changes: Any) -> cptv_ao.Report:
-    config = small_config(**({"evaluations": 4, "gradient_steps": 12, "population": ("curvature",)} | changes))
+    config = small_config(
+        **({"evaluations": 4, "gradient_steps": 12, "population": ("curvature",), "output": "logits"} | changes)
+    )
     assert cptv_ao.refine(model, BATCHES, float_model=float_model, config=config, progress=False) is model
     return cptv_ao.report(model)

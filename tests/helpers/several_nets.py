@@ -64,6 +64,18 @@ class Trunk(nn.Module):
         return self.returns(self, features, features.mean((2, 3)))
 
 
+class Sequences(nn.Module):
+    """Tokens and their mean, of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.layer(x).relu()
+        return tokens, self.head(tokens.mean(1))
+
+
 def heads(net: Trunk, features: Tensor, pooled: Tensor) -> Any:
     logits = net.classes(pooled)
     return {

@@ -205,3 +205,50 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().out
     assert told.startswith(f"usage: python -m cptv_ao {command}")
     assert "MODEL" in told
+
+
+HEADS = """\
+import torch
+from torch import nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+import cptv_ao
+
+batches = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).split(16)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.classes, self.age = nn.Linear(16, 16), nn.Linear(16, 5), nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = self.trunk(x).relu()
+        return {"classes": self.classes(x), "age": self.age(x), "label": self.classes(x).argmax(1)}
+
+
+def pair():
+    torch.manual_seed(0)
+    net = Heads().eval()
+    model = prepare_fx(net, cptv_ao.qconfig_mapping(weight_bits=4), (batches[0],))
+    for images in batches:
+        model(images)
+    return convert_fx(model), net
+"""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_network_of_several_outputs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "heads.py").write_text(HEADS)
+    given = ["heads.py:pair", "--data", "heads.py:batches", "--quiet", "--json", "found.json"]
+    for command, more, before in (("diagnose", [], "loss"), ("refine", ["--out", "scales.safetensors"], "before")):
+        seconds = ["--seconds", "3"] if command == "refine" else []
+        assert main([command, *given, *more, *seconds]) == 0
+        found = json.loads((here / "found.json").read_text())
+        assert [one["name"] for one in found["outputs"]] == ["classes", "age"]
+        assert all(one[before] for one in found["outputs"])
+        printed = capsys.readouterr().out
+        assert "\nclasses " in printed and "\nage " in printed and "outputs left out: label (int64)" in printed
+    sys.modules.pop("heads")
