@@ -37,6 +37,7 @@ from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration, Images, Pool, check_negatives
 from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.inductor import fused_by_inductor
 from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught, teacher_on
@@ -172,6 +173,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
         progress.stage("losses of the model as it was given")
         kernels = SplitEvaluators(backend.model, calibration)
+        told += fused_by_inductor(backend.model, config.accept_on)
         notes, before = [*_unknown(backend), *unknown, *told], backend.snapshot()
         verdict = verdict_of(backend, kernels, calibration, budget)
         if dear := progress.priced(calibration, verdict):
