@@ -14,7 +14,7 @@ from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.image_subsets import first_images
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
-from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators
+from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.transforms.equalize import equalize
 
 _Measured = TypeVar("_Measured")
@@ -43,12 +43,12 @@ class Baseline:
         return replace(report, status=Status.REJECTED, before=self.losses, after=self.losses, moves=())
 
 
-def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calibration: Calibration) -> Baseline | None:
+def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration) -> Baseline | None:
     """Make an equivalent form of a model.
 
     Args:
         backend: of the model, which is written.
-        judge: gives the losses that count.
+        given: its losses, those that count.
         calibration: as for `SplitEvaluators`.
 
     Returns:
@@ -65,7 +65,6 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
         return scoring is not None and not scoring.losses().worse_than(losses())
 
     few = first_images(calibration.search.batches, calibration.cost.images(64, forwards=4, share=0.03))
-    given = None if isinstance(judge, Shipped) else judge.losses()  # which are known: it has just been made
     done = equalize(backend, few, calibration.world, confirmed)
     if not done:
         return None
@@ -73,8 +72,6 @@ def equalized_baseline(backend: Backend, judge: SplitEvaluators | Shipped, calib
     if scoring is None:
         backend.restore_all(state)
         return None
-    if given is None:
-        given = at_state(backend, state, judge.losses)
     return Baseline(given, state, tuple(done), scoring)
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.outcome import Status
 
+# How many times its seconds a call may last before what follows the search is left out.
+_LATE = 1.1
+
 
 @dataclass
 class Budget:
@@ -19,6 +22,7 @@ class Budget:
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
     reserved: float = 0.0
+    _earlier: float = 0.0
     _asked: Status | None = None
 
     def stop(self, by: Status = Status.STOPPED) -> None:
@@ -40,6 +44,7 @@ class Budget:
         """Count on from what was spent on this search before."""
         self.evaluations = evaluations
         self.started -= seconds
+        self._earlier = seconds
 
     @property
     def seconds(self) -> float:
@@ -49,6 +54,13 @@ class Budget:
     def search_seconds(self) -> float | None:
         """Of the call, those until the search must be over; None where they are not limited."""
         return None if self.max_seconds is None else max(self.max_seconds - self.reserved, 0.0)
+
+    @property
+    def late(self) -> bool:
+        """Whether this call, without those that it goes on from, has its seconds and a tenth behind it; the ranks must
+        ask together."""
+        seconds = self.world.most(self.seconds - self._earlier)[0]
+        return self.max_seconds is not None and seconds > _LATE * self.max_seconds
 
     @property
     def stopped(self) -> Status | None:

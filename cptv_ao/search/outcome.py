@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from cptv_ao.core.outcome import Outcome, Status
+from cptv_ao.core.outcome import Losses, Outcome, Point, Status
 from cptv_ao.core.qparams import Assignment
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.loop import Loop
@@ -25,24 +26,48 @@ def outcome_of(
     Returns:
         The outcome, with losses of what was searched, and no image-forwards yet.
     """
-    config, moves = calibration.config, loop.space.moves(given)
-    return Outcome(
+    moves = loop.space.moves(given)
+    start = unsearched(loop.start, len(given), calibration, settings, notes, loop.budget.seconds)
+    return replace(
+        start,
         status=_status(loop, bool(moves)),
-        loss=config.loss_name,
-        before=loop.start,
         after=loop.best,
         blocks=tuple(loop.results),
         moves=moves,
         stages=tuple(loop.stages),
-        sites=len(given),
         evaluations=loop.budget.evaluations,
+        history=tuple(loop.history),
+    )
+
+
+def unsearched(
+    given: Losses, sites: int, calibration: Calibration, settings: dict[str, str], notes: Sequence[str], seconds: float
+) -> Outcome:
+    """Of a model that was not searched, and is as it was given.
+
+    Args:
+        given: its losses.
+        sites: of it.
+        settings, notes: as above.
+        seconds: so far.
+    """
+    return Outcome(
+        status=Status.UNCHANGED,
+        loss=calibration.config.loss_name,
+        before=given,
+        after=given,
+        blocks=(),
+        moves=(),
+        stages=(),
+        sites=sites,
+        evaluations=0,
         image_forwards=0,
         images=(calibration.search.count, calibration.holdout.count),
-        seconds=loop.budget.seconds,
-        seed=config.seed,
+        seconds=seconds,
+        seed=calibration.config.seed,
         threads=torch.get_num_threads(),
         notes=tuple(notes),
-        history=tuple(loop.history),
+        history=(Point(0, seconds, given.search, given.holdout, True),),
         settings=settings,
     )
 

@@ -9,6 +9,7 @@ from cptv_ao.core.progress import Bar
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.evaluation.cost import SCORED_FORWARDS
 from cptv_ao.search.budget import Budget
+from cptv_ao.search.verdict import Verdict
 
 # What is done before the first result, in forwards of one image, beside those of the images that are scored; and how
 # many times as long a search is worth its preparation.
@@ -52,19 +53,32 @@ class SearchProgress:
         if limit is None:
             self._bar.say(told)
             return []
-        due = (
-            self._budget.seconds
-            + SCORED_FORWARDS * cost.kernel_seconds * calibration.images
-            + _BEFORE_FIRST * cost.seconds
-        )
+        due = self._budget.seconds + _before_first(calibration)
         told += f", {number(cost.seconds)} s in float; the first result is due after {due:.0f} of {limit:g} s"
         self._bar.say(told)
-        if due < limit:
+        if due < limit or calibration.config.accept_on is not None:  # of which `priced` tells
             return []
         return [
             f"max_seconds={limit:g} is too short for this model on this machine: the first scales are tried after "
             f"about {due:.0f} s; {_WORTH * due:.0f} s are worth it"
         ]
+
+    def priced(self, calibration: Calibration, verdict: Verdict) -> str:
+        """Say what `accept_on` takes of the seconds, once it was called.
+
+        Returns:
+            Why there is no search: the seconds do not pay for what it takes to judge one. Nothing where they do.
+        """
+        limit, price = self._budget.max_seconds, verdict.seconds
+        if limit is None or calibration.config.accept_on is None:
+            return ""
+        now, before = self._budget.world.first(self._budget.seconds), _before_first(calibration)
+        told = f"accept_on takes {price:.1f} s a call"
+        if now + before + price < limit:
+            self._bar.say(f"refine: {told}, {limit - now - price:.0f} of {limit:g} s are left for the search")
+            return ""
+        would = 2 * price + _WORTH * (now - price + before)
+        return f"not searched: {told}, max_seconds={limit:g} pays for none after a search; {would:.0f} s are worth it"
 
     def __call__(self, event: Event) -> None:
         self._move(f"{event.name} loss {number(event.best)}", int(event.kind in ("candidate", "step")))
@@ -77,3 +91,9 @@ class SearchProgress:
             steps, self._shown = now - self._shown, now
             told += f", {max(0.0, limit - seconds):.0f} s left"
         self._bar(told, steps)
+
+
+def _before_first(calibration: Calibration) -> float:
+    """Seconds until the first result is due."""
+    cost = calibration.cost
+    return SCORED_FORWARDS * cost.kernel_seconds * calibration.images + _BEFORE_FIRST * cost.seconds

@@ -16,6 +16,7 @@ from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.proposals.simulated import SimulatedProposer
+from cptv_ao.search.verdict import Verdict
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 
@@ -47,9 +48,9 @@ class KernelTarget:
         return self._form
 
     @property
-    def verdict_forwards(self) -> int:
-        """Images that the kernels run once the search is over, to judge what it found."""
-        return 0
+    def verdict_seconds(self) -> float:
+        """What it takes to judge what the search has found, once it is over."""
+        return 0.0
 
     @property
     def image_forwards(self) -> int:
@@ -75,7 +76,7 @@ class SimulationTarget(KernelTarget):
 
     Args:
         backend, kernels, form, calibration: as above.
-        shipped: gives the losses that count; None: those of the kernels.
+        verdict: gives the losses that count.
     """
 
     def __init__(
@@ -84,20 +85,24 @@ class SimulationTarget(KernelTarget):
         kernels: SplitEvaluators,
         form: Baseline | None,
         calibration: Calibration,
-        shipped: Shipped | None,
+        verdict: Verdict,
     ) -> None:
         super().__init__(backend, kernels, form, calibration)
-        self._judge = self.scoring if shipped is None else shipped
+        self._verdict, self._kernels = verdict, self.scoring
         simulated = SimulatedBackend(backend, calibration.config.device)
         self.store = self._simulated = simulated.checked(calibration.search.batches[0])
         search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
         self.scoring = SplitEvaluators(self.store.model, replace(calibration, search=search, holdout=holdout))
         self._scorings.append(self.scoring)
-        self._before = check_losses(self._judge.losses())
+        # The other form that is searched, where asking what it ships as takes too much of the seconds.
+        self._unasked = form if verdict.dear else None
+        asks = form is not None and self._unasked is None
+        # What is found must not be worse than this: what is searched, or what was given.
+        self._before = check_losses(verdict.losses(self._kernels)) if asks else verdict.given
 
     @property
-    def verdict_forwards(self) -> int:
-        return self._calibration.images
+    def verdict_seconds(self) -> float:
+        return self._verdict.seconds
 
     @property
     def given(self) -> None:
@@ -108,49 +113,54 @@ class SimulationTarget(KernelTarget):
         return SimulatedProposer(self._simulated, self._backend, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
-        report = self._confirmed(found)
-        return super().judged(report if self._form is None else self._form.judge(report, self._backend))
+        report, known = self._confirmed(found), None if self._unasked else self._form
+        return super().judged(report if known is None else known.judge(report, self._backend))
 
     def _confirmed(self, found: Outcome) -> Outcome:
-        """Write what was found into the model, and keep it if its own kernels find it no worse on both sets.
+        """Write what was found into the model, and keep it if what ships is no worse on both sets.
 
         Args:
             found: what the search on the twin reports.
 
         Returns:
-            The report of what ships: before and after are losses of the kernels. Where they are worse, the model has
-            the scales from before again.
+            The report of what ships: before and after are its losses. Where they are worse, or no time is left to ask
+            for them, the model has the scales from before again.
         """
-        before = self._before
+        before, unasked = self._before, self._unasked
         told = (
             f"searched on the simulation, whose loss went from {number(found.before.search)} to "
             f"{number(found.after.search)}"
         )
-        if not found.moves:
+        if not found.moves and unasked is None:
             return replace(found, before=before, after=before, notes=(*found.notes, told))
-        given = self._backend.snapshot()
+        back = self._backend.snapshot() if unasked is None else unasked.state
         self._simulated.commit()
-        after = self._judge.losses()
-        if not after.worse_than(before):
-            return replace(found, before=before, after=after, notes=(*found.notes, told + "; the kernels confirm it"))
-        self._backend.restore_all(given)
-        told += f"; rejected: on the kernels it went from {_change(before, after)}"
-        notes = (*found.notes, told + "; the default score_on='kernels' searches there")
-        return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=notes)
+        after = None if self._verdict.too_late else self._verdict.losses(self._kernels)
+        if after is not None and not after.worse_than(before):
+            status = found.status if found.moves else Status.IMPROVED
+            notes = (*found.notes, told + "; the kernels confirm it")
+            return replace(found, status=status, before=before, after=after, notes=notes)
+        self._backend.restore_all(back)
+        if after is None:
+            told += "; not kept, for no time was left to judge it"
+        else:
+            told += f"; rejected: on the kernels it went from {_change(before, after)}"
+            told += "; the default score_on='kernels' searches there"
+        return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=(*found.notes, told))
 
 
-def what_ships(backend: Backend, calibration: Calibration) -> Shipped | None:
-    """Scores what `accept_on` makes of the model; None where its kernels ship.
+def verdict_of(backend: Backend, kernels: SplitEvaluators, calibration: Calibration, budget: Budget) -> Verdict:
+    """The losses that count, of the model as it was given.
 
     Raises:
         ValueError: `accept_on` where the kernels that are searched accept.
     """
-    accept_on = calibration.config.accept_on
-    if accept_on is None:
-        return None
-    if not _on_simulation(backend, calibration):
-        raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
-    return Shipped(backend.model, accept_on, calibration)
+    accept_on, shipped = calibration.config.accept_on, None
+    if accept_on is not None:
+        if not _on_simulation(backend, calibration):
+            raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
+        shipped = Shipped(backend.model, accept_on, calibration)
+    return Verdict(shipped, kernels, budget, calibration.images * calibration.cost.kernel_seconds)
 
 
 def open_target(
@@ -158,11 +168,11 @@ def open_target(
     kernels: SplitEvaluators,
     form: Baseline | None,
     calibration: Calibration,
-    shipped: Shipped | None,
+    verdict: Verdict,
 ) -> KernelTarget:
     """Where this config searches this model; arguments as for `SimulationTarget`."""
     if _on_simulation(backend, calibration):
-        return SimulationTarget(backend, kernels, form, calibration, shipped)
+        return SimulationTarget(backend, kernels, form, calibration, verdict)
     return KernelTarget(backend, kernels, form, calibration)
 
 

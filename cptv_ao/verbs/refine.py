@@ -36,6 +36,7 @@ from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration, Images, 
 from cptv_ao.evaluation.compared_outputs import chosen_outputs
 from cptv_ao.evaluation.cost import affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.inductor import fused_by_inductor
 from cptv_ao.evaluation.output_scores import OutputScores
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
 from cptv_ao.evaluation.suited_losses import settled_outputs
@@ -48,12 +49,12 @@ from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint
 from cptv_ao.search.loop import Loop
-from cptv_ao.search.outcome import outcome_of
+from cptv_ao.search.outcome import outcome_of, unsearched
 from cptv_ao.search.progress import SearchProgress, bar_total
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
-from cptv_ao.search.target import KernelTarget, open_target, what_ships
+from cptv_ao.search.target import KernelTarget, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 
 
@@ -170,18 +171,24 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         told += progress.begun(calibration, sum(batch.images for batch in batches))
 
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
+        progress.stage("losses of the model as it was given")
         kernels = SplitEvaluators(backend.model, calibration)
+        told += fused_by_inductor(backend.model, config.accept_on)
         notes, before = [*_unknown(backend), *unknown, *told], backend.snapshot()
-        shipped = what_ships(backend, calibration)
+        verdict = verdict_of(backend, kernels, calibration, budget)
+        scores = OutputScores(backend.model, kernels, verdict.shipped, calibration)
+        if dear := progress.priced(calibration, verdict):
+            notes.append(dear)
+            report = unsearched(verdict.given, len(given), calibration, asked.config.told(), notes, budget.seconds)
+            return replace(report, outputs=scores.told(report))
+
         # Another form rounds its weights anew, as they were not trained (QAT).
         equalizes = config.equalize and config.searches_all and not backend.weights.trained
-        judge = kernels if shipped is None else shipped
-        scores = OutputScores(backend.model, kernels, shipped, calibration)
         progress.stage("equal forms")
-        form = equalized_baseline(backend, judge, calibration) if equalizes else None  # better to quantize
-        target = open_target(backend, kernels, form, calibration, shipped)
+        form = equalized_baseline(backend, verdict.given, calibration) if equalizes else None  # better to quantize
+        target = open_target(backend, kernels, form, calibration, verdict)
         space = SearchSpace.of(target.store, config)
-        budget.reserve(_afterwards(target, calibration, scores))
+        budget.reserve(target.verdict_seconds + _told_seconds(calibration, scores))
 
         loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
         check_losses(loop.start)
@@ -204,11 +211,11 @@ def _unknown(backend: Backend) -> list[str]:
     return notes
 
 
-def _afterwards(target: KernelTarget, calibration: Calibration, scores: OutputScores) -> float:
-    """Seconds that the verdict on a search takes, and what is told beside it."""
+def _told_seconds(calibration: Calibration, scores: OutputScores) -> float:
+    """What it takes to find what is told beside the verdict on a search."""
     cost = calibration.cost
-    judged = target.verdict_forwards + scores.verdict_forwards
-    return judged * cost.kernel_seconds + 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
+    probes = 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
+    return probes + scores.verdict_forwards * cost.kernel_seconds
 
 
 def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:

@@ -20,6 +20,7 @@ from helpers.cases import Case
 from helpers.pt2e import BATCHES, Residual, converted, per_tensor, refine, torchao, x86, xnnpack
 from helpers.search import small_config
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import cptv_ao
@@ -268,7 +269,9 @@ def test_a_state_dict_does_not_hold_its_activation_scales_and_the_report_says_so
 @pytest.mark.slow
 def test_the_refined_model_compiles(folded: GraphModule, float_model: nn.Module) -> None:
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # as torchao's documentation asks for
+        products = counters["inductor"]["qlinear_weight_prepack_matcher_count"]
         report = refine(folded, float_model, accept_on=torch.compile, loss="mse")
+        assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] > products, "of integers"
         compiled = torch.compile(folded)(BATCHES[0])["logits"]
     torch.testing.assert_close(compiled, output(folded), rtol=1e-3, atol=1e-4)
     assert report.after.search < report.before.search

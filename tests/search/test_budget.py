@@ -43,6 +43,15 @@ def test_who_says_so_first_is_told(by: Status) -> None:
     assert not budget.may_score
 
 
+def test_late_is_what_this_call_took() -> None:
+    assert Budget(None, 10.0, started=time.monotonic() - 11.5).late
+    assert not Budget(None, 10.0, started=time.monotonic() - 10.5).late, "a tenth is not late"
+    assert not Budget(None, None, started=time.monotonic() - 1e6).late
+    resumed = Budget(None, 10.0, started=time.monotonic() - 5.0)
+    resumed.go_on_from(3, seconds=60.0)
+    assert resumed.seconds >= 65 and not resumed.late, "what an earlier call took is not of this one"
+
+
 def test_what_follows_the_search_is_kept_for_it() -> None:
     budget = Budget(None, 100.0, started=time.monotonic() - 60.0)
     assert budget.left and budget.search_seconds == 100.0

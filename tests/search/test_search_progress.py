@@ -12,10 +12,12 @@ import torch
 from cptv_ao import RefineConfig
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.events import Event
+from cptv_ao.core.outcome import Losses
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.cost import Cost
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.progress import SearchProgress, bar_total
+from cptv_ao.search.verdict import Verdict
 
 
 class Shown:
@@ -73,3 +75,36 @@ def test_the_first_line_says_what_it_works_with(given: int, said: str) -> None:
     (note,) = SearchProgress(shown, Budget(None, 2.0)).begun(calibration, given)
     assert note.startswith("max_seconds=2 is too short") and "after about 4 s; 20 s are worth it" in note
     assert SearchProgress(shown, Budget()).begun(calibration, given) == [], "without a limit there is time"
+
+
+class Kernels:
+    """They need no time."""
+
+    def losses(self) -> Losses:
+        return Losses(1.0, None)
+
+
+def priced(limit: float | None, price: float, spent: float = 0.0, **changes: Any) -> tuple[str, list[str]]:
+    """What is said of a judge whose call takes so many seconds of a call that has spent some."""
+    budget, shown = Budget(None, limit, started=time.monotonic() - spent), Shown()
+    batch = Batch((torch.zeros(4, 3),), {}, 4)
+    images = Images((batch,), (torch.zeros(4, 2),))
+    calibration = Calibration(RefineConfig(**changes), images, cost=Cost(11e9, 0.025, 0.0, limit=limit))  # 1 s before
+    verdict = Verdict(Kernels(), Kernels(), budget, price)
+    return SearchProgress(shown, budget).priced(calibration, verdict), shown.lines
+
+
+def test_what_accept_on_takes_is_told_and_what_it_leaves() -> None:
+    ships = {"accept_on": lambda model: model}
+    assert priced(60.0, 20.0, spent=22.0, **ships) == (
+        "",
+        ["refine: accept_on takes 20.0 s a call, 18 of 60 s are left for the search"],
+    )
+    told, lines = priced(30.0, 20.0, spent=22.0, **ships)
+    assert told == (
+        "not searched: accept_on takes 20.0 s a call, max_seconds=30 pays for none after a search; 55 s are worth it"
+    )
+    assert lines == []
+    assert priced(55.0, 20.0, spent=22.0, **ships)[0] == "", "what it says would do does"
+    assert priced(None, 20.0, spent=1e6, **ships) == ("", []), "without a limit there is time"
+    assert priced(30.0, 20.0, spent=29.0) == ("", []), "the model's own kernels are planned for before"
