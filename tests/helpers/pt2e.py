@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -60,13 +61,13 @@ def per_tensor() -> Any:
 BATCHES = [nets.images(6, 3, 8, 8, seed=seed) for seed in range(4)]
 
 
-def converted(model: nn.Module, quantizer: Any, fold: bool) -> GraphModule:
+def converted(model: nn.Module, quantizer: Any, fold: bool, batches: Sequence[Tensor] = BATCHES) -> GraphModule:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
-        exported = torch.export.export(copy.deepcopy(model), (BATCHES[0],), dynamic_shapes=dynamic).module()
+        exported = torch.export.export(copy.deepcopy(model), (batches[0],), dynamic_shapes=dynamic).module()
         prepared = torchao().prepare_pt2e(exported, quantizer)
-        for batch in BATCHES:
+        for batch in batches:
             prepared(batch)
         return torchao().convert_pt2e(prepared, fold_quantize=fold)
 
