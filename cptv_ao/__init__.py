@@ -25,9 +25,11 @@ from cptv_ao.core.events import STOP, Event
 from cptv_ao.core.outcome import Point, Status
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
+from cptv_ao.diagnosis.plan_result import Plan
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.reporting.report import Report, report
 from cptv_ao.verbs.diagnose import diagnose
+from cptv_ao.verbs.plan import plan
 from cptv_ao.verbs.refine import refine
 from cptv_ao.verbs.scales_file import load_scales, save_scales
 
@@ -46,6 +48,7 @@ __all__ = [
     "FloatModelMismatchError",
     "InvalidScaleError",
     "NonFiniteError",
+    "Plan",
     "Point",
     "QParams",
     "Recipe",
@@ -61,6 +64,7 @@ __all__ = [
     "diagnose",
     "find_sites",
     "load_scales",
+    "plan",
     "plot",
     "qconfig_mapping",
     "recipe",

@@ -1,4 +1,4 @@
-"""The command line: `python -m cptv_ao inspect | diagnose | refine`. Thin: the same functions underneath."""
+"""The command line: `python -m cptv_ao inspect | diagnose | plan | refine`. Thin: the same functions underneath."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ Better scales for a model that torch.ao or torchao has quantized, on unlabelled 
 
   inspect    lists every scale of the model, and the blocks that they are searched in
   diagnose   tells which blocks and scales cost how much accuracy, and what to do about it
+  plan       tells which layers to leave in float, and what that buys
   refine     searches better scales and writes them into a file; in your program,
              cptv_ao.load_scales(model, file) puts them into the same model
 """
@@ -84,17 +85,21 @@ def _told(message: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     shape: Any = argparse.RawDescriptionHelpFormatter
     parser = _Parser("python -m cptv_ao", description=_ABOUT, epilog=_EXAMPLE, formatter_class=shape)
-    commands = parser.add_subparsers(title="commands", metavar="{inspect,diagnose,refine}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{inspect,diagnose,plan,refine}", required=True)
     inspect = _command(commands, "inspect", "list the scales and blocks of a model", _inspect)
     diagnose = _command(commands, "diagnose", "which blocks and scales cost how much, and what to do", _diagnose)
+    plan = _command(commands, "plan", "which layers to leave in float, and what that buys", _plan)
     refine = _command(commands, "refine", "search better scales and write them into a file", _refine)
-    for command in (inspect, diagnose, refine):
+    for command in (inspect, diagnose, plan, refine):
         command.add_argument("model", metavar="MODEL", help="the converted model, or a pair (converted, float model)")
-    for command in (diagnose, refine):
+    for command in (diagnose, plan, refine):
         command.add_argument("--data", required=True, metavar="DATA", help="iterable of batches; labels are not read")
         command.add_argument("--float", metavar="MODEL", help="the float model, where MODEL is not a pair")
         command.add_argument("--json", type=_text_file, metavar="FILE", help="write all of the result as JSON, too")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
+    plan.add_argument(
+        "--budget", type=_share, default=0.1, metavar="X", help="share of the int8 operations (default 0.1)"
+    )
     refine.add_argument("--out", required=True, type=_file, metavar="FILE", help="the scales, a .safetensors file")
     refine.add_argument("--seconds", type=_positive, metavar="S", help="end the search after S seconds")
     refine.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the search (default 0)")
@@ -133,6 +138,14 @@ def _inspect(options: argparse.Namespace) -> None:
 def _diagnose(options: argparse.Namespace) -> None:
     model, float_model = _models(options)
     found = cptv_ao.diagnose(model, load_data(options.data), float_model=float_model, progress=not options.quiet)
+    print(found)
+    _write_json(options.json, found.to_dict())
+
+
+def _plan(options: argparse.Namespace) -> None:
+    model, float_model = _models(options)
+    given = {"float_model": float_model, "budget": options.budget, "progress": not options.quiet}
+    found = cptv_ao.plan(model, load_data(options.data), **given)
     print(found)
     _write_json(options.json, found.to_dict())
 
@@ -218,6 +231,13 @@ def _positive(text: str) -> float:
     if 0 < value < math.inf:
         return value
     raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"expected a share, above 0 and up to 1, got {text}")
 
 
 def _seed(text: str) -> int:

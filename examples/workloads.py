@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,8 +206,21 @@ def quantize_exported(
     Per-channel symmetric weights and per-tensor activations with histogram observers, at the inputs of linear layers
     and convolutions, as torchao's X86InductorQuantizer places them. Needs `pip install torchao`.
     """
-    from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    batches = list(calibration)
+    with quietly(), torch.no_grad():
+        dynamic = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},)
+        exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic).module()
+        prepared = prepare_pt2e(exported, x86_quantizer(weight_bits, activation_bits))
+        for batch in batches:
+            prepared(batch)
+        return convert_pt2e(prepared, fold_quantize=fold_quantize)
+
+
+def x86_quantizer(weight_bits: int = 8, activation_bits: int = 8) -> Any:
+    """torchao's X86InductorQuantizer with per-channel symmetric weights and per-tensor activations of so many bits."""
+    from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
 
@@ -226,15 +240,7 @@ def quantize_exported(
         ch_axis=0,
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
     )
-    batches = list(calibration)
-    with quietly(), torch.no_grad():
-        dynamic = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},)
-        exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic).module()
-        quantizer = X86InductorQuantizer().set_global(QuantizationConfig(activation, None, weight, None))
-        prepared = prepare_pt2e(exported, quantizer)
-        for batch in batches:
-            prepared(batch)
-        return convert_pt2e(prepared, fold_quantize=fold_quantize)
+    return X86InductorQuantizer().set_global(QuantizationConfig(activation, None, weight, None))
 
 
 def logits(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:

@@ -99,7 +99,7 @@ def _measured(
 ) -> _Measured:
     """On the twin; where it does not know an op, with the float model's own tensors."""
     blocks, outputs = survey.blocks, survey.block_outputs()
-    least = _least(images, config)
+    least = least_loss(images, config)
     try:
         simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
         compared = compared_on_twin(backend, simulated, images.batches, outputs)
@@ -180,7 +180,7 @@ def _few(batches: Sequence[Batch]) -> list[Batch]:
     return kept
 
 
-def _least(images: Images, config: RefineConfig) -> float:
+def least_loss(images: Images, config: RefineConfig) -> float:
     """The loss of the teacher against itself."""
     loss = get_exact_loss(config.loss, config.temperature)
     total = sum(float(loss(t, t)) * b.images for b, t in zip(images.batches, images.targets, strict=True))

@@ -44,7 +44,7 @@ def losses(report: Outcome, ax: Axes | None = None, over: Literal["evaluations",
     """
     if not report.history:
         raise ValueError("losses: expected a report with a history, got one without; call refine again")
-    ax = _axes(ax, 3.6)
+    ax = axes(ax, 3.6)
     points = report.history
     at = [float(getattr(point, over)) for point in points]
     drawn = _line(ax, at, points, "search", BLUE, f"{report.images[0]} search images")
@@ -55,9 +55,9 @@ def losses(report: Outcome, ax: Axes | None = None, over: Literal["evaluations",
     on_twin = ", on the simulation" if points[0].search != report.before.search else ""
     ax.set_title(f"Loss over the search{on_twin} (dots: accepted)")
     ax.set_xlabel("candidates scored" if over == "evaluations" else "seconds")
-    ax.set_ylabel(f"{_plain(report.loss, 20)} loss")
+    ax.set_ylabel(f"{plain(report.loss, 20)} loss")
     ax.legend(frameon=False, fontsize="small")
-    _quiet(ax)
+    quiet(ax)
     return ax
 
 
@@ -80,7 +80,7 @@ def sensitivity(before: Diagnosis, after: Diagnosis | None = None, ax: Axes | No
     if not blocks:
         raise ValueError("sensitivity: expected a diagnosis with blocks, got one without")
     shown = _largest(blocks)
-    ax = _axes(ax, 1.3 + (0.27 if after is None else 0.4) * len(shown))
+    ax = axes(ax, 1.3 + (0.27 if after is None else 0.4) * len(shown))
     height = 0.7 if after is None else 0.38
     label = "as given" if after is not None else "share"
     first = [100 * block.share for block in shown]
@@ -93,7 +93,7 @@ def sensitivity(before: Diagnosis, after: Diagnosis | None = None, ax: Axes | No
         second = [caused.get(block.name, math.nan) for block in shown]
         _bars(ax, second, height / 2, height, ORANGE, "refined")
         ax.legend(frameon=False, loc="lower right")
-    ax.set_yticks(range(len(shown)), [_plain(block.name, 26) for block in shown])
+    ax.set_yticks(range(len(shown)), [plain(block.name, 26) for block in shown])
     ax.invert_yaxis()
     ax.margins(x=0.14)
     ax.axvline(0, color=GREY, linewidth=0.8)
@@ -102,7 +102,7 @@ def sensitivity(before: Diagnosis, after: Diagnosis | None = None, ax: Axes | No
     unit_of = "%" if after is None else "% of the loss as given"
     below = "\n(below 0: other blocks make up for its errors)" if any(value < -1 for value in first + second) else ""
     ax.set_xlabel(f"loss that goes when the block\nalone is float, {unit_of}{below}")
-    _quiet(ax, "x")
+    quiet(ax, "x")
     ax.spines["left"].set_visible(False)  # the line at 0 is there
     ax.tick_params(axis="y", length=0)
     return ax
@@ -114,7 +114,7 @@ def movement(report: Outcome, ax: Axes | None = None) -> Axes:
     A line spans the least and the greatest factor among the scales of a site (of a weight: its channels), the mark is
     at the farther end. Sites that did not move are left out.
     """
-    ax = _axes(ax, 3.6)
+    ax = axes(ax, 3.6)
     moves = report.moves
     ax.set_title(f"Scales after / before: {len(moves)} of {report.sites} sites moved")
     ax.set_ylabel("factor, log scale")
@@ -133,7 +133,7 @@ def movement(report: Outcome, ax: Axes | None = None) -> Axes:
         ax.set_ylim(-1.1 * far, 1.4 * far)  # marks may be anywhere: room for the legend above them
         ax.legend(frameon=False, ncols=2, loc="upper right", fontsize="small")
     ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.3g}\N{MULTIPLICATION SIGN}")
-    _quiet(ax)
+    quiet(ax)
     return ax
 
 
@@ -153,7 +153,7 @@ def codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | None = No
     from cptv_ao.diagnosis.code_counts import count_codes
 
     found = count_codes(model, site, calib_loader)
-    ax = _axes(ax, 3.2)
+    ax = axes(ax, 3.2)
     shares = [100 * count / found.total for count in found.counts]
     at = [found.first + i for i in range(len(shares))]
     ends = {found.site.qmin: "lowest", found.site.qmax: "highest"}
@@ -178,15 +178,15 @@ def codes(model: GraphModule, site: str, calib_loader: Iterable[Any] | None = No
     if 0 < 4 * inner < max(shares):
         ax.set_ylim(0, 2 * inner)  # or the rest could not be seen; the legend says how high the ends are
     ax.locator_params(axis="x", integer=True)
-    ax.set_title(_plain(site, 52))
+    ax.set_title(plain(site, 52))
     ax.set_xlabel(f"code ({found.site.kind}, {found.site.qmin}..{found.site.qmax})")
     ax.set_ylabel(f"share of {found.total:,} values, %")
     ax.legend(frameon=False, fontsize="small")
-    _quiet(ax)
+    quiet(ax)
     return ax
 
 
-def _axes(ax: Axes | None, height: float) -> Axes:
+def axes(ax: Axes | None, height: float) -> Axes:
     if ax is not None:
         return ax
     try:
@@ -230,7 +230,7 @@ def _mark_blocks(ax: Axes, moves: Sequence[SiteMove]) -> None:
         ax.axvline(start - 0.5, color=GREY, linewidth=0.5, alpha=0.5)
     every = math.ceil(len(names) / _MOST_LABELS)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    ax.set_xticks(middles[::every], [_plain(name, 16) for name in names[::every]], rotation=90, fontsize="small")
+    ax.set_xticks(middles[::every], [plain(name, 16) for name in names[::every]], rotation=90, fontsize="small")
     ax.set_xlim(-1, len(moves))
 
 
@@ -249,7 +249,7 @@ def _bars(ax: Axes, values: Sequence[float], shift: float, height: float, color:
         ax.annotate(told, at, (3, 0), textcoords="offset points", va="center", fontsize="small")
 
 
-def _plain(text: str, longest: int) -> str:
+def plain(text: str, longest: int) -> str:
     """One short line, with its middle left out where it is too long; a dollar is a dollar, not mathematics."""
     line = " ".join(str(text).split())
     if len(line) > longest:
@@ -258,7 +258,7 @@ def _plain(text: str, longest: int) -> str:
     return line.replace("$", r"\$")
 
 
-def _quiet(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
+def quiet(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
     """No frame but the axes, and a faint grid."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

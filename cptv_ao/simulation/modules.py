@@ -155,6 +155,12 @@ class WeightQuantizer(SiteModule):
         codes = nearest_codes(weight_steps(self.weight, scale, site.axis), zero_point, site.qmin, site.qmax)
         return codes.sub_(zero_point).mul_(along_axis(scale, site.axis, dims)).sub_(self.weight)
 
+    def present_error(self) -> Tensor | None:
+        """How far the codes, as they are, are from the float weight (C, ...); None where that is not known."""
+        if self.weight is None:
+            return None
+        return self.codes * along_axis(self.scale, self.site.axis, self.codes.dim()) - self.weight
+
     def _rounded(self) -> Tensor:
         site = self.site
         if self._symmetric:
@@ -226,6 +232,11 @@ class QuantizedLayer(OutOfPlace):
     def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
         """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
         return self._product.error(value, self.weight.error(scale))
+
+    def weight_shift(self, value: Tensor) -> Tensor | None:
+        """What the rounding of the weight, as it is, adds to the output for a float input."""
+        error = self.weight.present_error()
+        return None if error is None else self._product.forward(value, error)
 
     def rows(self, value: Tensor, most: int) -> Tensor | None:
         """What the rows of the weight, flattened to (C, K), are multiplied with for a float input, (groups, n, K); None

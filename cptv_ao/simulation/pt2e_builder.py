@@ -83,6 +83,11 @@ class FloatLayer(OutOfPlace):
         """As of `QuantizedLayer`."""
         return self._product.error(value, self.weight.error(scale))
 
+    def weight_shift(self, value: Tensor) -> Tensor | None:
+        """As of `QuantizedLayer`."""
+        error = self.weight.present_error()
+        return None if error is None else self._product.forward(value, error)
+
     def rows(self, value: Tensor, most: int) -> Tensor | None:
         """As of `QuantizedLayer`."""
         return self._product.rows(value, self.weight.codes, most)

@@ -26,6 +26,8 @@ from matplotlib.figure import Figure
 
 from cptv_ao import plot
 from cptv_ao.diagnosis.code_counts import count_codes
+from cptv_ao.diagnosis.plan_result import PlanStep
+from cptv_ao.transforms.float_model.exclusion import Part as FloatPart
 
 LONG = "stages.2.blocks.11.attention.self.projection.of_the_value_with_a_very_long_name_that_nobody_can_read"
 HOSTILE = "</script> $\\frac{ $x$ & --> \n <b>"
@@ -238,6 +240,20 @@ def test_what_cannot_be_counted_is_told(conv: Case) -> None:
         plot.codes(conv.converted, "fc1.output", [])
 
 
+def plan(*paths: str) -> cptv_ao.Plan:
+    shares = [0.02 * (i + 1) for i in range(len(paths))]
+    steps = [PlanStep((FloatPart(path),), x, 0.3 - x, 0.31 - x) for path, x in zip(paths, shares, strict=True)]
+    return cptv_ao.Plan(HOSTILE, 0.4, 0.39, 0.0, 128, 0.1, tuple(steps))
+
+
+def test_the_tradeoff_is_that_of_the_plan() -> None:
+    ax = plot.tradeoff(plan("a", "b"))
+    kernels = next(line for line in ax.get_lines() if line.get_marker() == "s")
+    assert list(kernels.get_xdata()) == pytest.approx([0.0, 2.0, 4.0])
+    assert list(kernels.get_ydata()) == pytest.approx([0.4, 0.29, 0.27])
+    assert [text.get_text() for text in ax.texts] == ["a", "b"]
+
+
 def every_plot(report: cptv_ao.Report, model: GraphModule) -> list[Callable[[Axes | None], Axes]]:
     shares = diagnosis(0.4, {LONG: 0.3, HOSTILE: 0.2, "stem": 0.0, "head": -0.05})
     return [
@@ -248,10 +264,11 @@ def every_plot(report: cptv_ao.Report, model: GraphModule) -> list[Callable[[Axe
             replace(report, moves=tuple(replace(m, block=LONG + m.block) for m in report.moves)), ax
         ),
         lambda ax: plot.codes(model, "fc1.weight", ax=ax),
+        lambda ax: plot.tradeoff(plan(LONG, HOSTILE), ax),
     ]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_they_draw_on_the_ax_that_they_are_given(conv: Case, report: cptv_ao.Report, index: int) -> None:
     figure = Figure()
     ax, other = figure.subplots(1, 2)
@@ -260,7 +277,7 @@ def test_they_draw_on_the_ax_that_they_are_given(conv: Case, report: cptv_ao.Rep
     assert not other.has_data()
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_names_that_are_long_or_hostile_stay_inside(conv: Case, report: cptv_ao.Report, index: int) -> None:
     figure: Any = every_plot(report, conv.converted)[index](None).figure
     figure.draw_without_rendering()

@@ -49,6 +49,17 @@ def test_diagnose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (quiet.stdout, quiet.stderr) == (by_pair, "")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_plan(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model, float_model = load(here, monkeypatch)["pair"]()
+    batches = load(here, monkeypatch)["batches"]
+    found = cptv_ao.plan(model, batches, float_model=float_model, budget=0.5, progress=False)
+    given = ["plan", "factory.py:pair", "--data", "factory.py:batches", "--budget", "0.5", "--quiet"]
+    assert main([*given, "--json", str(here / "plan.json")]) == 0
+    assert capsys.readouterr().out == f"{found}\n"
+    assert json.loads((here / "plan.json").read_text()) == found.to_dict()
+
+
 def test_refine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file holds what the call finds."""
     given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--paper", "3", "--seed", "5"]
@@ -79,7 +90,7 @@ def test_seconds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 DATA = ("--data", "factory.py:batches")
 OUT = ("--out", "scales.safetensors")
 MISTAKES = {
-    "no command": ((), "the following arguments are required: {inspect,diagnose,refine}"),
+    "no command": ((), "the following arguments are required: {inspect,diagnose,plan,refine}"),
     "no data": (("diagnose", "factory.py:pair"), "required: --data"),
     "no out": (("refine", "factory.py:pair", *DATA), "required: --out"),
     "no such module": (("inspect", "nowhere.at.all:pair"), "no module 'nowhere.at.all' here or among the installed"),
@@ -104,6 +115,7 @@ MISTAKES = {
     "a reference model": (("refine", "factory.py:reference", *DATA, *OUT), "got a reference model"),
     "no attention": (("refine", "factory.py:plain", *DATA, *OUT, "--paper", "3"), "searches attention layers (*attn*)"),
     "seconds": (("refine", "factory.py:pair", *DATA, *OUT, "--seconds", "-1"), "expected a finite number > 0, got -1"),
+    "a budget": (("plan", "factory.py:pair", *DATA, "--budget", "5"), "expected a share, above 0 and up to 1, got 5"),
     "seed": (("refine", "factory.py:pair", *DATA, *OUT, "--seed", "x"), "expected an integer >= 0, got x"),
     "bits": (("refine", "factory.py:pair", *DATA, *OUT, "--paper", "9"), "invalid choice: 9"),
     "no folder": (

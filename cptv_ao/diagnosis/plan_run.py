@@ -1,0 +1,82 @@
+"""The steps of `cptv_ao.plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch.fx import GraphModule
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.image_subsets import first_images, spread_images
+from cptv_ao.core.objective import settled
+from cptv_ao.core.progress import progress_bar
+from cptv_ao.core.tensors import first_floating
+from cptv_ao.diagnosis.float_search import FloatSearch, Measure, Prediction
+from cptv_ao.diagnosis.plan_confirmation import confirmed
+from cptv_ao.diagnosis.plan_result import Plan, PlanStep
+from cptv_ao.diagnosis.run import least_loss
+from cptv_ao.diagnosis.wiring import Wiring
+from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives, on_device
+from cptv_ao.evaluation.cost import cost_of
+from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.output_kind import output_kind
+from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.evaluation.teacher import FloatSources, as_float
+from cptv_ao.simulation.simulated_backend import SimulatedBackend
+
+# Images that are read, those on which the twin is measured at least, and those that are followed for predictions.
+IMAGES, _FEW, _FOLLOWED = 128, 16, 64
+# Groups that are measured in a step at most; steps that there may be; what a measurement costs an image, in float
+# forwards; and how many stages of a search all measurements may take together.
+_TRIES, _STEPS, _FORWARDS, _STAGES = 4, 20, 3, 20
+
+
+def planned(
+    backend: Backend,
+    sources: FloatSources,
+    batches: Sequence[Batch],
+    config: RefineConfig,
+    budget: float,
+    quantize: Callable[[Plan], GraphModule] | None,
+    progress: bool,
+) -> Plan:
+    """The plan for a model whose float weights are attached."""
+    teacher = sources.teacher_for(backend, batches[0])
+    with as_float(teacher):
+        batches = first_images(counted(batches, teacher, config.output or first_floating), IMAGES)
+        check_negatives(config, batches)
+        cost = cost_of(teacher, backend.model, batches[0], None)
+        count = cost.images(IMAGES, forwards=_FORWARDS * _STEPS / _STAGES, share=1.0, least=_FEW)
+        measurements = int(_STAGES * cost.stage / (_FORWARDS * cost.flops * count))
+        batches = spread_images(batches, count, whole=not isinstance(config.loss, str) or "infonce" in config.loss)
+        images = Images.of(batches, teacher, config)
+        kind = output_kind(backend.model, teacher, batches[0], config)
+        config, told = settled(replace(config, gradient_steps=0), images.targets[0], kind)
+    loss = SplitEvaluators(backend.model, Calibration(config, images)).search.score()
+    simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
+    notes = list(told)
+    if sources.weights is None:
+        notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
+    with progress_bar("plan", None, progress) as advance:
+        search = _search(backend, simulated, images, config, measurements)
+        found = search.steps(budget, advance)
+        steps = tuple(PlanStep(one.parts, one.share, one.loss) for one in found)
+        least = least_loss(images, config)
+        plan = Plan(config.loss_name, loss, search.given, least, images.count, budget, steps=steps, notes=tuple(notes))
+        if quantize is None:
+            return replace(plan, notes=(*notes, "losses are simulated: pass quantize= to have them confirmed"))
+        return confirmed(plan, backend.model, quantize, images, config, advance) if steps else plan
+
+
+def _search(
+    backend: Backend, simulated: SimulatedBackend, images: Images, config: RefineConfig, measurements: int
+) -> FloatSearch:
+    moved, twin = on_device(simulated, images), simulated.twin
+    tries = max(1, min(_TRIES, measurements // 2 // _STEPS))
+    measure = Measure(twin, Wiring(backend), moved, config)
+    prediction = Prediction(twin, spread_images(moved.batches, _FOLLOWED), config)
+    operations = measure.wiring.operations(images.batches[0])
+    return FloatSearch(measure, prediction, operations, least_loss(images, config), tries, measurements // 2)

@@ -1,0 +1,270 @@
+"""Who makes and who reads each quantized value of a graph, and what becomes float with a part of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.fx.node_runner import Watcher
+from cptv_ao.fx.ops import op_of
+from cptv_ao.fx.paths import ModulePaths
+from cptv_ao.simulation.partly_float import FloatRegion
+from cptv_ao.transforms.float_model.exclusion import Part, quantizable_kinds, scope_of
+
+_CONVERTS = {"quantizes", "dequantizes"}
+# Ops beside those with a weight that quantizers of PT2E annotate: they read quantized values, and write them.
+_ANNOTATED = {"add", "mul", "matmul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool", "mean"}
+
+
+class _Needs(NamedTuple):
+    """What must be float before a site is not rounded on any more: all that observe what they make, or are given.
+
+    `touched`: those, and the others that make or read its values.
+    """
+
+    touched: frozenset[str]
+    makers: frozenset[str]
+    readers: frozenset[str]
+
+
+class Wiring:
+    """Of one quantized graph.
+
+    A value stays float where both its maker and its reader do: torch.ao observes what a quantized op returns, and what
+    one is given.
+
+    Args:
+        backend: of the model; nothing is written.
+
+    Attributes:
+        parts: what can be left in float: of each node that computes, the smallest part that holds it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._paths = backend, ModulePaths(backend.model)
+        self._modules = dict(backend.model.named_modules(remove_duplicate=False))
+        nodes: list[Node] = list(backend.model.graph.nodes)
+        self._nodes = {node.name: node for node in nodes}
+        self._scope_of_site = {n: site.scope for site in backend.sites.values() for n in site.nodes}
+        self._weighted = {n for site in backend.sites.values() if site.kind == "weight" for n in site.nodes}
+        computing = [node for node in nodes if self._computes(node)]
+        self._scopes = {node.name: self._scope(node) for node in computing}
+        self._outer = {path[:i] for path in self._scopes.values() for i, c in enumerate(path) if c == "."}
+        self.parts = {node.name: part for node in computing if (part := self._part(node)) is not None}
+
+    @cached_property
+    def sites(self) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
+        """Of each activation site the nodes that make its values and those that read them."""
+        found = {}
+        for site in self._activations:
+            owners = [self._nodes[name] for name in site.nodes]
+            made = frozenset(self._maker(owner).name for owner in owners)
+            found[site.name] = made, frozenset(reader.name for owner in owners for reader in self._readers(owner))
+        return found
+
+    def groups(self) -> list[frozenset[Part]]:
+        """Sets of parts that are worth leaving in float together: each part, but for those that only hand values on;
+        all that makes and reads the values of a site; modules with all that is in them."""
+        alone = (frozenset([part]) for name, part in self.parts.items() if not self._hands_on(name))
+        found: dict[frozenset[Part], None] = dict.fromkeys(alone)
+        for made, read in self.sites.values():
+            names = [name for name in (*made, *self._onward(read)) if self._nodes[name].op.startswith("call_")]
+            if names and all(name in self.parts for name in names):
+                found[frozenset(self.parts[name] for name in names)] = None
+        found |= dict.fromkeys(frozenset([Part(path)]) for path in sorted(self._outer))
+        return list(found)
+
+    def nodes_of(self, parts: Collection[Part]) -> frozenset[str]:
+        """The nodes that compute in these parts."""
+        return frozenset(
+            name
+            for name, path in self._scopes.items()
+            if any(part.holds(path, self._is_function(self._nodes[name])) for part in parts)
+        )
+
+    def region(self, nodes: Collection[str]) -> FloatRegion:
+        """What becomes float with these nodes."""
+        own = set(nodes)
+        off = [name for name, needs in self._needs.items() if needs.touched & own and needs.makers <= own]
+        floating = {*own, *(node for name in off for node in self._backend.sites[name].nodes)}
+        entries = {
+            user.name
+            for name in floating
+            for user in self._nodes[name].users
+            if user.name not in own and self._rounds(user, own)
+        }
+        return FloatRegion(frozenset(off), self._weights_in(own), frozenset(entries))
+
+    def vanishing(self, nodes: Collection[str]) -> frozenset[str]:
+        """The sites that nothing is rounded on any more when these nodes are float."""
+        own = set(nodes)
+        needs = self._needs.items()
+        off = {name for name, n in needs if n.touched & own and n.makers <= own and n.readers <= own}
+        return self._weights_in(own) | off
+
+    def _weights_in(self, nodes: set[str]) -> frozenset[str]:
+        return frozenset(name for name, used in self._float_weights.items() if used <= nodes)
+
+    @cached_property
+    def _float_weights(self) -> dict[str, frozenset[str]]:
+        known = self._backend.float_weights
+        sites = (site for site in self._backend.sites.values() if site.kind == "weight")
+        return {site.name: frozenset(site.nodes) for site in sites if site.name in known}
+
+    @cached_property
+    def _needs(self) -> dict[str, _Needs]:
+        none: set[str] = set()
+        return {
+            name: _Needs(
+                made | read,
+                frozenset(maker for maker in made if not self._makes_float(maker, none)),
+                frozenset(reader for reader in read if not self._reads_float(self._nodes[reader], none)),
+            )
+            for name, (made, read) in self.sites.items()
+        }
+
+    def operations(self, batch: Batch) -> dict[str, float]:
+        """What each quantized node computes for an image: multiply-accumulates of a layer, one per value of another
+        op."""
+        images, found = batch.few(1), dict[str, float]()
+        owned = {name for site in self._activations for name in site.nodes}
+        weight = {n: s.name for s in self._backend.sites.values() if s.kind == "weight" for n in s.nodes}
+
+        def see(node: Node, value: object) -> object:
+            if isinstance(value, Tensor) and node.name in self._scopes and node.name in {*owned, *weight}:
+                each = 1.0
+                if node.name in weight and (held := self._backend.weight(weight[node.name])).dim() > 1:
+                    each = held.numel() / held.shape[0]
+                found[node.name] = each * value.numel() / images.images
+            return value
+
+        Watcher(self._backend.model).watch(images, see)
+        return found
+
+    @cached_property
+    def _activations(self) -> list[ScaleSite]:
+        return [site for site in self._backend.sites.values() if site.kind == "activation"]
+
+    @property
+    def _exported(self) -> bool:
+        return self._backend.form.simulates_itself
+
+    def _effect(self, node: Node) -> str:
+        op = op_of(node, self._modules)
+        return "" if op is None else op.effect
+
+    def _computes(self, node: Node) -> bool:
+        called = node.op == "call_function" or node.op == "call_method"
+        if node.op == "call_module":  # guards of an export compute nothing
+            called = not self._exported and str(node.target) in self._modules
+        return called and self._effect(node) not in {*_CONVERTS, "asks", "compares"}
+
+    def _scope(self, node: Node) -> str:
+        if node.op == "call_module":
+            return str(node.target)
+        return scope_of(node) or self._scope_of_site.get(node.name, "") or self._paths.of(node)
+
+    def _is_function(self, node: Node) -> bool:
+        """Whether a qconfig can be given to it alone, within its module."""
+        return node.op == "call_function"
+
+    def _part(self, node: Node) -> Part | None:
+        path = self._scopes[node.name]
+        if node.op == "call_module" or (path and path not in self._outer):
+            return Part(path)
+        if self._is_function(node):
+            return Part(path, functions=True)
+        return Part(path) if path else None
+
+    def _maker(self, owner: Node) -> Node:
+        """The node whose output stands on the scale that a node holds."""
+        while self._effect(owner) in _CONVERTS and isinstance(owner.args[0], Node):
+            owner = owner.args[0]
+        return owner
+
+    def _readers(self, node: Node) -> Iterator[Node]:
+        for user in node.users:
+            if self._effect(user) == "dequantizes":
+                yield from self._readers(user)
+            elif self._computes(user):
+                yield user
+
+    def _onward(self, names: Collection[str]) -> frozenset[str]:
+        """These nodes and, where one hands on what it reads, those that read that."""
+        found, left = set[str](), list(names)
+        while left:
+            name = left.pop()
+            if name in found:
+                continue
+            found.add(name)
+            if self._hands_on(name):
+                left += [reader.name for reader in self._readers(self._nodes[name])]
+        return frozenset(found)
+
+    def _hands_on(self, name: str) -> bool:
+        """Whether a node hands on the codes that it reads: what follows has no scale of its own."""
+        node, op = self._nodes[name], op_of(self._nodes[name], self._modules)
+        return op is not None and op.keeps and not any(self._effect(user) == "quantizes" for user in node.users)
+
+    def _makes_float(self, name: str, nodes: Collection[str]) -> bool:
+        """Whether nobody observes what a node returns on its own account."""
+        node = self._nodes[name]
+        if name in nodes or not node.op.startswith("call_"):
+            return True
+        return not (self._annotates_output(node) if self._exported else self._quantizable(node))
+
+    def _reads_float(self, node: Node, nodes: Collection[str]) -> bool:
+        """Whether a node takes floats as they are."""
+        return node.name in nodes or not (self._annotated(node) if self._exported else self._quantizable(node))
+
+    def _quantizable(self, node: Node) -> bool:
+        """Whether torch.ao knows the op as one that it quantizes; what is lowered it does."""
+        if node.name in self._scope_of_site:
+            return True
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        return (node.target if module is None else type(module)) in self._kinds
+
+    @cached_property
+    def _kinds(self) -> set[Any]:
+        return set(quantizable_kinds())
+
+    def _rounds(self, node: Node, nodes: Collection[str]) -> bool:
+        """Whether a node that is not float itself puts what it is given on a scale."""
+        effect = self._effect(node)
+        if effect == "dequantizes":
+            return not all(self._reads_float(reader, nodes) for reader in self._readers(node))
+        return effect != "quantizes" and node.op.startswith("call_")
+
+    def _annotated(self, node: Node) -> bool:
+        op = op_of(node, self._modules)
+        return node.name in self._weighted or (op is not None and op.name in _ANNOTATED) or _name(node) in _ANNOTATED
+
+    def _annotates_output(self, node: Node) -> bool:
+        """Whether a quantizer of PT2E observes what a node returns."""
+        while self._effect(node) in {"moves", "clamps"} and node.args and isinstance(node.args[0], Node):
+            node = node.args[0]
+        return self._annotated(node) and (node.name not in self._weighted or self._layers_annotate_outputs)
+
+    @cached_property
+    def _layers_annotate_outputs(self) -> bool:
+        """X86InductorQuantizer observes what layers are given, XNNPACKQuantizer also what they return: there is a layer
+        whose output is quantized though nothing that reads it asks for that."""
+        return any(
+            self._of_layer(made) and bool(read) and not any(self._annotated(self._nodes[name]) for name in read)
+            for made, read in self.sites.values()
+        )
+
+    def _of_layer(self, made: Collection[str]) -> bool:
+        return any(name in self._weighted for name in made)
+
+
+def _name(node: Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return "" if packet is None else packet.__name__.rstrip("_")
