@@ -19,7 +19,7 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.loss_curvature import random_direction
 from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.progress import Advance
-from cptv_ao.core.tensors import compared, first_floating
+from cptv_ao.core.tensors import compared
 from cptv_ao.diagnosis.wiring import Wiring
 from cptv_ao.evaluation.calibration import Images
 from cptv_ao.fx.running import call
@@ -70,7 +70,7 @@ class Measure:
     def __call__(self, nodes: frozenset[str]) -> float:
         if nodes not in self.known:
             config = self.config
-            select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
+            select, loss = config.select, get_exact_loss(config.loss, config.temperature)
             total = 0.0
             with torch.inference_mode(), partly_float(self.twin, self.wiring.region(nodes)):
                 for batch, target in zip(self.images.batches, self.images.targets, strict=True):
@@ -87,7 +87,7 @@ class Prediction:
     """
 
     def __init__(self, twin: Twin, batches: Sequence[Batch], config: RefineConfig) -> None:
-        generator, select = torch.Generator().manual_seed(0), config.output or first_floating
+        generator, select = torch.Generator().manual_seed(0), config.select
         rows: list[dict[str, Tensor]] = []
 
         def pull(output: Any) -> Tensor:

@@ -16,7 +16,7 @@ from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import eval_mode
 from cptv_ao.core.losses import get_exact_loss
 from cptv_ao.core.progress import Advance
-from cptv_ao.core.tensors import compared, first_floating
+from cptv_ao.core.tensors import compared
 from cptv_ao.diagnosis.plan_result import Plan, PlanStep, with_steps
 from cptv_ao.evaluation.calibration import Images
 from cptv_ao.fx.running import run
@@ -63,7 +63,7 @@ def confirmed(
 
 
 def _on_kernels(step: PlanStep, made: nn.Module, given: nn.Module, images: Images, config: RefineConfig) -> PlanStep:
-    select, loss = config.output or first_floating, get_exact_loss(config.loss, config.temperature)
+    select, loss = config.select, get_exact_loss(config.loss, config.temperature)
     total = 0.0
     with eval_mode(made), torch.inference_mode():
         for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):

@@ -11,19 +11,19 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.image_subsets import first_images, spread_images
-from cptv_ao.core.objective import settled
+from cptv_ao.core.losses import is_per_image
 from cptv_ao.core.progress import progress_bar
-from cptv_ao.core.tensors import first_floating
 from cptv_ao.diagnosis.float_search import FloatSearch, Measure, Prediction
 from cptv_ao.diagnosis.plan_confirmation import confirmed
 from cptv_ao.diagnosis.plan_result import Plan, PlanStep
 from cptv_ao.diagnosis.run import least_loss
 from cptv_ao.diagnosis.wiring import Wiring
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives, on_device
+from cptv_ao.evaluation.compared_outputs import chosen_outputs
 from cptv_ao.evaluation.cost import cost_of
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.output_kind import output_kind
 from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
@@ -46,18 +46,18 @@ def planned(
     """The plan for a model whose float weights are attached."""
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
-        batches = first_images(counted(batches, teacher, config.output or first_floating), IMAGES)
+        config, batches, notes = chosen_outputs(backend.model, teacher, counted(batches, teacher, config.pick), config)
+        batches = first_images(batches, IMAGES)
         check_negatives(config, batches)
         cost = cost_of(teacher, backend.model, batches[0], None)
         count = cost.images(IMAGES, forwards=_FORWARDS * _STEPS / _STAGES, share=1.0, least=_FEW)
         measurements = int(_STAGES * cost.stage / (_FORWARDS * cost.flops * count))
-        batches = spread_images(batches, count, whole=not isinstance(config.loss, str) or "infonce" in config.loss)
+        batches = spread_images(batches, count, whole=not is_per_image(config.loss))
         images = Images.of(batches, teacher, config)
-        kind = output_kind(backend.model, teacher, batches[0], config)
-        config, told = settled(replace(config, gradient_steps=0), images.targets[0], kind)
+        config, told = settled_outputs(backend.model, teacher, images, replace(config, gradient_steps=0))
     loss = SplitEvaluators(backend.model, Calibration(config, images)).search.score()
     simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
-    notes = list(told)
+    notes += told
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
     with progress_bar("plan", None, progress) as advance:
