@@ -71,8 +71,9 @@ class RefineConfig:
             returns, a tensor or any nesting of them; by default every floating tensor that has rows for the images.
         score_on: `kernels`: the model's own quantized kernels (CPU). `simulation`: the float twin, on `device`; what
             the search finds is then accepted or rejected as a whole on the kernels.
-        accept_on: makes of a copy of the model what will ship, e.g. `torch.compile`; a search on the simulation (that
-            of a PT2E graph always is one) is accepted or rejected on what it returns.
+        accept_on: makes of a copy of the model what will ship, e.g. `torch.compile` (for which torchao's fusions are
+            imported); a search on the simulation (that of a PT2E graph always is one) is accepted or rejected on what
+            it returns. Its calls count in `max_seconds`; where that pays for none after a search, there is none.
         device: where the float network runs, and the simulation that proposes scales, e.g. `cuda`; the model's own
             kernels judge on the CPU (with `score_on="simulation"` once, at the end).
         racing: drop a child once it is clearly behind its parent on the images seen so far. A few children that would
