@@ -102,7 +102,7 @@ def study(model: nn.Module, quantize: Quantize, batches: list[torch.Tensor]) -> 
     attach_float_weights(backend, model)
     read = read_batches(batches, backend.form.intake(backend.model), 128)
     images = Images.of(read, model, MSE)
-    measure = Measure(SimulatedBackend(backend).checked(read[0]).twin, Wiring(backend), images, MSE)
+    measure = Measure(SimulatedBackend(backend).checked(read[0]).twin, Wiring(backend, model), images, MSE)
     empty = cptv_ao.Plan("mse", 0.0, 0.0, 0.0, 0, 1.0)
     found = []
     for group in sorted(measure.wiring.groups(), key=sorted):
@@ -113,9 +113,10 @@ def study(model: nn.Module, quantize: Quantize, batches: list[torch.Tensor]) -> 
     return found
 
 
+@pytest.mark.parametrize("make", [planned.outlier_between, planned.outlier_in_a_sum])
 @pytest.mark.parametrize("flow", flows())
-def test_each_group_is_what_stock_torch_leaves_in_float(flow: Any) -> None:
-    model = planned.outlier_between()
+def test_each_group_is_what_stock_torch_leaves_in_float(flow: Any, make: Any) -> None:
+    model = make()
     for group, twin, kernels in study(model, flow(model), planned.BATCHES):
         assert twin == pytest.approx(kernels, rel=0.05), group
 
