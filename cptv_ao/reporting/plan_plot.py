@@ -33,11 +33,8 @@ def tradeoff(plan: Plan, ax: Axes | None = None) -> Axes:
     for share, step in list(zip(shares[1:], plan.steps, strict=True))[:_NAMED]:
         name = plain(str(step.parts[0]), 26) + (f" +{len(step.parts) - 1}" if len(step.parts) > 1 else "")
         right = share > 0.6 * shares[-1]  # where the frame ends
-        place: dict[str, Any] = {
-            "xytext": (-4 if right else 4, 4),
-            "textcoords": "offset points",
-            "ha": "right" if right else "left",
-        }
+        side, away = ("right", -4) if right else ("left", 4)
+        place: dict[str, Any] = {"xytext": (away, 4), "textcoords": "offset points", "ha": side}
         ax.annotate(name, (share, step.simulated), fontsize="x-small", clip_on=True, **place)
     ax.plot([], [], "o-", color=BLUE, label="simulated")
     ax.plot([], [], "s", color=ORANGE, fillstyle="none", label="on kernels")
