@@ -196,7 +196,8 @@ class FloatSearch:
         for offer in self._offers(self._start, budget, 1.0)[: self._survey]:
             self._gained(self._start, offer.group)
             advance("each alone")
-        ways = [self._way(budget, power, advance) for power in _POWERS]
+        powers = _POWERS if self._tries > 1 else _POWERS[:1]  # where a measurement is dear, one way is enough
+        ways = [self._way(budget, power, advance) for power in powers]
         return min(ways, key=lambda way: self._left(way[1]))[0]
 
     def _way(self, budget: float, power: float, advance: Advance) -> tuple[list[Chosen], _State]:

@@ -61,7 +61,8 @@ def planned(
     if sources.weights is None:
         notes.append("without float_model: compared with the model itself in float; errors of its weights are not seen")
     with progress_bar("plan", None, progress) as advance:
-        search = _search(backend, simulated, images, config, measurements)
+        wiring = Wiring(backend, sources.teacher)
+        search = _search(wiring, simulated, images, config, measurements)
         found = search.steps(budget, advance)
         steps = tuple(PlanStep(one.parts, one.share, one.loss) for one in found)
         least = least_loss(images, config)
@@ -72,11 +73,11 @@ def planned(
 
 
 def _search(
-    backend: Backend, simulated: SimulatedBackend, images: Images, config: RefineConfig, measurements: int
+    wiring: Wiring, simulated: SimulatedBackend, images: Images, config: RefineConfig, measurements: int
 ) -> FloatSearch:
     moved, twin = on_device(simulated, images), simulated.twin
     tries = max(1, min(_TRIES, measurements // 2 // _STEPS))
-    measure = Measure(twin, Wiring(backend), moved, config)
+    measure = Measure(twin, wiring, moved, config)
     prediction = Prediction(twin, spread_images(moved.batches, _FOLLOWED), config)
-    operations = measure.wiring.operations(images.batches[0])
+    operations = wiring.operations(images.batches[0])
     return FloatSearch(measure, prediction, operations, least_loss(images, config), tries, measurements // 2)

@@ -6,21 +6,25 @@ from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import ModulePaths
 from cptv_ao.simulation.partly_float import FloatRegion
 from cptv_ao.transforms.float_model.exclusion import Part, quantizable_kinds, scope_of
 
+_WITH_RELU = (torch.ops.quantized.add_relu, torch.ops.quantized.mul_relu)
 _CONVERTS = {"quantizes", "dequantizes"}
 # Ops beside those with a weight that quantizers of PT2E annotate: they read quantized values, and write them.
-_ANNOTATED = {"add", "mul", "matmul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool", "mean"}
+_SHARING = {"cat", "max_pool", "avg_pool", "adaptive_avg_pool", "mean"}  # what they return is on the scale of the input
+_ANNOTATED = {"add", "mul", "matmul", *_SHARING}
 
 
 class _Needs(NamedTuple):
@@ -42,12 +46,15 @@ class Wiring:
 
     Args:
         backend: of the model; nothing is written.
+        float_model: where modules are found that lowering made a part of another op.
 
     Attributes:
-        parts: what can be left in float: of each node that computes, the smallest part that holds it.
+        parts: what can be left in float: of each node that computes, the smallest part that holds it; of one that was
+            fused with a ReLU, both.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, float_model: nn.Module | None = None) -> None:
+        self._float_model = float_model
         self._backend, self._paths = backend, ModulePaths(backend.model)
         self._modules = dict(backend.model.named_modules(remove_duplicate=False))
         nodes: list[Node] = list(backend.model.graph.nodes)
@@ -57,7 +64,7 @@ class Wiring:
         computing = [node for node in nodes if self._computes(node)]
         self._scopes = {node.name: self._scope(node) for node in computing}
         self._outer = {path[:i] for path in self._scopes.values() for i, c in enumerate(path) if c == "."}
-        self.parts = {node.name: part for node in computing if (part := self._part(node)) is not None}
+        self.parts = {node.name: parts for node in computing if (parts := self._parts(node))}
 
     @cached_property
     def sites(self) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
@@ -72,12 +79,12 @@ class Wiring:
     def groups(self) -> list[frozenset[Part]]:
         """Sets of parts that are worth leaving in float together: each part, but for those that only hand values on;
         all that makes and reads the values of a site; modules with all that is in them."""
-        alone = (frozenset([part]) for name, part in self.parts.items() if not self._hands_on(name))
+        alone = (parts for name, parts in self.parts.items() if not self._hands_on(name))
         found: dict[frozenset[Part], None] = dict.fromkeys(alone)
         for made, read in self.sites.values():
             names = [name for name in (*made, *self._onward(read)) if self._nodes[name].op.startswith("call_")]
             if names and all(name in self.parts for name in names):
-                found[frozenset(self.parts[name] for name in names)] = None
+                found[frozenset(part for name in names for part in self.parts[name])] = None
         found |= dict.fromkeys(frozenset([Part(path)]) for path in sorted(self._outer))
         return list(found)
 
@@ -175,13 +182,22 @@ class Wiring:
         """Whether a qconfig can be given to it alone, within its module."""
         return node.op == "call_function"
 
-    def _part(self, node: Node) -> Part | None:
+    def _parts(self, node: Node) -> frozenset[Part]:
         path = self._scopes[node.name]
         if node.op == "call_module" or (path and path not in self._outer):
-            return Part(path)
+            return frozenset([Part(path)])
         if self._is_function(node):
-            return Part(path, functions=True)
-        return Part(path) if path else None
+            return frozenset([Part(path, functions=True), *(Part(relu) for relu in self._fused_relus(node, path))])
+        return frozenset([Part(path)] if path else [])
+
+    def _fused_relus(self, node: Node, path: str) -> Iterator[str]:
+        """Modules that may be the ReLU of a function that was fused with one."""
+        if packet_of(node.target) not in _WITH_RELU or self._float_model is None:
+            return
+        holder = dict(self._float_model.named_modules(remove_duplicate=False)).get(path, nn.Identity())
+        for name, child in holder.named_children():
+            if isinstance(child, nn.ReLU):
+                yield f"{path}.{name}".lstrip(".")
 
     def _maker(self, owner: Node) -> Node:
         """The node whose output stands on the scale that a node holds."""
@@ -242,29 +258,34 @@ class Wiring:
             return not all(self._reads_float(reader, nodes) for reader in self._readers(node))
         return effect != "quantizes" and node.op.startswith("call_")
 
-    def _annotated(self, node: Node) -> bool:
-        op = op_of(node, self._modules)
-        return node.name in self._weighted or (op is not None and op.name in _ANNOTATED) or _name(node) in _ANNOTATED
-
     def _annotates_output(self, node: Node) -> bool:
         """Whether a quantizer of PT2E observes what a node returns."""
+        node = self._behind_moves(node)
+        return self._annotated(node) and (self._outputs_annotated or self._kind(node) in _SHARING)
+
+    def _behind_moves(self, node: Node) -> Node:
         while self._effect(node) in {"moves", "clamps"} and node.args and isinstance(node.args[0], Node):
             node = node.args[0]
-        return self._annotated(node) and (node.name not in self._weighted or self._layers_annotate_outputs)
+        return node
 
     @cached_property
-    def _layers_annotate_outputs(self) -> bool:
-        """X86InductorQuantizer observes what layers are given, XNNPACKQuantizer also what they return: there is a layer
+    def _outputs_annotated(self) -> bool:
+        """X86InductorQuantizer observes what ops are given, XNNPACKQuantizer also what they return: then there is an op
         whose output is quantized though nothing that reads it asks for that."""
-        return any(
-            self._of_layer(made) and bool(read) and not any(self._annotated(self._nodes[name]) for name in read)
-            for made, read in self.sites.values()
-        )
+        for made, read in self.sites.values():
+            makers = [self._behind_moves(self._nodes[name]) for name in made]
+            asked = any(self._annotated(self._nodes[name]) for name in read)
+            own = any(self._annotated(maker) and self._kind(maker) not in _SHARING for maker in makers)
+            if own and not asked:
+                return True
+        return False
 
-    def _of_layer(self, made: Collection[str]) -> bool:
-        return any(name in self._weighted for name in made)
+    def _annotated(self, node: Node) -> bool:
+        """Whether a quantizer of PT2E observes what a node is given."""
+        return node.name in self._weighted or self._kind(node) in _ANNOTATED
 
-
-def _name(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return "" if packet is None else packet.__name__.rstrip("_")
+    def _kind(self, node: Node) -> str:
+        op, packet = op_of(node, self._modules), packet_of(node.target)
+        if op is not None:
+            return op.name
+        return "" if packet is None else packet.__name__.rstrip("_")

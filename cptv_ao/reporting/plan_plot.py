@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cptv_ao.diagnosis.plan_result import Plan
 from cptv_ao.reporting.plots import BLUE, GREY, ORANGE, axes, plain, quiet
@@ -32,7 +32,10 @@ def tradeoff(plan: Plan, ax: Axes | None = None) -> Axes:
     ax.axhline(plan.least, color=GREY, linewidth=0.8)
     for share, step in list(zip(shares[1:], plan.steps, strict=True))[:_NAMED]:
         name = plain(str(step.parts[0]), 26) + (f" +{len(step.parts) - 1}" if len(step.parts) > 1 else "")
-        ax.annotate(name, (share, step.simulated), (4, 4), textcoords="offset points", fontsize="x-small", clip_on=True)
+        right = share > 0.6 * shares[-1]  # where the frame ends
+        side, away = ("right", -4) if right else ("left", 4)
+        place: dict[str, Any] = {"xytext": (away, 4), "textcoords": "offset points", "ha": side}
+        ax.annotate(name, (share, step.simulated), fontsize="x-small", clip_on=True, **place)
     ax.plot([], [], "o-", color=BLUE, label="simulated")
     ax.plot([], [], "s", color=ORANGE, fillstyle="none", label="on kernels")
     ax.legend(frameon=False, fontsize="small", loc="upper right")

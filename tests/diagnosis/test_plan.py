@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets, planned, pt2e
-from helpers.cases import Case
+from helpers.cases import Case, reference_case
 from helpers.state import everything
 from torch import nn
 from torch.fx import GraphModule
@@ -75,6 +75,7 @@ def _leaving(plan: cptv_ao.Plan, parts: list[Part]) -> Any:
     return replace(plan, steps=(replace(plan.steps[0], parts=tuple(parts)),))
 
 
+@pytest.mark.slow
 def test_a_weight_with_few_bits_comes_before_all_other_layers(vit: nn.Module, vit_w3: Case) -> None:
     few = cptv_ao.qconfig_mapping(2, "x86").global_qconfig
     base = cptv_ao.qconfig_mapping(8, "x86").set_module_name("blocks.2.mlp.fc1", few)
@@ -102,7 +103,7 @@ def study(model: nn.Module, quantize: Quantize, batches: list[torch.Tensor]) -> 
     attach_float_weights(backend, model)
     read = read_batches(batches, backend.form.intake(backend.model), 128)
     images = Images.of(read, model, MSE)
-    measure = Measure(SimulatedBackend(backend).checked(read[0]).twin, Wiring(backend), images, MSE)
+    measure = Measure(SimulatedBackend(backend).checked(read[0]).twin, Wiring(backend, model), images, MSE)
     empty = cptv_ao.Plan("mse", 0.0, 0.0, 0.0, 0, 1.0)
     found = []
     for group in sorted(measure.wiring.groups(), key=sorted):
@@ -113,9 +114,10 @@ def study(model: nn.Module, quantize: Quantize, batches: list[torch.Tensor]) -> 
     return found
 
 
+@pytest.mark.parametrize("make", [planned.outlier_between, planned.outlier_in_a_sum])
 @pytest.mark.parametrize("flow", flows())
-def test_each_group_is_what_stock_torch_leaves_in_float(flow: Any) -> None:
-    model = planned.outlier_between()
+def test_each_group_is_what_stock_torch_leaves_in_float(flow: Any, make: Any) -> None:
+    model = make()
     for group, twin, kernels in study(model, flow(model), planned.BATCHES):
         assert twin == pytest.approx(kernels, rel=0.05), group
 
@@ -144,15 +146,46 @@ def test_it_is_json_and_a_table(vit_w2: Case) -> None:
     assert found.loss == pytest.approx(found.simulated, rel=0.01)
 
 
-def test_the_same_twice_and_nothing_is_written(vit_w2: Case) -> None:
-    batches = vit_w2.batches[:1]
-    before = everything(vit_w2.converted), everything(vit_w2.float_model), batches[0].clone()
-    run = partial(cptv_ao.plan, vit_w2.converted, batches, float_model=vit_w2.float_model, progress=False, budget=0.05)
+@pytest.mark.parametrize("flow", flows())
+def test_the_same_twice_and_nothing_is_written(flow: Any) -> None:
+    model = planned.outlier_between()
+    quantized, batches = flow(model)(None), [batch.clone() for batch in planned.BATCHES]
+    before = everything(quantized), everything(model)
+    run = partial(cptv_ao.plan, quantized, batches, float_model=model, progress=False, budget=0.6)
     found = run()
-    assert everything(vit_w2.converted) == before[0]
-    assert everything(vit_w2.float_model) == before[1]
-    assert torch.equal(batches[0], before[2])
+    assert found.steps
+    assert (everything(quantized), everything(model)) == before
+    assert all(map(torch.equal, batches, planned.BATCHES))
     assert asdict(found) == asdict(run())
+
+
+def test_without_a_float_model_it_says_what_is_not_seen() -> None:
+    model = planned.outlier_between()
+    found = cptv_ao.plan(planned.quantize_fx(model), planned.BATCHES, config=MSE, budget=0.6, progress=False)
+    assert "third" in names(found)  # the outlier is one of activations
+    assert any("errors of its weights are not seen" in note for note in found.notes)
+
+
+def test_a_reference_model_is_that_which_it_lowers_to() -> None:
+    case = reference_case()
+    found = cptv_ao.plan(case.converted, case.batches, float_model=case.float_model, budget=0.3, progress=False)
+    model = nets.quantize(case.float_model, case.batches, mapping=nets.mapping(3))[1]
+    lowered = cptv_ao.plan(model, case.batches, float_model=case.float_model, budget=0.3, progress=False)
+    assert found.steps
+    assert found.parts == lowered.parts
+
+
+def test_a_model_without_a_twin_is_refused(vit_w3: Case) -> None:
+    model = nets.without_twin(vit_w3.converted)
+    with pytest.raises(cptv_ao.UnsupportedModelError, match="forward hooks change what the model returns"):
+        cptv_ao.plan(model, vit_w3.batches[:1], float_model=vit_w3.float_model, progress=False)
+
+
+def test_what_a_small_budget_does_not_pay_for_is_told() -> None:
+    model = planned.outlier_between()
+    found = plan_of(model, partial(planned.quantize_fx, model), budget=1e-6)
+    assert found.steps == ()
+    assert "nothing within 0.0 % of the int8 operations brings the loss down" in str(found)
 
 
 def test_a_mapping_and_a_quantizer_are_not_written() -> None:

@@ -41,6 +41,30 @@ def outlier_between() -> Chain:
     return model
 
 
+class Sum(nn.Module):
+    """A residual block whose sum goes through a ReLU, which is fused with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.first(x))
+        found: Tensor = self.third(self.act2(x + self.second(x)))
+        return found
+
+
+def outlier_in_a_sum() -> nn.Module:
+    """The sum has a channel that is a hundred times larger than the others."""
+    model = nets.seeded(lambda: nn.Sequential(Sum(), nn.Linear(16, 8)))
+    with torch.no_grad():
+        block: Any = model[0]
+        block.second.weight[3] *= 100
+        block.third.weight[:, 3] /= 100
+    return model
+
+
 def quantize_fx(model: nn.Module, plan: cptv_ao.Plan | None = None, mapping: Any = None) -> GraphModule:
     """Stock torch.ao FX, with what a plan leaves in float."""
     mapping = cptv_ao.qconfig_mapping(8, "x86") if mapping is None else mapping
