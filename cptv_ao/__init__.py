@@ -22,12 +22,13 @@ from cptv_ao.core.errors import (
     UnsupportedModelError,
 )
 from cptv_ao.core.events import STOP, Event
-from cptv_ao.core.outcome import Point, Status
+from cptv_ao.core.outcome import BlockResult, Losses, OutputLoss, Point, SiteMove, Status
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
-from cptv_ao.diagnosis.plan_result import Plan
-from cptv_ao.diagnosis.results import Diagnosis
+from cptv_ao.diagnosis.plan_result import Plan, PlanStep
+from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, OutputDiagnosis, SiteDiagnosis
 from cptv_ao.reporting.report import Report, report
+from cptv_ao.transforms.float_model.exclusion import Part
 from cptv_ao.verbs.diagnose import diagnose
 from cptv_ao.verbs.plan import plan
 from cptv_ao.verbs.refine import refine
@@ -39,16 +40,24 @@ if TYPE_CHECKING:
 __all__ = [
     "STOP",
     "Block",
+    "BlockDiagnosis",
+    "BlockResult",
     "CalibrationDataError",
     "CptvError",
     "CptvWarning",
     "Diagnosis",
     "DistributedError",
     "Event",
+    "Findings",
     "FloatModelMismatchError",
     "InvalidScaleError",
+    "Losses",
     "NonFiniteError",
+    "OutputDiagnosis",
+    "OutputLoss",
+    "Part",
     "Plan",
+    "PlanStep",
     "Point",
     "QParams",
     "Recipe",
@@ -56,6 +65,8 @@ __all__ = [
     "Report",
     "ScaleSite",
     "ScalesFileError",
+    "SiteDiagnosis",
+    "SiteMove",
     "SiteTable",
     "Status",
     "UnsupportedModelError",

@@ -1,4 +1,4 @@
-"""The plot of the README: `python docs/plot_recovery.py` writes docs/recovery.svg.
+"""The plot of docs/benchmarks.md: `python docs/plot_recovery.py` writes docs/recovery.svg.
 
 The numbers are those of examples/benchmarks/results/recovery.json, as examples/benchmarks/tables.py sums them up: the
 share of the gap to float that was closed, for each workload that has a gap.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BENCHMARKS = DOCS.parent / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from cases import WORKLOADS
-from tables import recovery_table
+from tables import share_closed
 
 COLOURS = {"paper": "#9aa5b1", "gradient": "#e0a030", "ours": "#1f6fd0"}  # told apart by people who see few colours too
 TITLE = "Share of the gap to float that was closed, %"
@@ -23,16 +24,19 @@ LEFT, RIGHT, TOP, ROW, WIDTH = 190, 40, 58, 26, 720
 
 
 def shares() -> dict[str, dict[str, float]]:
-    """By workload and method; workloads without a gap, and methods that were not run, are left out."""
+    """By workload and method, in whole %; workloads without a gap, and methods that were not run, are left out."""
     cells = json.loads((BENCHMARKS / "results" / "recovery.json").read_text())
-    table = recovery_table(cells, list(WORKLOADS), ["start", *COLOURS]).split(f"**{TITLE}**\n\n")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    head = rows[0]
-    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows[2:]}
-    kept = {
-        name: {m: row[m] for m in COLOURS if row[m] != "-"} for name, row in found.items() if row["ours"] != "no gap"
-    }
-    return {name: {method: float(share) for method, share in row.items()} for name, row in kept.items()}
+
+    def of(workload: str, method: str) -> list[dict[str, Any]]:
+        return [cell for cell in cells if (cell["workload"], cell["method"]) == (workload, method)]
+
+    found: dict[str, dict[str, float]] = {}
+    for name in WORKLOADS:
+        shares = {m: share_closed(of(name, m), of(name, "start")) for m in COLOURS if of(name, m)}
+        known = {method: float(round(share)) for method, share in shares.items() if share is not None}
+        if known:
+            found[name] = known
+    return found
 
 
 def svg(found: dict[str, dict[str, float]]) -> str:

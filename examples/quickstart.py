@@ -13,10 +13,9 @@ import time
 from statistics import mean
 
 import torch
-from workloads import accuracy, agreement, digits, logits, quantize, trained
+from workloads import accuracy, agreement, digits, divergence, logits, quantize, trained
 
 import cptv_ao
-from cptv_ao.core.losses import kl
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
         for name, candidate, cost in (("quantized", quantized, "-"), ("refined", refined, f"{seconds:.0f}")):
             outputs = logits(candidate, data.test)
             found = accuracy(outputs, data.test_labels), agreement(outputs, teacher)
-            loss = float(kl(logits(candidate, unseen), logits(model, unseen)))
+            loss = divergence(logits(candidate, unseen), logits(model, unseen))
             rows.append((name, *found, loss))
             print(f"{seed:<4}  {name:<9}  {found[0]:>13.4f}  {found[1]:>17.4f}  {loss:>11.4f}  {cost:>7}", flush=True)
     for name in ("quantized", "refined"):

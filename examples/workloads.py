@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -257,6 +258,12 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
 def agreement(outputs: Tensor, teacher: Tensor) -> float:
     """Share of the images on which two models choose the same class."""
     return float((outputs.argmax(1) == teacher.argmax(1)).float().mean())
+
+
+def divergence(outputs: Tensor, teacher: Tensor) -> float:
+    """KL of what a model gives to what the teacher gives, mean over the images, in nats."""
+    log_probabilities = (logits.double().log_softmax(1) for logits in (outputs, teacher))
+    return float(functional.kl_div(*log_probabilities, reduction="batchmean", log_target=True))
 
 
 def shown(

@@ -25,7 +25,12 @@ STEM, HEAD = "stem", "head"
 
 @dataclass(frozen=True)
 class Block:
-    """Sites that are searched together, in graph order."""
+    """Sites that are searched together.
+
+    Attributes:
+        name: path of the module that they are in, or `stem`, `head`, `part 0`.
+        sites: in graph order.
+    """
 
     name: str
     sites: tuple[ScaleSite, ...]

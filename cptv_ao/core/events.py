@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 class Event:
     """One step of a refine, as given to the callback.
 
-    `step`: a step of the descent on the twin (loss of its batch there); `proposal`: scales for the whole model were
-    scored; `candidate`: a vector was scored; `block`: a visit ended; `pass`: all blocks were visited. `loss` is that of
-    the step on the search images (inf: rejected early), `best` the best so far. `model` is what is searched, with the
-    scales of the moment: those of the candidate, after a proposal or a visit the best so far. Run it, never write it.
+    Attributes:
+        kind: `step`: a step of the descent on the twin; `proposal`: scales for the whole model were scored;
+            `candidate`: a vector was scored; `block`: a visit ended; `pass`: all blocks were visited.
+        name: of the proposal or of the block.
+        pass_index: which pass over the blocks it belongs to; 0 is the first.
+        evaluations: candidates that were scored until then.
+        loss: that of the step on the search images, of a `step` that of its batch on the twin; inf: rejected early.
+        best: the lowest loss on the search images so far.
+        seconds: since the call of `refine`, with those before a checkpoint.
+        model: what is searched, with the scales of the moment: those of the candidate, after a proposal or a visit the
+            best so far. Run it, never write it.
     """
 
     kind: Literal["step", "proposal", "candidate", "block", "pass"]

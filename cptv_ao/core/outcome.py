@@ -25,11 +25,18 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class SiteMove:
-    """How far one site moved: largest |log2(new / old)| of its scales, largest zero_point step.
+    """How far one site moved, in a `Report`.
 
-    `low` and `high` are the least and the greatest log2(new / old) of its scales, with their signs. Of a weight's
-    `codes`, `turned` are not the nearest ones to the float weight, but those on its other side; `corrected`: its layer
-    has another bias.
+    Attributes:
+        name, kind, block: of the site.
+        scales: how many it has: 1 per tensor, C per channel.
+        moved: how many of them have another value.
+        log2: largest `|log2(new / old)|` of its scales: 1 is twice or half as large.
+        zero_point: largest step of a zero_point, in codes.
+        low, high: least and greatest log2(new / old) of its scales, with their signs.
+        codes: of a weight: how many it has; 0 of an activation.
+        turned: how many of these are not the nearest ones to the float weight, but those on its other side.
+        corrected: whether its layer has another bias.
     """
 
     name: str
@@ -48,7 +55,15 @@ class SiteMove:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One visit of a block: loss on the search images before and after."""
+    """One visit of a block, in a `Report`.
+
+    Attributes:
+        name: of the block.
+        visit: which pass over the blocks it belongs to; 0 is the first.
+        evaluations: candidates that were scored in it.
+        accepted: how many of them became the best so far.
+        before, after: loss on the search images at its start and at its end.
+    """
 
     name: str
     visit: int
@@ -60,7 +75,12 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses on the search images and on the held-out ones (None without held-out images)."""
+    """Losses of one set of scales, in the unit of the loss that the report names.
+
+    Attributes:
+        search: mean over the images that are searched on.
+        holdout: mean over those that only accept or reject; None without any.
+    """
 
     search: float
     holdout: float | None
@@ -80,7 +100,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """What one output of the model lost.
+    """What one output of the model lost, in a `Report`.
 
     Attributes:
         name: keys, fields and indices that lead to it, with dots between; `output` where it is all.
@@ -101,7 +121,8 @@ class Point:
     """The search at one moment: at its start, after a proposal, or at the end of a block visit.
 
     Attributes:
-        evaluations, seconds: spent until then.
+        evaluations: candidates that were scored until then.
+        seconds: since the call of `refine`, with those before a checkpoint.
         search: the lowest loss on the search images so far.
         holdout: the loss of the same scales on the held-out images; None without any, or where it is no number.
         kept: whether these scales were accepted as the best state so far, held-out images included.

@@ -23,7 +23,25 @@ if TYPE_CHECKING:
 class Report(Outcome):
     """Result of one `refine`; `str()` is a table, `to_dict()` is JSON-safe, `save_html()` writes a page with plots.
 
-    Its fields are those of `Outcome`.
+    Attributes:
+        status: how it ended, a `Status`.
+        loss: name of the loss.
+        before, after: `Losses` of the model as it was given and as it came back, of its own kernels.
+        blocks: a `BlockResult` for each visit of a block, in order.
+        moves: a `SiteMove` for each site that moved.
+        stages: what was proposed for the whole model, and what became of it: sentences.
+        sites: how many sites were searched.
+        evaluations: candidates that were scored.
+        image_forwards: images that were run through the network or a part of it.
+        images: how many were searched on, and how many were held out.
+        seconds: of the search.
+        seed: of the search.
+        threads: of torch.
+        notes: what there is to know besides: sentences.
+        history: a `Point` at the start, after each proposal and each visit, of what was searched on: with
+            `score_on="simulation"` losses of the simulation.
+        settings: those of the `RefineConfig`, in words.
+        outputs: an `OutputLoss` for each output that is compared.
     """
 
     def save_html(

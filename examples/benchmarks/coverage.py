@@ -22,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from origins import origin, told
 from torch import Tensor, nn
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -119,7 +120,7 @@ def examine(name: str) -> dict[str, Any]:
     model = network(name)
     size = image_size(model)
     batches = list(torch.randn(_BATCH * _BATCHES, 3, size, size).split(_BATCH))
-    result: dict[str, Any] = {"model": name, "size": size}
+    result: dict[str, Any] = {"model": name, "size": size, **origin()}
     with torch.no_grad():
         result["stock"] = stock(model, batches[0])
     started = time.monotonic()
@@ -181,6 +182,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "Columns: image size; what stock torch.ao says; sites of weights and activations, and linear and convolution",
         "layers left in float; blocks that are searched, and weights in the largest of them; KL to float on 8 search",
         "images before and after a dozen candidates and 4 gradient steps; seconds to convert and to refine.",
+        "",
+        told(works),
         "",
         "| model | size | stock torch.ao | weights | activations | float | blocks | largest | KL before | after | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from origins import origin, told
 
 import cptv_ao
 
@@ -245,10 +246,12 @@ def main() -> None:
     one, both = (min((r[i] for r in runs), key=lambda p: sum(v["seconds"] for v in p.values())) for i in (0, 1))
     model = cost(one, both, args)
     print(f"\n{args.model}, {args.batches} batches of {args.batch}, one thread per rank, best of {args.repeat} runs")
+    print(told([origin()]))
     print(f"{'phase':<10} {'1 rank, s':>10} {'2 ranks, s':>11} {'ratio':>7} {'model, s':>9} {'ratio':>7}")
     rows = [(phase, one[phase]["seconds"], both[phase]["seconds"], model.seconds(2)[phase]) for phase in PHASES]
-    for name, first, second, told in [*rows, ("all", *(sum(row[i] for row in rows) for i in (1, 2, 3)))]:
-        print(f"{name:<10} {first:>10.1f} {second:>11.1f} {first / second:>7.2f} {told:>9.1f} {first / told:>7.2f}")
+    for name, first, second, modelled in [*rows, ("all", *(sum(row[i] for row in rows) for i in (1, 2, 3)))]:
+        ratios = first / second, first / modelled
+        print(f"{name:<10} {first:>10.1f} {second:>11.1f} {ratios[0]:>7.2f} {modelled:>9.1f} {ratios[1]:>7.2f}")
     candidates = sum(mark[0] == "candidate" for mark in two["marks"])
     print(f"bytes that a rank sends per candidate: {both['visits']['bytes'] / candidates:,.0f}")
     print(f"bytes that a rank sends per step: {both['descent']['bytes'] / max(1, args.steps - 1):,.0f}")

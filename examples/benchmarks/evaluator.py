@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import workloads
+from origins import origin
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
@@ -269,7 +270,7 @@ def main() -> None:
         size = 8 if quick else 32 if options.peak == "deit_tiny" else 100
         print(json.dumps(peak_memory(options.peak, 2, size)))
         return
-    results: dict[str, Any] = {"threads": options.threads, "torch": torch.__version__, "quick": quick}
+    results: dict[str, Any] = {"threads": options.threads, "quick": quick, **origin()}
     for name, size in (("deit_tiny", 4 if quick else 32), ("fashion_vit", 32 if quick else 100)):
         repeats = max(2, options.repeats // (3 if name == "deit_tiny" else 1))
         r = results[name] = candidates(name, size, 2 if quick else repeats)

@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_map
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import workloads
+from origins import origin, told
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
@@ -342,7 +343,7 @@ def main() -> None:
         return
     device = arguments.device
     card = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "no GPU"
-    say(f"torch {torch.__version__}, {card}, {arguments.threads} threads")
+    say(f"{told([origin()])} {card}, {arguments.threads} threads")
     for name in arguments.networks:
         model, shape = network(name)
         images = torch.randn(max(arguments.batch, 8), *shape)

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from dinov2 import backbone, photographs, quantized
+from origins import origin, told
 from workloads import quietly
 
 import cptv_ao
@@ -52,6 +53,7 @@ def main() -> None:
     if args.size is not None:
         measured(args.size, args.images, args.seconds)
         return
+    print(told([origin()]))
     print(f"{'images':>6}  {'before, GB':>11}  {'peak, GB':>8}", flush=True)
     for size in SIZES:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--size", str(size)], check=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origins import origin, told
 from tables import markdown
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -80,14 +80,8 @@ def measured(row: str, limit: str, data: Photographs, threads: int) -> dict[str,
         "curve": curve,
         "stages": list(cptv_ao.report(model).stages) if limit not in ("0", "nncf") else [],
         "threads": threads,
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "day": time.strftime("%Y-%m-%d"),
+        **origin(),
     }
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def _nncf(data: Photographs) -> tuple[nn.Module, float]:
@@ -102,11 +96,11 @@ def _nncf(data: Photographs) -> tuple[nn.Module, float]:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Cosine to float / nearest neighbours that are float's, and the seconds of the call."""
+    """Cosine to float / nearest neighbours that are float's, and the seconds of the call; every cell is one seed."""
     by_key = {(cell["row"], cell["limit"]): cell for cell in cells}
     limits = [limit for limit in LIMITS if any(key[1] == limit for key in by_key)]
     names = {"0": "start", "none": "no limit", "nncf": "NNCF"}
-    lines = [["DINOv2 ViT-S/14", *(names.get(limit, f"{limit} s") for limit in limits)]]
+    lines = [["DINOv2 ViT-S/14, 1 seed", *(names.get(limit, f"{limit} s") for limit in limits)]]
     for row in ROWS:
         if any(key[0] == row for key in by_key):
             lines.append([row, *(_shown(by_key.get((row, limit))) for limit in limits)])
@@ -116,8 +110,8 @@ def table(cells: list[dict[str, Any]]) -> str:
 def _shown(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
-    told = f"{cell['cosine']:.4f} / {100 * cell['neighbours']:.1f} %"
-    return told if cell["limit"] == "0" else f"{told} ({cell['seconds']:.0f} s)"
+    found = f"{cell['cosine']:.4f} / {100 * cell['neighbours']:.1f} %"
+    return found if cell["limit"] == "0" else f"{found} ({cell['seconds']:.0f} s)"
 
 
 def draw(cells: list[dict[str, Any]], path: str) -> None:
@@ -161,7 +155,7 @@ def main() -> None:
             path.write_text(json.dumps(cell, indent=1) + "\n")
             print(row, limit, _shown(cell), flush=True)
     cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
-    print(table(cells))
+    print(f"{table(cells)}\n\n{told(cells)}")
     if args.plot:
         draw(cells, args.plot)
 

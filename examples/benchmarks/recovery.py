@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cases import SEEDS, TUNING_SEED, WORKLOADS, Case, unit_threads
+from cases import SEEDS, TUNING_SEED, WORKLOADS, Case, start_unit, unit_threads
+from origins import origin
 from tables import recovery_table
 from torch.fx import GraphModule
 from workloads import accuracy, agreement, logits
@@ -132,7 +130,7 @@ def run_unit(name: str, seed: int, methods: list[str]) -> None:
         return
     case = WORKLOADS[name].make(seed)
     for method in missing:
-        result: dict[str, Any] = {"workload": name, "method": method, "seed": seed}
+        result: dict[str, Any] = {"workload": name, "method": method, "seed": seed, **origin()}
         if method == "start":
             result |= judge(case, case.quantized) | {"clamped": judge(case, clamped(case))["top1"]}
         else:
@@ -165,14 +163,6 @@ def tune_unit(name: str) -> None:
     tuned(name).write_text(json.dumps({"chosen": best, "kl": losses}, indent=1))
 
 
-def start_unit(name: str, *words: str) -> None:
-    """Run one unit in a process of its own, with the instruction set that its workload asks for."""
-    environment = dict(os.environ)
-    if WORKLOADS[name].isa:
-        environment["ONEDNN_MAX_CPU_ISA"] = str(WORKLOADS[name].isa)
-    subprocess.run([sys.executable, __file__, "--unit", name, *words], env=environment, check=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="choose the gradient's learning rates only")
@@ -190,13 +180,14 @@ def main() -> None:
         return tune_unit(args.unit) if args.tune else run_unit(args.unit, args.seed, methods)
     with ThreadPoolExecutor(args.jobs) as pool:
         if args.tune or ("gradient" in methods and not args.table):
-            list(pool.map(lambda name: start_unit(name, "--tune"), names))
+            list(pool.map(lambda name: start_unit(__file__, name, "--tune"), names))
         if not (args.table or args.tune):
             units = [(name, seed) for seed in SEEDS for name in names]
-            list(pool.map(lambda u: start_unit(u[0], "--seed", str(u[1]), "--methods", args.methods), units))
+            list(pool.map(lambda u: start_unit(__file__, u[0], "--seed", str(u[1]), "--methods", args.methods), units))
     cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
-    (RESULTS / "recovery.json").write_text(json.dumps(cells, indent=1))
-    print(recovery_table(cells, list(WORKLOADS), methods))
+    if cells:
+        (RESULTS / "recovery.json").write_text(json.dumps(cells, indent=1))
+    print(recovery_table(json.loads((RESULTS / "recovery.json").read_text()), list(WORKLOADS), methods))
     return None
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from cases import SEEDS, WORKLOADS, Case, unit_threads
+from origins import origin, told
 from recovery import RESULTS, cell, has_attention, judge, refined
 from tables import Cells, markdown, top1
 from torch import Tensor, nn
@@ -170,23 +171,24 @@ def run_cell(name: str, method: str, seed: int) -> None:
     started = time.monotonic()
     model = METHODS[method](case)
     result = {"workload": name, "method": method, "seed": seed, "seconds": time.monotonic() - started}
-    result |= judge(case, model)
+    result |= judge(case, model) | origin()
     CELLS.mkdir(parents=True, exist_ok=True)
     cell(name, method, seed, CELLS).write_text(json.dumps(result, indent=1))
 
 
 def table(cells: Cells) -> str:
     """Test top-1 in % over the seeds, KL on unseen images and seconds, in Markdown, with ours from `recovery.py`."""
-    rows = [["workload", "method", "test top-1, %", "KL on unseen images", "seconds"]]
+    rows, shown = [["workload", "method", "test top-1, %", "KL on unseen images", "seconds"]], []
     for name, methods in ROWS.items():
         ours = ((name, "ours"), (f"{name}, recipe", "ours"))
         for workload, method in (*((name, method) for method in methods), *ours):
             found = [c for c in cells if (c["workload"], c["method"]) == (workload, method)]
             if found:
                 kl, seconds = mean(c["kl"] for c in found), mean(c["seconds"] for c in found)
-                told = method if workload == name else f"{method}, after `recipe`"
-                rows.append([name, told, top1(found), f"{kl:.4f}", f"{seconds:.0f}"])
-    return markdown(rows)
+                label = method if workload == name else f"{method}, after `recipe`"
+                rows.append([name, label, top1(found), f"{kl:.4f}", f"{seconds:.0f}"])
+                shown += found
+    return f"{markdown(rows)}\n\n{told(shown)}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The table of the accuracy benchmark, in Markdown."""
+"""The tables of the accuracy benchmark, in Markdown."""
 
 from __future__ import annotations
 
@@ -6,36 +6,66 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from origins import told
+
 Cells = Sequence[dict[str, Any]]
 
 
 def recovery_table(cells: Cells, workloads: Sequence[str], methods: Sequence[str]) -> str:
-    """Test top-1 in % (mean and spread over seeds), then the share of the gap closed and the KL on unseen images."""
+    """Test top-1 in % (mean and spread over seeds), share of the gap closed, KL on unseen images and cost; then where
+    the cells are from. A cell of one seed says so."""
     by_key: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for found in cells:
-        by_key.setdefault((found["workload"], found["method"]), []).append(found)
-    head = ["workload", "float", *(m if m != "start" else "start (clamped)" for m in methods)]
+        if found["workload"] in workloads and found["method"] in methods:
+            by_key.setdefault((found["workload"], found["method"]), []).append(found)
+    rows = [name for name in workloads if (name, "start") in by_key]
+    searched = [m for m in methods if m != "start"]
+    start = {name: by_key[name, "start"] for name in rows}
     parts = []
-    for title, show in (
-        ("Test top-1, % (EfficientNet: agreement with float)", _top1),
-        ("Share of the gap to float that was closed, %", _closed),
-        ("KL to float on unseen calibration images", _kl),
-        ("Seconds / thousands of image-forwards", _cost),
+    for title, show, columns in (
+        ("Test top-1, % (EfficientNet: agreement with float)", _top1, methods),
+        ("Share of the gap to float that was closed, %", _closed, searched),
+        ("KL to float on unseen calibration images", _kl, methods),
+        ("Seconds / thousands of image-forwards", _cost, searched),
     ):
-        rows = [head]
-        for name in workloads:
-            start = by_key.get((name, "start"), [])
-            if start:
-                columns = [show(by_key.get((name, m), []), start) for m in methods]
-                rows.append([name, f"{100 * mean(c['float'] for c in start):.2f}", *columns])
-        parts.append(f"**{title}**\n\n" + markdown(rows))
-    return "\n\n".join(parts)
+        first = show is _top1
+        head = [
+            "workload",
+            *(["float"] if first else []),
+            *("start (clamped)" if first and m == "start" else m for m in columns),
+        ]
+        lines = [head]
+        for name in rows:
+            float_model = [f"{100 * mean(c['float'] for c in start[name]):.2f}"] if first else []
+            lines.append([name, *float_model, *(show(by_key.get((name, m), []), start[name]) for m in columns)])
+        parts.append(f"**{title}**\n\n" + markdown(lines))
+    return "\n\n".join([*parts, told([cell for found in by_key.values() for cell in found])])
 
 
 def top1(found: Cells) -> str:
     """Test top-1 in %, mean and spread over the seeds."""
-    values = [100 * c["top1"] for c in found]
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}, 1 seed"
+    return spread([100 * c["top1"] for c in found], 2)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and spread (standard deviation); of a single value that it is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}, 1 seed"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def share_closed(found: Cells, start: Cells) -> float | None:
+    """Share in % of the gap to float that a method closed, on the seeds that it has; None where there is no gap."""
+    if mean(c["float"] - c["top1"] for c in start) < 0.005:
+        return None
+    seeds = {c["seed"] for c in found}
+    paired = [c for c in start if c["seed"] in seeds]
+    before, reference = mean(c["top1"] for c in paired), mean(c["float"] for c in paired)
+    return 100 * (mean(c["top1"] for c in found) - before) / (reference - before)
+
+
+def _one(text: str, found: Cells) -> str:
+    return text if len(found) > 1 else f"{text}, 1 seed"
 
 
 def _top1(found: Cells, start: Cells) -> str:
@@ -45,24 +75,21 @@ def _top1(found: Cells, start: Cells) -> str:
 
 
 def _closed(found: Cells, start: Cells) -> str:
-    if not found or found[0]["method"] == "start":
+    if not found:
         return "-"
-    if mean(c["float"] - c["top1"] for c in start) < 0.005:
-        return "no gap"
-    seeds = {c["seed"] for c in found}
-    paired = [c for c in start if c["seed"] in seeds]
-    before, reference = mean(c["top1"] for c in paired), mean(c["float"] for c in paired)
-    return f"{100 * (mean(c['top1'] for c in found) - before) / (reference - before):.0f}"
+    share = share_closed(found, start)
+    return "no gap" if share is None else _one(f"{round(share)}", found)
 
 
 def _kl(found: Cells, start: Cells) -> str:
-    return f"{mean(c['kl'] for c in found):.4f}" if found else "-"
+    return _one(f"{mean(c['kl'] for c in found):.4f}", found) if found else "-"
 
 
 def _cost(found: Cells, start: Cells) -> str:
-    if not found or "seconds" not in found[0]:
+    if not found:
         return "-"
-    return f"{mean(c['seconds'] for c in found):.0f} / {mean(c['image_forwards'] for c in found) / 1000:.0f}"
+    seconds, forwards = mean(c["seconds"] for c in found), mean(c["image_forwards"] for c in found)
+    return _one(f"{seconds:.0f} / {forwards / 1000:.0f}", found)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import workloads
+from origins import origin, told
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.qparams import QParams
@@ -106,6 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
+    print(told([origin()]))
     for name in arguments.networks:
         compare(name, arguments.batch, arguments.seconds, not arguments.no_compile)
 
