@@ -29,7 +29,18 @@ _NEEDS = {"docs/executorch.md": "executorch.runtime"}
 
 def test_there_are_snippets() -> None:
     pages = {Path(name).stem for name in WITH_SNIPPETS}
-    assert pages >= {"README", "how-it-works", "settings", "report", "saving", "pt2e", "models", "faq", "migration"}
+    assert pages >= {
+        "README",
+        "how-it-works",
+        "settings",
+        "report",
+        "saving",
+        "pt2e",
+        "models",
+        "faq",
+        "migration",
+        "outputs",
+    }
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS)
