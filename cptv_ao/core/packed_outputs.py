@@ -181,6 +181,13 @@ class PackedOutputs:
         return self._drawn[count, device]
 
 
+def parts_of(select: Callable[[Any], Tensor], output: Tensor) -> list[slice]:
+    """The columns of each output in what was picked (N, C); of a single one all."""
+    if not isinstance(select, PackedOutputs):
+        return [slice(None)]
+    return [slice(columns.start, columns.stop) for columns in select.columns(output)]
+
+
 def not_finite(select: Callable[[Any], Tensor], output: Tensor) -> str:
     """Which of the outputs that were picked hold NaN or inf; nothing where none does.
 
@@ -193,8 +200,8 @@ def not_finite(select: Callable[[Any], Tensor], output: Tensor) -> str:
         return ""
     if not isinstance(select, PackedOutputs):
         return "output"
-    pairs = zip(select.outputs, select.columns(output), strict=True)
-    return f"output {told([one.name for one, c in pairs if not bool(finite[:, c.start : c.stop].all())])}"
+    pairs = zip(select.outputs, parts_of(select, output), strict=True)
+    return f"output {told([one.name for one, part in pairs if not bool(finite[:, part].all())])}"
 
 
 def told(names: Mapping[str, Any] | Sequence[str]) -> str:

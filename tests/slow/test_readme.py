@@ -30,7 +30,7 @@ _NEEDS = {"docs/executorch.md": ["executorch.runtime"], "docs/onnx.md": ["onnxsc
 def test_there_are_snippets() -> None:
     pages = {Path(name).stem for name in WITH_SNIPPETS}
     assert pages >= {"README", "promises", "settings", "report", "saving", "pt2e", "models", "faq", "migration"}
-    assert pages >= {"sites", "outliers", "diagnose", "plots", "callbacks"}
+    assert pages >= {"sites", "outliers", "diagnose", "plots", "callbacks", "outputs", "plan"}
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS)
