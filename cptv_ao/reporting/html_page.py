@@ -22,6 +22,7 @@ from cptv_ao.core.outcome import Outcome, Status, per_block
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.reporting import plots
 from cptv_ao.reporting.html_style import CSS
+from cptv_ao.reporting.summary import gained, what_to_try
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,10 +47,10 @@ def write_page(
 
 def page(report: Outcome, diagnosis: Diagnosis | None = None, after: Diagnosis | None = None) -> str:
     """The page of a report as text."""
-    told, _, rest = report.status.value.partition(": ")
+    told, status = gained(report), report.status.value
     parts = [
         f'<header class="{_tone(report)}"><p>cptv_ao.refine</p>'
-        f"<h1>{escape(told.capitalize())}</h1><p>{escape(rest[:1].upper() + rest[1:])}.</p></header>",
+        f"<h1>{escape(told)}</h1><p>{escape(status[:1].upper() + status[1:])}.</p></header>",
         _losses(report),
         _outputs(report),
         _plots(report, diagnosis, after),
@@ -183,8 +184,8 @@ def _recolor(figure: Any) -> None:
 
 def _notes(report: Outcome) -> str:
     parts = []
-    if report.notes:
-        parts.append(f"<h2>Notes</h2>{_list(report.notes)}")
+    if notes := [*what_to_try(report), *report.notes]:
+        parts.append(f"<h2>Notes</h2>{_list(notes)}")
     if report.stages:
         parts.append(f"<h2>Proposals for the whole model</h2>{_list(report.stages)}")
     return f"<section>{''.join(parts)}</section>" if parts else ""

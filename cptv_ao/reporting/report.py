@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from cptv_ao.core.formatting import change, number, percent, table
 from cptv_ao.core.outcome import META_KEY, Outcome, OutputLoss, per_block
 from cptv_ao.core.plain import as_plain, from_plain
+from cptv_ao.reporting.summary import what_to_try
 
 if TYPE_CHECKING:
     import os
@@ -101,7 +102,7 @@ class Report(Outcome):
             lines += ["", f"{turned} of {codes} weight codes ({percent(turned / codes)}) are rounded the other way"]
         if corrected := sum(m.corrected for m in self.moves):
             lines += ["", f"the biases of {corrected} layers are corrected"]
-        lines += ["", *self.notes] if self.notes else []
+        lines += ["", *told] if (told := [*what_to_try(self), *self.notes]) else []
         lines.append("")
         lines.append(
             f"{self.evaluations} evaluations, {self.image_forwards} image-forwards, {self.seconds:.1f} s, "

@@ -152,9 +152,9 @@ class Loop:
                 self._search.keep()
             else:
                 whole.undo()
-            self.stages.append(f"{name}: {'accepted, ' if better else 'not better, '}{_told(loss)}")
             self._tell("proposal", name, 0, loss)
-            self._keep()
+            kept = self._keep()
+            self.stages.append(f"{name}: {_became(better, kept)}, {_told(loss)}")
         return True
 
     def step(self, loss: float) -> None:
@@ -276,6 +276,13 @@ def _beside(store: ScaleStore, assignment: Assignment, world: World) -> dict[str
             shift, correction = (None if part is None else world.from_first(part) for part in parts)
             found[name] = shift, correction
     return found
+
+
+def _became(better: bool, kept: bool) -> str:
+    """Of a proposal; the search goes on from what is better on its images, the model gets what is kept."""
+    if not better:
+        return "not better"
+    return "accepted" if kept else "better on the search images, not on all"
 
 
 def _told(loss: float) -> str:

@@ -169,6 +169,15 @@ def test_of_proposals_the_best_is_gone_on_from() -> None:
     assert [point.kept for point in loop.history] == [True, False, True, False]
 
 
+def test_a_proposal_that_the_held_out_images_refuse_is_not_called_accepted() -> None:
+    store, loop, _ = opened(near(0.11), holdout=near(0.14))
+    proposed = {name: qparams(0.11, store.sites[name]) for name in store.sites}
+    loop.propose([("lower", lambda: proposed)])
+    assert loop.stages[0].startswith("lower: better on the search images, not on all, loss ")
+    assert not loop.history[-1].kept
+    assert float(store.read("in").scale) == pytest.approx(0.11), "from there it goes on"
+
+
 def test_a_budget_of_evaluations_ends_it_at_once() -> None:
     _, loop, _ = opened(near(0.1), budget=Budget(7, None))
     assert not loop.propose([("a", dict)] * 8)
