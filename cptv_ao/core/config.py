@@ -42,7 +42,7 @@ class RefineConfig:
             activation ranges that least change the loss, to second order, by the gradients of random directions of the
             outputs in float; `biases`, biases that give each layer's output the mean that it has in float (bias
             correction, arXiv 1906.04721). Where the kernels accept those, they are found anew with each proposal of the
-            gradient steps. Not of reference models and PT2E graphs.
+            gradient steps. Not of reference models.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, outlier channels of layer norms move into the weights that read them (if their float weights are
@@ -253,7 +253,7 @@ def _check_tuples(config: RefineConfig) -> None:
     _expect(
         isinstance(config.population, tuple) and set(config.population) <= set(get_args(Individual)),
         "population",
-        "a tuple of 'output_error', 'ranges' and 'biases'",
+        "a tuple of 'output_error', 'ranges', 'curvature' and 'biases'",
         config.population,
     )
     _expect(

@@ -34,8 +34,8 @@ _AT_ONCE, _DIRECTIONS = 16, 2
 _FIXED, _EACH = 0.002, 1e-5
 # How much the price of a part counts: each is tried.
 _POWERS = 1.0, 0.5
-# Share of the loss that a step must take away, and what stands for a loss of 0.
-_LEAST_GAIN, _TINY = 0.002, 1e-12
+# Steps, at most. Share of the loss that a step must take away, and what stands for a loss of 0.
+_MOST_STEPS, _LEAST_GAIN, _TINY = 24, 0.002, 1e-12
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class FloatSearch:
 
     def _way(self, budget: float, power: float, advance: Advance) -> tuple[list[Chosen], _State]:
         state, found = self._start, list[Chosen]()
-        while (best := self._best(state, budget, power)) is not None:
+        while len(found) < _MOST_STEPS and (best := self._best(state, budget, power)) is not None:
             new, nodes = state.new(best), state.nodes | self._groups[best]
             state = _State(state.parts | best, nodes, self._measure(nodes), self._predicted(nodes))
             found.append(Chosen(new, state.loss, self.share(nodes)))

@@ -27,8 +27,8 @@ from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
-# Images that are read, those on which the twin is measured at least, and those that are followed for predictions.
-IMAGES, _FEW, _FOLLOWED = 128, 16, 64
+# Images that are read, and those on which the twin is measured at least.
+IMAGES, _FEW = 128, 16
 # Groups that are measured in a step at most; steps that there may be; what a measurement costs an image, in float
 # forwards; and how many stages of a search all measurements may take together.
 _TRIES, _STEPS, _FORWARDS, _STAGES = 4, 20, 3, 20
@@ -78,6 +78,6 @@ def _search(
     moved, twin = on_device(simulated, images), simulated.twin
     tries = max(1, min(_TRIES, measurements // 2 // _STEPS))
     measure = Measure(twin, wiring, moved, config)
-    prediction = Prediction(twin, spread_images(moved.batches, _FOLLOWED), config)
+    prediction = Prediction(twin, moved.batches, config)
     operations = wiring.operations(images.batches[0])
     return FloatSearch(measure, prediction, operations, least_loss(images, config), tries, measurements // 2)
