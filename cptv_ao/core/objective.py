@@ -25,8 +25,8 @@ _AUTO: dict[OutputKind, tuple[LossName, str]] = {
     ),
     "map": (
         "mse",
-        "loss: mse, for the output is a map or a sequence, of which each place counts; loss='kl' compares it as the "
-        "logits of one choice",
+        "loss: mse, for the output is a map or a sequence, of which each place counts; loss='kl' compares the channels "
+        "of each place as the logits of classes",
     ),
 }
 

@@ -1,7 +1,8 @@
 """One loss of several outputs: the mean of their own ones, each as a share of what an output is worth.
 
-That is what the best output would lose that is the same for all images: 0 is the float network, 1 says nothing of an
-image. So logits, a regression in millimetres and a mask count alike, whatever their numbers are.
+That is what the best output would lose that is the same for all images, beyond what the float network's own would (0,
+but for InfoNCE): 0 is the float network, 1 says nothing of an image. So logits, a regression in millimetres and a mask
+count alike, whatever their numbers are.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def is_constant(packing: PackedOutputs, index: int, targets: Sequence[Tensor]) -
 def measured(
     part: OutputTerm, packing: PackedOutputs, index: int, targets: Sequence[Tensor], temperature: float
 ) -> tuple[float, float]:
-    """What an output is worth in its loss, and the variance of its numbers.
+    """What an output is worth in its loss, beyond what its own float values lose, and the variance of its numbers.
 
     Args:
         part: names the output and its loss.
@@ -144,16 +145,17 @@ def measured(
     """
     loss = get_exact_loss(part.loss, temperature)
     best, mean = _constant(part, packing, index, targets), _mean(packing, index, targets)
-    at_best = at_zero = spread = images = 0.0
+    at_best = at_zero = at_least = spread = images = 0.0
     for packed in targets:
         columns = packing.columns(packed)[index]
-        teacher = part.view(columns, packed)
-        for value in (best, torch.zeros_like(best)):
-            lost = float(loss(part.view(columns, columns.everywhere(value.to(packed), packed)), teacher)) * len(packed)
-            at_best, at_zero = (at_best + lost, at_zero) if value is best else (at_best, at_zero + lost)
-        spread += float((columns.places(packed).double() - mean).square().mean()) * len(packed)
-        images += len(packed)
-    size = max(at_best, _FLOOR * at_zero) / images
+        teacher, count = part.view(columns, packed), len(packed)
+        same, none = (columns.everywhere(v.to(packed), packed) for v in (best, torch.zeros_like(best)))
+        at_best += float(loss(part.view(columns, same), teacher)) * count
+        at_zero += float(loss(part.view(columns, none), teacher)) * count
+        at_least += float(loss(teacher, teacher)) * count
+        spread += float((columns.places(packed).double() - mean).square().mean()) * count
+        images += count
+    size = max(at_best - at_least, _FLOOR * (at_zero - at_least)) / images
     return size if math.isfinite(size) and size > 0 else 1.0, spread / images or 1.0
 
 

@@ -20,6 +20,8 @@ from cptv_ao.fx.running import run
 # Share of `cache_bytes` that the teacher's outputs on all images may hold; share of the places of maps and sequences
 # that are compared at least.
 _HELD_SHARE, _LEAST_SHARE = 0.5, 0.01
+# Images on which, and on twice as many, it is seen what rows an output has.
+_FEW = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,14 @@ class _Seen:
             return "not dense"
         if not self.few.dim():
             return "one number for the whole batch"
-        return "" if self.rows else f"no row for each image, shape {tuple(self.few.shape)}"
+        if not self.few.numel():
+            return "empty"
+        if self.rows:
+            return ""
+        shapes = str(tuple(self.few.shape))
+        if self.twice is not None and self.twice.shape != self.few.shape:
+            shapes += f", {tuple(self.twice.shape)} for twice as many images"
+        return f"no row for each image, shape {shapes}"
 
     @property
     def depends(self) -> bool:
@@ -68,7 +77,7 @@ def chosen_outputs(
 
     Args:
         model: the quantized one; runs on one image where the teacher returns more than one tensor.
-        teacher: runs on one image and on two.
+        teacher: runs on a few images, and on twice as many.
         batches: as they were counted.
         config: as it was given.
 
@@ -121,15 +130,15 @@ class OneOutput:
 
 
 def _seen(teacher: nn.Module, batch: Batch, config: RefineConfig) -> list[_Seen]:
-    few = batch.few(1)
+    count = min(_FEW, max(1, batch.images // 2))
+    few, cut = batch.few(count), not batch.fixed and batch.images > 1
     with torch.no_grad():
         first = _tensors(config, run(teacher, few, 0))
-        cut = not batch.fixed and batch.images > 1
-        twice = _tensors(config, run(teacher, batch.few(2), 0)) if cut else None
+        twice = _tensors(config, run(teacher, batch.few(2 * count), 0)) if cut else None
     if twice is not None and first.keys() != twice.keys():
         raise UnsupportedModelError(
-            f"expected the same outputs for any images, got {told(first)} for one image and {told(twice)} for two; "
-            f"{HINT}"
+            f"expected the same outputs for any images, got {told(first)} for {count} of them and {told(twice)} for "
+            f"{2 * count}; {HINT}"
         )
     return [
         _Seen(name, index, tensor, None if twice is None else twice[name], few.images)
@@ -188,7 +197,7 @@ def _depending(output: _Seen) -> str:
     twice = output.few if output.twice is None else output.twice
     return (
         f"output {output.name!r}: expected a size that does not depend on what the images show, got "
-        f"{tuple(output.few.shape)} for one image and {tuple(twice.shape)} for two; {HINT}"
+        f"{tuple(output.few.shape)} and {tuple(twice.shape)} for {output.images} and {2 * output.images} images; {HINT}"
     )
 
 

@@ -56,9 +56,14 @@ def apart(model: Any, net: nn.Module, name: str) -> float:
     return sum(float((g - w).square().mean() / w.var()) for g, w in pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("name", RETURNS)
-@pytest.mark.parametrize("form", ["fx", "pt2e"])
-def test_every_floating_output_counts(name: str, form: str) -> None:
+FORMS = [("fx", name) for name in RETURNS] + [("pt2e", name) for name in RETURNS]
+QUICK = {("fx", "heads"), ("fx", "detector"), ("fx", "dataclass"), ("pt2e", "heads"), ("pt2e", "dataclass")}
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [pytest.param(*one, marks=[] if one in QUICK else pytest.mark.slow) for one in FORMS]
+)
+def test_every_floating_output_counts(form: str, name: str) -> None:
     net, given, model, report = refined(name, form)
     assert {one.name: one.loss for one in report.outputs} == RETURNS[name][1]
     assert report.after.search < report.before.search

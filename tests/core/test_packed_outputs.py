@@ -229,3 +229,15 @@ def test_directions_fit_the_second_order_of_the_joint_loss() -> None:
             squares.append(((direction.double() * change.double()).sum(1) ** 2).mean())
         wanted = 2 * float(get_exact_loss(losses, 1.0)(teacher.double() + change.double(), teacher.double()))
         assert float(torch.stack(squares).mean()) / 4 == pytest.approx(wanted, rel=0.15)
+
+
+def test_a_step_on_a_gpu_reads_no_number_on_the_host() -> None:
+    """The meta device has none to be read."""
+    outputs = {name: tensor.to("meta").requires_grad_() for name, tensor in OUTPUTS.items()}
+    packing = packed_as(outputs, share=0.5)
+    packed = packing(outputs)
+    terms = tuple(OutputTerm(name, loss) for name, loss in zip(OUTPUTS, ("kl", "mse", "kl", "infonce"), strict=True))
+    losses = OutputLosses(packing, terms, 3.0)
+    gradient = torch.autograd.grad(get_loss(losses, 3.0)(packed, packed.detach()), packed, retain_graph=True)[0]
+    assert gradient.is_meta and gradient.shape == packed.shape
+    assert random_direction(losses, packed, torch.Generator().manual_seed(0)).is_meta
