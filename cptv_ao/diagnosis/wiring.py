@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,16 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.diagnosis.observing import Observing
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import ModulePaths
 from cptv_ao.simulation.partly_float import FloatRegion
-from cptv_ao.transforms.float_model.exclusion import Part, quantizable_kinds, scope_of
+from cptv_ao.transforms.float_model.exclusion import Part, scope_of
 
 _WITH_RELU = (torch.ops.quantized.add_relu, torch.ops.quantized.mul_relu)
 _CONVERTS = {"quantizes", "dequantizes"}
-# Ops beside those with a weight that quantizers of PT2E annotate: they read quantized values, and write them.
-_SHARING = {"cat", "max_pool", "avg_pool", "adaptive_avg_pool", "mean"}  # what they return is on the scale of the input
-_ANNOTATED = {"add", "mul", "matmul", *_SHARING}
 
 
 class _Needs(NamedTuple):
@@ -60,7 +58,6 @@ class Wiring:
         nodes: list[Node] = list(backend.model.graph.nodes)
         self._nodes = {node.name: node for node in nodes}
         self._scope_of_site = {n: site.scope for site in backend.sites.values() for n in site.nodes}
-        self._weighted = {n for site in backend.sites.values() if site.kind == "weight" for n in site.nodes}
         computing = [node for node in nodes if self._computes(node)]
         self._scopes = {node.name: self._scope(node) for node in computing}
         self._outer = {path[:i] for path in self._scopes.values() for i, c in enumerate(path) if c == "."}
@@ -127,12 +124,11 @@ class Wiring:
 
     @cached_property
     def _needs(self) -> dict[str, _Needs]:
-        none: set[str] = set()
         return {
             name: _Needs(
                 made | read,
-                frozenset(maker for maker in made if not self._makes_float(maker, none)),
-                frozenset(reader for reader in read if not self._reads_float(self._nodes[reader], none)),
+                frozenset(maker for maker in made if not self._observing.makes_float(maker)),
+                frozenset(reader for reader in read if not self._observing.reads_float(self._nodes[reader])),
             )
             for name, (made, read) in self.sites.items()
         }
@@ -154,6 +150,10 @@ class Wiring:
 
         Watcher(self._backend.model).watch(images, see)
         return found
+
+    @cached_property
+    def _observing(self) -> Observing:
+        return Observing(self._backend, self._modules, self.sites)
 
     @cached_property
     def _activations(self) -> list[ScaleSite]:
@@ -229,63 +229,10 @@ class Wiring:
         node, op = self._nodes[name], op_of(self._nodes[name], self._modules)
         return op is not None and op.keeps and not any(self._effect(user) == "quantizes" for user in node.users)
 
-    def _makes_float(self, name: str, nodes: Collection[str]) -> bool:
-        """Whether nobody observes what a node returns on its own account."""
-        node = self._nodes[name]
-        if name in nodes or not node.op.startswith("call_"):
-            return True
-        return not (self._annotates_output(node) if self._exported else self._quantizable(node))
-
-    def _reads_float(self, node: Node, nodes: Collection[str]) -> bool:
-        """Whether a node takes floats as they are."""
-        return node.name in nodes or not (self._annotated(node) if self._exported else self._quantizable(node))
-
-    def _quantizable(self, node: Node) -> bool:
-        """Whether torch.ao knows the op as one that it quantizes; what is lowered it does."""
-        if node.name in self._scope_of_site:
-            return True
-        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
-        return (node.target if module is None else type(module)) in self._kinds
-
-    @cached_property
-    def _kinds(self) -> set[Any]:
-        return set(quantizable_kinds())
-
     def _rounds(self, node: Node, nodes: Collection[str]) -> bool:
         """Whether a node that is not float itself puts what it is given on a scale."""
         effect = self._effect(node)
         if effect == "dequantizes":
-            return not all(self._reads_float(reader, nodes) for reader in self._readers(node))
+            readers = self._readers(node)
+            return not all(r.name in nodes or self._observing.reads_float(r) for r in readers)
         return effect != "quantizes" and node.op.startswith("call_")
-
-    def _annotates_output(self, node: Node) -> bool:
-        """Whether a quantizer of PT2E observes what a node returns."""
-        node = self._behind_moves(node)
-        return self._annotated(node) and (self._outputs_annotated or self._kind(node) in _SHARING)
-
-    def _behind_moves(self, node: Node) -> Node:
-        while self._effect(node) in {"moves", "clamps"} and node.args and isinstance(node.args[0], Node):
-            node = node.args[0]
-        return node
-
-    @cached_property
-    def _outputs_annotated(self) -> bool:
-        """X86InductorQuantizer observes what ops are given, XNNPACKQuantizer also what they return: then there is an op
-        whose output is quantized though nothing that reads it asks for that."""
-        for made, read in self.sites.values():
-            makers = [self._behind_moves(self._nodes[name]) for name in made]
-            asked = any(self._annotated(self._nodes[name]) for name in read)
-            own = any(self._annotated(maker) and self._kind(maker) not in _SHARING for maker in makers)
-            if own and not asked:
-                return True
-        return False
-
-    def _annotated(self, node: Node) -> bool:
-        """Whether a quantizer of PT2E observes what a node is given."""
-        return node.name in self._weighted or self._kind(node) in _ANNOTATED
-
-    def _kind(self, node: Node) -> str:
-        op, packet = op_of(node, self._modules), packet_of(node.target)
-        if op is not None:
-            return op.name
-        return "" if packet is None else packet.__name__.rstrip("_")
