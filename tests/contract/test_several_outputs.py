@@ -224,6 +224,7 @@ def test_batches_with_sizes_of_their_own() -> None:
     assert [one.name for one in report.outputs] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_single_images() -> None:
     net, batches = made("heads", 32)
     _, model = nets.quantize(net, batches, weight_bits=4)
