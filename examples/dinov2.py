@@ -37,7 +37,7 @@ _PATCH, _WIDTH, _DEPTH, _HEADS = 14, 384, 12, 6
 _LARGEST = 1600
 # Variants of the same picture, and what is none.
 _SKIPPED = ("screenshot", "dark", "1080x1920", "720x1440", "1622x2880")
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class Photographs:
     source: Tensor
 
 
-def backbone() -> nn.Module:
+def backbone(weights: dict[str, Tensor] | None = None) -> nn.Module:
     """timm's VisionTransformer (N, 3, 224, 224) -> (N, 384), the class token behind the last norm, in eval mode.
+
+    Args:
+        weights: by the names of timm; None: the published ones.
 
     Raises:
         ModuleNotFoundError: with the command that installs what is missing.
@@ -71,7 +74,7 @@ def backbone() -> nn.Module:
         num_classes=0,
         global_pool="token",
     )
-    model.load_state_dict(_weights())
+    model.load_state_dict(published_weights() if weights is None else weights)
     return model.eval()
 
 
@@ -136,7 +139,7 @@ def _package(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _weights() -> dict[str, Tensor]:
+def published_weights() -> dict[str, Tensor]:
     """The backbone's weights, by the names of timm."""
     import onnx
     from onnx import numpy_helper
@@ -223,7 +226,7 @@ def _crops(files: list[Path], each: int, seed: int) -> tuple[Tensor, Tensor]:
             crop = image.crop((x, y, x + side, y + side)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             images.append(torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1).float() / 255)
             source.append(index)
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (_MEAN, _STD))
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
     return (torch.stack(images) - mean) / std, torch.tensor(source)
 
 

@@ -270,11 +270,11 @@ def compare_ranks(device: str) -> None:
 
 def pack(path: Path, test: int = 200) -> None:
     """Write DINOv2 ViT-S/14 (weights in float16) and photographs (as JPEG), for a machine without the packages."""
-    from dinov2 import _MEAN, _STD, backbone, photographs
+    from dinov2 import MEAN, STD, backbone, photographs
     from PIL import Image
 
     data = photographs(400, test)
-    mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (_MEAN, _STD))
+    mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (MEAN, STD))
 
     def encoded(images: Tensor) -> list[bytes]:
         found = []
@@ -304,14 +304,14 @@ def packed_search(path: Path, device: str, seconds: float) -> None:
     from PIL import Image
 
     held = torch.load(path, weights_only=True)
-    mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (dinov2._MEAN, dinov2._STD))
+    mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (dinov2.MEAN, dinov2.STD))
 
     def decoded(images: list[bytes]) -> Tensor:
         pixels = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
         return (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
 
-    dinov2._weights = lambda: {key: value.float() for key, value in held["weights"].items()}
-    calibration, test, model = decoded(held["calibration"]), decoded(held["test"]), dinov2.backbone()
+    model = dinov2.backbone({key: value.float() for key, value in held["weights"].items()})
+    calibration, test = decoded(held["calibration"]), decoded(held["test"])
     given = dinov2.quantized(model, calibration[:100])
     teacher = workloads.logits(model, test, 50)
     start = dinov2.fidelity(workloads.logits(given, test, 50), teacher, held["source"])
