@@ -12,17 +12,15 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.sites import ScaleSite
 from cptv_ao.diagnosis.observing import Observing
+from cptv_ao.diagnosis.value_flow import ValueFlow
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.node_runner import Watcher
-from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import ModulePaths
 from cptv_ao.simulation.partly_float import FloatRegion
 from cptv_ao.transforms.float_model.exclusion import Part, scope_of
 
 _WITH_RELU = (torch.ops.quantized.add_relu, torch.ops.quantized.mul_relu)
-_CONVERTS = {"quantizes", "dequantizes"}
 
 
 class _Needs(NamedTuple):
@@ -47,39 +45,28 @@ class Wiring:
         float_model: where modules are found that lowering made a part of another op.
 
     Attributes:
+        flow: who makes and reads its values.
         parts: what can be left in float: of each node that computes, the smallest part that holds it; of one that was
             fused with a ReLU, both.
     """
 
     def __init__(self, backend: Backend, float_model: nn.Module | None = None) -> None:
         self._float_model = float_model
-        self._backend, self._paths = backend, ModulePaths(backend.model)
-        self._modules = dict(backend.model.named_modules(remove_duplicate=False))
-        nodes: list[Node] = list(backend.model.graph.nodes)
-        self._nodes = {node.name: node for node in nodes}
+        self._backend, self._paths, self.flow = backend, ModulePaths(backend.model), ValueFlow(backend)
+        self._nodes = self.flow.nodes
         self._scope_of_site = {n: site.scope for site in backend.sites.values() for n in site.nodes}
-        computing = [node for node in nodes if self._computes(node)]
+        computing = [node for node in self._nodes.values() if self.flow.computes(node)]
         self._scopes = {node.name: self._scope(node) for node in computing}
         self._outer = {path[:i] for path in self._scopes.values() for i, c in enumerate(path) if c == "."}
         self.parts = {node.name: parts for node in computing if (parts := self._parts(node))}
 
-    @cached_property
-    def sites(self) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-        """Of each activation site the nodes that make its values and those that read them."""
-        found = {}
-        for site in self._activations:
-            owners = [self._nodes[name] for name in site.nodes]
-            made = frozenset(self._maker(owner).name for owner in owners)
-            found[site.name] = made, frozenset(reader.name for owner in owners for reader in self._readers(owner))
-        return found
-
     def groups(self) -> list[frozenset[Part]]:
         """Sets of parts that are worth leaving in float together: each part, but for those that only hand values on;
         all that makes and reads the values of a site; modules with all that is in them."""
-        alone = (parts for name, parts in self.parts.items() if not self._hands_on(name))
+        alone = (parts for name, parts in self.parts.items() if not self.flow.hands_on(name))
         found: dict[frozenset[Part], None] = dict.fromkeys(alone)
-        for made, read in self.sites.values():
-            names = [name for name in (*made, *self._onward(read)) if self._nodes[name].op.startswith("call_")]
+        for made, read in self.flow.sites.values():
+            names = [name for name in (*made, *self.flow.onward(read)) if self._nodes[name].op.startswith("call_")]
             if names and all(name in self.parts for name in names):
                 found[frozenset(part for name in names for part in self.parts[name])] = None
         found |= dict.fromkeys(frozenset([Part(path)]) for path in sorted(self._outer))
@@ -90,7 +77,7 @@ class Wiring:
         return frozenset(
             name
             for name, path in self._scopes.items()
-            if any(part.holds(path, self._is_function(self._nodes[name])) for part in parts)
+            if any(part.holds(path, self._nodes[name].op == "call_function") for part in parts)
         )
 
     def region(self, nodes: Collection[str]) -> FloatRegion:
@@ -114,13 +101,11 @@ class Wiring:
         return self._weights_in(own) | off
 
     def _weights_in(self, nodes: set[str]) -> frozenset[str]:
-        return frozenset(name for name, used in self._float_weights.items() if used <= nodes)
-
-    @cached_property
-    def _float_weights(self) -> dict[str, frozenset[str]]:
-        known = self._backend.float_weights
-        sites = (site for site in self._backend.sites.values() if site.kind == "weight")
-        return {site.name: frozenset(site.nodes) for site in sites if site.name in known}
+        """Sites of the weights, known in float, that these nodes alone compute with."""
+        sites, known = self._backend.sites.values(), self._backend.float_weights
+        return frozenset(
+            one.name for one in sites if one.kind == "weight" and one.name in known and nodes >= {*one.nodes}
+        )
 
     @cached_property
     def _needs(self) -> dict[str, _Needs]:
@@ -130,14 +115,14 @@ class Wiring:
                 frozenset(maker for maker in made if not self._observing.makes_float(maker)),
                 frozenset(reader for reader in read if not self._observing.reads_float(self._nodes[reader])),
             )
-            for name, (made, read) in self.sites.items()
+            for name, (made, read) in self.flow.sites.items()
         }
 
     def operations(self, batch: Batch) -> dict[str, float]:
         """What each quantized node computes for an image: multiply-accumulates of a layer, one per value of another
         op."""
         images, found = batch.few(1), dict[str, float]()
-        owned = {name for site in self._activations for name in site.nodes}
+        owned = {name for site in self.flow.activations for name in site.nodes}
         weight = {n: s.name for s in self._backend.sites.values() if s.kind == "weight" for n in s.nodes}
 
         def see(node: Node, value: object) -> object:
@@ -153,40 +138,18 @@ class Wiring:
 
     @cached_property
     def _observing(self) -> Observing:
-        return Observing(self._backend, self._modules, self.sites)
-
-    @cached_property
-    def _activations(self) -> list[ScaleSite]:
-        return [site for site in self._backend.sites.values() if site.kind == "activation"]
-
-    @property
-    def _exported(self) -> bool:
-        return self._backend.form.simulates_itself
-
-    def _effect(self, node: Node) -> str:
-        op = op_of(node, self._modules)
-        return "" if op is None else op.effect
-
-    def _computes(self, node: Node) -> bool:
-        called = node.op == "call_function" or node.op == "call_method"
-        if node.op == "call_module":  # guards of an export compute nothing
-            called = not self._exported and str(node.target) in self._modules
-        return called and self._effect(node) not in {*_CONVERTS, "asks", "compares"}
+        return Observing(self._backend, self.flow.modules, self.flow.sites)
 
     def _scope(self, node: Node) -> str:
         if node.op == "call_module":
             return str(node.target)
         return scope_of(node) or self._scope_of_site.get(node.name, "") or self._paths.of(node)
 
-    def _is_function(self, node: Node) -> bool:
-        """Whether a qconfig can be given to it alone, within its module."""
-        return node.op == "call_function"
-
     def _parts(self, node: Node) -> frozenset[Part]:
         path = self._scopes[node.name]
         if node.op == "call_module" or (path and path not in self._outer):
             return frozenset([Part(path)])
-        if self._is_function(node):
+        if node.op == "call_function":  # which a qconfig can be given to alone, within its module
             return frozenset([Part(path, functions=True), *(Part(relu) for relu in self._fused_relus(node, path))])
         return frozenset([Part(path)] if path else [])
 
@@ -199,40 +162,10 @@ class Wiring:
             if isinstance(child, nn.ReLU):
                 yield f"{path}.{name}".lstrip(".")
 
-    def _maker(self, owner: Node) -> Node:
-        """The node whose output stands on the scale that a node holds."""
-        while self._effect(owner) in _CONVERTS and isinstance(owner.args[0], Node):
-            owner = owner.args[0]
-        return owner
-
-    def _readers(self, node: Node) -> Iterator[Node]:
-        for user in node.users:
-            if self._effect(user) == "dequantizes":
-                yield from self._readers(user)
-            elif self._computes(user):
-                yield user
-
-    def _onward(self, names: Collection[str]) -> frozenset[str]:
-        """These nodes and, where one hands on what it reads, those that read that."""
-        found, left = set[str](), list(names)
-        while left:
-            name = left.pop()
-            if name in found:
-                continue
-            found.add(name)
-            if self._hands_on(name):
-                left += [reader.name for reader in self._readers(self._nodes[name])]
-        return frozenset(found)
-
-    def _hands_on(self, name: str) -> bool:
-        """Whether a node hands on the codes that it reads: what follows has no scale of its own."""
-        node, op = self._nodes[name], op_of(self._nodes[name], self._modules)
-        return op is not None and op.keeps and not any(self._effect(user) == "quantizes" for user in node.users)
-
     def _rounds(self, node: Node, nodes: Collection[str]) -> bool:
         """Whether a node that is not float itself puts what it is given on a scale."""
-        effect = self._effect(node)
+        effect = self.flow.effect(node)
         if effect == "dequantizes":
-            readers = self._readers(node)
+            readers = self.flow.readers(node)
             return not all(r.name in nodes or self._observing.reads_float(r) for r in readers)
         return effect != "quantizes" and node.op.startswith("call_")

@@ -15,7 +15,7 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.aliasing import Changed, Memory
 from cptv_ao.fx.inplace import is_known, written
 from cptv_ao.fx.paths import fetch
-from cptv_ao.simulation.modules import SiteModule
+from cptv_ao.simulation.quantizers import SiteModule
 from cptv_ao.simulation.site_modules import SiteModules
 from cptv_ao.simulation.writes import OnCopies, WithPart
 

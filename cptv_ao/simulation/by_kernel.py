@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from cptv_ao.core.tensors import copied
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.simulation.modules import Quantizer
 from cptv_ao.simulation.qtensor import QTensor, from_kernel, to_kernel
+from cptv_ao.simulation.quantizers import Quantizer
 
 #: What the gradient of an op is: that of its float form, straight through, or none.
 Gradient = Literal["float", "straight", "none"]

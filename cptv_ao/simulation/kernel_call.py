@@ -14,8 +14,8 @@ from cptv_ao.fx.quantized_ops import is_quantized_op
 from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.calls import Call, told, unsupported
 from cptv_ao.simulation.float_forms import float_form
-from cptv_ao.simulation.modules import Quantizer
 from cptv_ao.simulation.quantized_arguments import scale_places
+from cptv_ao.simulation.quantizers import Quantizer
 
 
 def kernel_call(node: Node, model: nn.Module, modules: Mapping[str, nn.Module], output: Quantizer | None) -> Call:

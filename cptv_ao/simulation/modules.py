@@ -7,177 +7,19 @@ round((acc + b / (s_x s_w)) * (s_x s_w / s_y)) + z_y.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptv_ao.core.qparams import SHIFT_PARTS, QParams
-from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import along_axis, nearest_codes, weight_steps
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.simulation.autograd_ops import Add, Quantize, QuantizedProduct, RoundWeight
+from cptv_ao.simulation.autograd_ops import Add, QuantizedProduct
 from cptv_ao.simulation.layer_norm import LayerNorm
-from cptv_ao.simulation.limits import Limits, Rounding
+from cptv_ao.simulation.limits import Limits
 from cptv_ao.simulation.products import Product
-from cptv_ao.simulation.qtensor import QTensor, straight_through_round
-
-
-class SiteModule(OutOfPlace):
-    """Scale and zero_point of one site as buffers, so that `functional_call` can replace them."""
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, site: ScaleSite, qparams: QParams) -> None:
-        super().__init__()
-        self.site = site
-        self.rounding: Rounding = "round"
-        self.register_buffer("scale", qparams.scale.to(torch.float32))
-        self.register_buffer("zero_point", qparams.zero_point.to(torch.float32))
-
-    def follow(self, other: SiteModule) -> None:
-        """Hold what another one of the same site does."""
-        self.site, self.rounding = other.site, other.rounding
-        for name, value in other._buffers.items():
-            setattr(self, name, value)
-
-    def state(self) -> tuple[Tensor | None, ...]:
-        """What it holds, for `restore`: copies, but of what nobody writes into."""
-        return self.scale.clone(), self.zero_point.clone()
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        """Put back what `state` returned."""
-        self.scale.copy_(state[0])
-        self.zero_point.copy_(state[1])
-
-    def limit(self, qmax: int) -> None:
-        """Clip codes at `qmax`."""
-        self.site = replace(self.site, qmax=qmax)
-
-
-class Quantizer(SiteModule):
-    """An activation site: puts floats on its scale; `passes`: they are on it already."""
-
-    passes = False
-
-    def forward(self, value: Tensor | QTensor) -> QTensor:
-        if self.passes:
-            assert isinstance(value, QTensor)
-            return value
-        like, limits = self.like()
-        return like.with_codes(Quantize.apply(value, like.scale, like.zero_point, limits))
-
-    def like(self, relu: bool = False) -> tuple[QTensor, Limits]:
-        """A tensor on this scale, without codes yet, and what rounds them."""
-        zero_point = self.zero_point
-        if self.rounding == "round" and zero_point.requires_grad:  # an optimizer moves it in fractions
-            zero_point = straight_through_round(zero_point)
-        like = QTensor(self.scale, self.scale, zero_point, self.site.qmin, self.site.qmax, self.rounding)
-        return like, like.limits(relu)
-
-
-class WeightQuantizer(SiteModule):
-    """A weight site: the codes as they are in the model, or re-rounded from a float weight at the present scale."""
-
-    codes: Tensor
-    weight: Tensor | None
-    shift: Tensor | None
-    correction: Tensor | None
-
-    def __init__(
-        self, site: ScaleSite, qparams: QParams, codes: Tensor, float_weight: Tensor | None, shiftable: bool
-    ) -> None:
-        super().__init__(site, qparams)
-        self._symmetric = not site.affine and not bool(self.zero_point.any())
-        self.register_buffer("codes", codes.to(torch.float32) - along_axis(self.zero_point, site.axis, codes.dim()))
-        self.register_buffer("weight", None if float_weight is None else float_weight.clone())
-        #: in steps, -0.5 to 0.5; see `QParams`
-        self.register_buffer("shift", None)
-        #: of the bias; see `QParams`
-        self.register_buffer("correction", None)
-        self.set_beside(qparams)
-        #: whether weights may be rounded to other codes than the nearest
-        self.shiftable = shiftable and float_weight is not None
-        #: take the codes from `codes` (True) or from the float weight at the present scale (False)
-        self.keep_codes = True
-
-    def follow(self, other: SiteModule) -> None:
-        super().follow(other)
-        assert isinstance(other, WeightQuantizer)
-        self.keep_codes = other.keep_codes
-
-    def set_beside(self, qparams: QParams) -> None:
-        """Round as the shift of qparams says, and correct the bias so."""
-        shift, correction, device = qparams.shift_steps, qparams.correction, self.scale.device
-        self.shift = None if shift is None else shift.to(device)
-        self.correction = None if correction is None else correction.to(device)
-
-    def state(self) -> tuple[Tensor | None, ...]:
-        return (*super().state(), self.codes.clone(), self.shift, self.correction)
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        super().restore(state)
-        self.codes.copy_(state[2])
-        self.shift, self.correction = state[3:]
-
-    def add_correction(self, by: Tensor) -> None:
-        """Correct the bias by so much more (C,)."""
-        self.correction = by if self.correction is None else self.correction + by
-
-    def corrected(self, bias: Tensor | None) -> Tensor | None:
-        """The bias of the layer; as it was given where it computes in float."""
-        if self.correction is None or self.rounding == "none":
-            return bias
-        return self.correction if bias is None else bias + self.correction
-
-    def forward(self) -> Tensor:
-        """Centred codes (C, ...)."""
-        return self.codes if self.keep_codes or self.weight is None else self._rounded()
-
-    def dequantize(self) -> Tensor:
-        """The weight as a float tensor (C, ...)."""
-        value: Tensor = self() * along_axis(self.scale, self.site.axis, self.codes.dim())
-        return value
-
-    def refresh(self) -> None:
-        """Re-round `codes` at the present scale, where the float weight is known."""
-        if self.weight is not None:
-            self.codes.copy_(self._rounded())
-
-    def error(self, scale: Tensor) -> Tensor:
-        """How far the float weight, rounded at a scale, is from itself (C, ...)."""
-        assert self.weight is not None
-        site, dims = self.site, self.weight.dim()
-        zero_point = along_axis(self.zero_point, site.axis, dims)
-        codes = nearest_codes(weight_steps(self.weight, scale, site.axis), zero_point, site.qmin, site.qmax)
-        return codes.sub_(zero_point).mul_(along_axis(scale, site.axis, dims)).sub_(self.weight)
-
-    def present_error(self) -> Tensor | None:
-        """How far the codes, as they are, are from the float weight (C, ...); None where that is not known."""
-        if self.weight is None:
-            return None
-        return self.codes * along_axis(self.scale, self.site.axis, self.codes.dim()) - self.weight
-
-    def _rounded(self) -> Tensor:
-        site = self.site
-        if self._symmetric:
-            limits = Limits(site.qmin, site.qmax, self.rounding == "round")
-        else:
-            zero_point = along_axis(self.zero_point.round(), site.axis, self.codes.dim())  # one may move in fractions
-            limits = Limits.of(zero_point, site.qmin, site.qmax, self.rounding)
-        if self.rounding == "none":
-            limits = Limits.of(self.scale, site.qmin, site.qmax, "none")
-        shift = self.shift if self.rounding == "round" else None
-        codes: Tensor = RoundWeight.apply(self.weight, self.scale, site.axis, limits, shift)
-        return codes
-
-
-def shift_codes(shift: Tensor) -> Tensor:
-    """A shift in steps as that of qparams."""
-    return (shift.detach() * SHIFT_PARTS).round().to("cpu", torch.int8)
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.quantizers import Quantizer, WeightQuantizer
 
 
 class QuantizedLayer(OutOfPlace):

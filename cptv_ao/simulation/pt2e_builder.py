@@ -23,9 +23,9 @@ from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.builder import Builder
 from cptv_ao.simulation.by_kernel import PassedOn
 from cptv_ao.simulation.calls import pure
-from cptv_ao.simulation.modules import WeightQuantizer
 from cptv_ao.simulation.products import Convolution, Linear
 from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.quantizers import WeightQuantizer
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}

@@ -20,11 +20,12 @@ from cptv_ao.fx.quantized_ops import Quantized
 from cptv_ao.simulation.calls import Call, told, unsupported
 from cptv_ao.simulation.float_forms import dequantized
 from cptv_ao.simulation.kernel_doubts import overwrites_what_is_read
-from cptv_ao.simulation.modules import Norm, NormModule, Pointwise, QuantizedLayer, Quantizer, Sum, Times
+from cptv_ao.simulation.modules import Norm, NormModule, Pointwise, QuantizedLayer, Sum, Times
 from cptv_ao.simulation.pointwise import FUNCTIONS, function_of
 from cptv_ao.simulation.products import Product, packed_product, product_of
 from cptv_ao.simulation.qtensor_ops import OnCodes
 from cptv_ao.simulation.quantized_arguments import bound
+from cptv_ao.simulation.quantizers import Quantizer
 from cptv_ao.simulation.scalar_ops import ScaledBy, ShiftedBy
 from cptv_ao.simulation.site_modules import SiteModules
 

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, ordered
 from cptv_ao.simulation.layer_inputs import layer_inputs
-from cptv_ao.simulation.modules import QuantizedLayer, Quantizer
+from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.qtensor import QTensor, from_kernel
+from cptv_ao.simulation.quantizers import Quantizer
 from cptv_ao.simulation.twin import Twin
 
 # Share of an op's codes that may be off by more than one before it counts as saturating.

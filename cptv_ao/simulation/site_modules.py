@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.simulation.modules import Quantizer, SiteModule, WeightQuantizer
+from cptv_ao.simulation.quantizers import Quantizer, SiteModule, WeightQuantizer
 
 
 class SiteModules:

@@ -19,8 +19,9 @@ from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.check import Checker
 from cptv_ao.simulation.limits import Rounding
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
-from cptv_ao.simulation.modules import QuantizedLayer, WeightQuantizer
+from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer, Pt2eBuilder
+from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin_sites import TwinSites
 
 # Images on which a twin is checked.

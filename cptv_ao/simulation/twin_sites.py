@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cptv_ao.core.qparams import QParams
-from cptv_ao.simulation.modules import SiteModule, WeightQuantizer, shift_codes
+from cptv_ao.simulation.quantizers import SiteModule, WeightQuantizer, shift_codes
 
 
 class TwinSites:

@@ -218,7 +218,7 @@ def _alone(table: Table, group: tuple[Part, ...], alone: dict[str, float]) -> fl
     """What the layers of a group cost by themselves: their weights, and the inputs that they are given."""
     nodes = table.nodes(group)
     weights = [s.name for s in table.backend.sites.values() if s.kind == "weight" and set(s.nodes) & nodes]
-    inputs = [name for name, (_, read) in table.wiring.sites.items() if read & nodes]
+    inputs = [name for name, (_, read) in table.wiring.flow.sites.items() if read & nodes]
     return sum(alone.get(name, 0.0) for name in (*weights, *inputs))
 
 

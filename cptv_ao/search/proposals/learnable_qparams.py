@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.simulation.modules import shift_codes
+from cptv_ao.simulation.quantizers import shift_codes
 from cptv_ao.simulation.twin import Twin
 
 #: A zero_point moves by this many codes where a log scale moves by 1.

@@ -15,7 +15,7 @@ from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
 from cptv_ao.simulation.layer_inputs import layer_inputs
-from cptv_ao.simulation.modules import WeightQuantizer
+from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
 
 # Rows of inputs of a batch that a Gram matrix is made of, at most; the share of its mean diagonal that is added to it.
