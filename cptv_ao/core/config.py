@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cptv_ao.core.blocks import BlockPolicy
+from cptv_ao.core.contexts import check_device
 from cptv_ao.core.losses import LOSSES, Loss
 from cptv_ao.core.tensors import Select, first_floating
 
@@ -171,6 +172,20 @@ class RefineConfig:
     def told(self) -> dict[str, str]:
         """Each setting in words, by name; functions by their name, nothing by its address."""
         return {field.name: _told(getattr(self, field.name)) for field in fields(self)}
+
+
+def given_config(config: RefineConfig | None) -> RefineConfig:
+    """What was given, or the default one.
+
+    Raises:
+        TypeError: it is no config.
+        ValueError: there is no such device.
+    """
+    config = RefineConfig() if config is None else config
+    if not isinstance(config, RefineConfig):
+        raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
+    check_device(config.device)
+    return config
 
 
 def name_of(function: Callable[..., Any]) -> str:

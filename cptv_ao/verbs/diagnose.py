@@ -9,17 +9,12 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.backends.open import OpenedModel
-from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
-from cptv_ao.core.loader import read_batches
+from cptv_ao.core.config import RefineConfig, given_config
 from cptv_ao.diagnosis.advice import advise
 from cptv_ao.diagnosis.results import Diagnosis
 from cptv_ao.diagnosis.run import _IMAGES, _diagnosis
-from cptv_ao.evaluation.teacher import FloatSources
-from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import is_refined
+from cptv_ao.verbs.examined import examined
 
 
 def diagnose(
@@ -58,17 +53,7 @@ def diagnose(
     Example:
         >>> print(cptv_ao.diagnose(quantized, calib_loader, float_model=model))       # doctest: +SKIP
     """
-    config = RefineConfig() if config is None else config
-    if not isinstance(config, RefineConfig):
-        raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    check_device(config.device)
-    float_model = unwrapped(float_model)
-    with plain_torch():
-        opened = OpenedModel.of(model, float_model, config)
-        backend, sources = opened.backend, FloatSources.of(opened, float_model)
-        batches = read_batches(calib_loader, backend.form.intake(backend.model), _IMAGES)
-        with eval_mode(backend.model, float_model):
-            if sources.weights is not None:
-                attach_float_weights(backend, sources.weights)
-            found = _diagnosis(backend, sources, batches, config, progress)
+    config = given_config(config)
+    with examined(model, calib_loader, float_model, config, _IMAGES) as (backend, sources, batches):
+        found = _diagnosis(backend, sources, batches, config, progress)
     return replace(found, advice=advise(found, refined=is_refined(model)))

@@ -8,15 +8,10 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.backends.open import OpenedModel
-from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.contexts import check_device, eval_mode, plain_torch
-from cptv_ao.core.loader import read_batches
+from cptv_ao.core.config import RefineConfig, given_config
 from cptv_ao.diagnosis.plan_result import Plan
 from cptv_ao.diagnosis.plan_run import IMAGES, planned
-from cptv_ao.evaluation.teacher import FloatSources
-from cptv_ao.fx.running import unwrapped
+from cptv_ao.verbs.examined import examined
 
 
 def plan(
@@ -61,22 +56,12 @@ def plan(
         >>> found = cptv_ao.plan(quantized, calib_loader, float_model=model, budget=0.05)     # doctest: +SKIP
         >>> prepared = prepare_fx(model, found.qconfig_mapping(mapping), example_inputs)      # doctest: +SKIP
     """
-    config = RefineConfig() if config is None else config
-    if not isinstance(config, RefineConfig):
-        raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
+    config = given_config(config)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(f"budget: expected a number, got {type(budget).__name__}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget: expected a share of the int8 operations, above 0 and up to 1, got {budget}")
     if quantize is not None and not callable(quantize):
         raise TypeError(f"quantize: expected a function of a plan, got {type(quantize).__name__}")
-    check_device(config.device)
-    float_model = unwrapped(float_model)
-    with plain_torch():
-        opened = OpenedModel.of(model, float_model, config)
-        backend, sources = opened.backend, FloatSources.of(opened, float_model)
-        batches = read_batches(calib_loader, backend.form.intake(backend.model), IMAGES)
-        with eval_mode(backend.model, float_model):
-            if sources.weights is not None:
-                attach_float_weights(backend, sources.weights)
-            return planned(backend, sources, batches, config, float(budget), quantize, progress)
+    with examined(model, calib_loader, float_model, config, IMAGES) as (backend, sources, batches):
+        return planned(backend, sources, batches, config, float(budget), quantize, progress)

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,26 +20,20 @@ from cptv_ao.backends.open import OpenedModel
 from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import find_blocks
-from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.contexts import check_device, eval_mode, is_cpu, plain_torch, stop_on_interrupt
+from cptv_ao.core.config import RefineConfig, given_config
+from cptv_ao.core.contexts import eval_mode, plain_torch, stop_on_interrupt
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.formatting import some
-from cptv_ao.core.image_subsets import split_batches
 from cptv_ao.core.loader import read_batches
-from cptv_ao.core.losses import is_per_image
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
-from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration, Images, Pool, check_negatives
-from cptv_ao.evaluation.compared_outputs import chosen_outputs
-from cptv_ao.evaluation.cost import affordable, cost_of
-from cptv_ao.evaluation.image_counting import counted
+from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration
 from cptv_ao.evaluation.inductor import fused_by_inductor
 from cptv_ao.evaluation.output_scores import OutputScores
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
-from cptv_ao.evaluation.suited_losses import settled_outputs
-from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught, teacher_on
+from cptv_ao.evaluation.teacher import FloatSources
 from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
@@ -56,6 +49,7 @@ from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
+from cptv_ao.verbs.calibrated import calibrated
 
 
 @dataclass(frozen=True)
@@ -134,10 +128,7 @@ def refine(
         >>> quantized = cptv_ao.refine(quantized, calib_loader, float_model=model)    # doctest: +SKIP
         >>> print(cptv_ao.report(quantized))                                          # doctest: +SKIP
     """
-    config = RefineConfig() if config is None else config
-    if not isinstance(config, RefineConfig):
-        raise TypeError(f"config: expected a RefineConfig, got {type(config).__name__}")
-    check_device(config.device)
+    config = given_config(config)
     float_model = unwrapped(float_model)
     with World.of(config.distributed) as world, plain_torch():
         budget = Budget(config.max_evaluations, config.max_seconds, world)  # its seconds count from here
@@ -167,7 +158,8 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         unknown = _attach_weights(backend, sources)
         checkpoint = _checkpoint(backend, batches, asked)
         progress.stage("outputs of the float network")
-        calibration, told = _calibration(backend, batches, sources, asked, checkpoint)
+        planned = None if checkpoint is None else checkpoint.image_seconds
+        calibration, told = calibrated(backend, batches, sources, config, asked.world, planned)
         told += progress.begun(calibration, sum(batch.images for batch in batches))
 
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
@@ -238,38 +230,6 @@ def _attach_weights(backend: Backend, sources: FloatSources) -> list[str]:
         stacklevel=4,
     )
     return []
-
-
-def _calibration(
-    backend: Backend,
-    batches: list[Batch],
-    sources: FloatSources,
-    asked: _Asked,
-    checkpoint: Checkpoint | None,
-) -> tuple[Calibration, list[str]]:
-    """The images that the search pays for, split in two, what the teacher makes of them, and how that is compared; and
-    notes."""
-    config, world = asked.config, asked.world
-    teacher, told = teacher_on(sources.teacher_for(backend, batches[0]), config.device, batches[0])
-    planned = None if checkpoint is None else checkpoint.image_seconds
-    with as_float(teacher):
-        known = counted(batches, teacher, config.pick, world)
-        config, known, notes = chosen_outputs(backend.model, teacher, known, config)
-        cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned, config.device)
-        whole = split_batches(known, config.holdout)
-        split = affordable(whole, cost, not is_per_image(config.loss))
-        check_negatives(config, (*split.search, *split.holdout))
-        images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-        config, said = settled_outputs(backend.model, teacher, images, config, world)
-    notes += said + told
-    if fakes_quantization(teacher):
-        notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
-    if torch.cuda.is_available() and is_cpu(config.device):
-        notes.append("torch sees a GPU here: RefineConfig(device='cuda') makes the proposals there")
-    if known[0].fixed and not backend.form.intake(backend.model).fixed:
-        notes.append("what the model gives for an image depends on the others in its batch: batches are run whole")
-    pool = Pool(whole.search, partial(taught, teacher, config.select, world)) if split.images < whole.images else None
-    return Calibration(config, images, held_out, world, cost, pool), notes
 
 
 def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Checkpoint | None:
