@@ -17,6 +17,36 @@ Pull = Callable[[Any], Tensor]
 """Makes one number of what the network returns."""
 
 
+See = Callable[[nn.Module, Any, Any, "str | None"], None]
+"""Is shown a module, its arguments and output, and the site that the output has just been put on, if any."""
+
+
+def followed(twin: Twin, scales: Mapping[str, Tensor], batch: Batch, pull: Pull, see: See) -> Tensor:
+    """Run a batch through the twin in float; the number that `pull` makes, with its graph.
+
+    Args:
+        scales: of sites, by name, in whose steps values are held.
+        see: is shown each module that runs. Of a site it is told at the first module that makes its values: others
+            hand on what that one has put on the scale.
+    """
+    own = {name: scale.float().to(twin.device).requires_grad_() for name, scale in scales.items()}
+    owners, makers = {id(scale): name for name, scale in own.items()}, dict[str, nn.Module]()
+
+    def show(module: nn.Module, args: Any, output: Any) -> None:
+        name = owners.get(id(output.scale)) if isinstance(output, QTensor) else None
+        makes = name is not None and makers.setdefault(name, module) is module
+        see(module, args, output, name if makes else None)
+
+    hooks = [module.register_forward_hook(show) for module in twin.module.modules()]
+    args, kwargs = own_inputs(batch)
+    try:
+        with torch.enable_grad(), twin.in_float(twin.names):
+            return pull(twin.call({name: {"scale": scale} for name, scale in own.items()}, *args, **kwargs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def steps_and_gradients(
     twin: Twin, scales: Mapping[str, Tensor], batch: Batch, pull: Pull
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -30,31 +60,19 @@ def steps_and_gradients(
         By site, of each time that something is put on its scale: the values in steps of it, not rounded, centred
         at 0; and the gradient with respect to these. Without sites that the outputs do not depend on.
     """
-    own = {name: scale.float().to(twin.device).requires_grad_() for name, scale in scales.items()}
-    owners, seen = {id(scale): name for name, scale in own.items()}, dict[str, tuple[nn.Module, list[Tensor]]]()
+    seen = dict[str, list[Tensor]]()
 
-    def see(module: nn.Module, _: Any, output: Any) -> None:
-        name = owners.get(id(output.scale)) if isinstance(output, QTensor) else None
-        if name is None:
-            return
-        first, codes = seen.setdefault(name, (module, []))
-        if first is module:  # the others hand on what that one has put on the scale
-            codes.append(output.codes)
+    def see(_: nn.Module, __: Any, output: Any, site: str | None) -> None:
+        if site is not None:
+            seen.setdefault(site, []).append(output.codes)
 
-    hooks = [module.register_forward_hook(see) for module in twin.module.modules()]
-    args, kwargs = own_inputs(batch)
-    try:
-        with torch.enable_grad(), twin.in_float(twin.names):
-            number = pull(twin.call({name: {"scale": scale} for name, scale in own.items()}, *args, **kwargs))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    all_codes = [codes for _, found in seen.values() for codes in found]
+    number = followed(twin, scales, batch, pull, see)
+    all_codes = [codes for found in seen.values() for codes in found]
     if not all_codes or not number.requires_grad:
         return {}
     gradients = iter(torch.autograd.grad(number, all_codes, allow_unused=True))
     pairs = {
         name: [(codes.detach(), pulled) for codes, pulled in zip(found, gradients, strict=False) if pulled is not None]
-        for name, (_, found) in seen.items()
+        for name, found in seen.items()
     }
     return {name: found for name, found in pairs.items() if found}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.fx.running import own_inputs
-from cptv_ao.simulation.activations import Pull
+from cptv_ao.simulation.activations import Pull, followed
 from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
@@ -27,29 +26,18 @@ def rounding_effects(twin: Twin, batch: Batch, pull: Pull) -> dict[str, Tensor]:
         By site, how much of that number its rounding adds, image by image (N,); without sites that the outputs do not
         depend on, and weights whose float ones are not known.
     """
-    scales = {name: twin.sites.get(name).scale.float().to(twin.device).requires_grad_() for name in twin.names}
-    owners = {id(scale): name for name, scale in scales.items()}
+    weights = {id(module): name for name, module in twin.sites.modules.items()}
     seen: list[tuple[str, Tensor, Tensor]] = []  # a site, what the outputs are followed to, and what is added there
-    makers: dict[str, nn.Module] = {}
 
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        name = owners.get(id(output.scale)) if isinstance(output, QTensor) else None
-        if name is not None and makers.setdefault(name, module) is module:  # others hand on what it has made
+    def see(module: nn.Module, args: Any, output: Any, site: str | None) -> None:
+        if site is not None:
             codes = output.codes
             rounded = replace(output, rounding="round").limits().fit(codes.detach())
-            seen.append((name, codes, rounded.sub_(codes.detach())))
+            seen.append((site, codes, rounded.sub_(codes.detach())))
         if isinstance(module, (QuantizedLayer, FloatLayer)):
             _see_weight(module, args[0], output, weights, seen)
 
-    weights = {id(module): name for name, module in twin.sites.modules.items()}
-    hooks = [module.register_forward_hook(see) for module in twin.module.modules()]
-    args, kwargs = own_inputs(batch)
-    try:
-        with torch.enable_grad(), twin.in_float(twin.names):
-            number = pull(twin.call({name: {"scale": scale} for name, scale in scales.items()}, *args, **kwargs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    number = followed(twin, {name: twin.sites.get(name).scale for name in twin.names}, batch, pull, see)
     if not seen or not number.requires_grad:
         return {}
     gradients = torch.autograd.grad(number, [at for _, at, _ in seen], allow_unused=True)
