@@ -71,11 +71,10 @@ class Measure:
         if nodes not in self.known:
             config = self.config
             select, loss = config.select, get_exact_loss(config.loss, config.temperature)
-            total = 0.0
             with torch.inference_mode(), partly_float(self.twin, self.wiring.region(nodes)):
-                for batch, target in zip(self.images.batches, self.images.targets, strict=True):
-                    total += float(loss(compared(call(self.twin, batch), select), target)) * batch.images
-            self.known[nodes] = total / self.images.count
+                self.known[nodes] = self.images.mean(
+                    lambda _, batch, target: float(loss(compared(call(self.twin, batch), select), target))
+                )
         return self.known[nodes]
 
 

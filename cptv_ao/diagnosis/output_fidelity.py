@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,20 +30,21 @@ def output_diagnoses(outputs: Sequence[Tensor], images: Images, config: RefineCo
         loss = get_exact_loss(config.loss, config.temperature)
         values = [float(loss(got, wanted)) for got, wanted in pairs]
         name = config.select.name if isinstance(config.select, OneOutput) else WHOLE
-        return (_of(name, config.loss_name, _mean(values, images), pairs),)
+        return (_of(name, config.loss_name, values, images, pairs),)
     table = torch.stack([joint.each(got, wanted) for got, wanted in pairs])
-    found, counted = [], 0
-    for index, term in enumerate(joint.parts):
-        if term is None:
-            continue
+    counted = [(index, term) for index, term in enumerate(joint.parts) if term is not None]
+    found = []
+    for (index, term), values in zip(counted, table.T.tolist(), strict=True):
         columns = [joint.packing.columns(got)[index] for got, _ in pairs]
         own = [tuple(term.view(c, side) for side in pair) for c, pair in zip(columns, pairs, strict=True)]
-        found.append(_of(term.name, term.loss_name, _mean(table[:, counted].tolist(), images), own))
-        counted += 1
+        found.append(_of(term.name, term.loss_name, values, images, own))
     return tuple(found)
 
 
-def _of(name: str, loss: str, value: float, pairs: Sequence[tuple[Tensor, ...]]) -> OutputDiagnosis:
+def _of(
+    name: str, loss: str, values: Sequence[float], images: Images, pairs: Sequence[tuple[Tensor, ...]]
+) -> OutputDiagnosis:
+    value = images.mean(lambda index, _, __: values[index])
     fidelity = Fidelity()
     for got, wanted in pairs:
         fidelity.add(got, wanted)
@@ -52,7 +53,3 @@ def _of(name: str, loss: str, value: float, pairs: Sequence[tuple[Tensor, ...]])
         same = [got.argmax(1) == wanted.argmax(1) for got, wanted in pairs]
         agreement = float(torch.cat(same).double().mean())
     return OutputDiagnosis(name, loss, value, fidelity.sqnr, agreement)
-
-
-def _mean(values: Iterable[float], images: Images) -> float:
-    return sum(v * b.images for v, b in zip(values, images.batches, strict=True)) / images.count

@@ -64,12 +64,10 @@ def confirmed(
 
 def _on_kernels(step: PlanStep, made: nn.Module, given: nn.Module, images: Images, config: RefineConfig) -> PlanStep:
     select, loss = config.select, get_exact_loss(config.loss, config.temperature)
-    total = 0.0
     with eval_mode(made), torch.inference_mode():
-        for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
-            total += float(loss(compared(run(made, batch, index), select), target)) * batch.images
+        mean = images.mean(lambda index, batch, target: float(loss(compared(run(made, batch, index), select), target)))
         seconds, before = _seconds(made, given, batch=images.batches[0])
-    return replace(step, loss=total / images.count, seconds=seconds, slowdown=seconds / before)
+    return replace(step, loss=mean, seconds=seconds, slowdown=seconds / before)
 
 
 def _seconds(*models: nn.Module, batch: Batch) -> list[float]:

@@ -183,8 +183,7 @@ def _few(batches: Sequence[Batch]) -> list[Batch]:
 def least_loss(images: Images, config: RefineConfig) -> float:
     """The loss of the teacher against itself."""
     loss = get_exact_loss(config.loss, config.temperature)
-    total = sum(float(loss(t, t)) * b.images for b, t in zip(images.batches, images.targets, strict=True))
-    return total / sum(batch.images for batch in images.batches)
+    return images.mean(lambda _, __, target: float(loss(target, target)))
 
 
 def _choices(outputs: Sequence[OutputDiagnosis]) -> Sequence[OutputDiagnosis]:

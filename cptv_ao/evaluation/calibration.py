@@ -46,6 +46,11 @@ class Images:
         """Of all batches."""
         return sum(batch.images for batch in self.batches)
 
+    def mean(self, loss: Callable[[int, Batch, Tensor], float]) -> float:
+        """Over the images, of what each batch has: by its index, the batch and its target."""
+        rows = zip(self.batches, self.targets, strict=True)
+        return sum(loss(i, batch, target) * batch.images for i, (batch, target) in enumerate(rows)) / self.count
+
     @staticmethod
     def of(batches: Sequence[Batch], teacher: nn.Module, config: RefineConfig, world: World = ALONE) -> Images:
         """Run the teacher once."""

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cptv_ao.core.losses import EachLoss, get_exact_loss
 from cptv_ao.core.outcome import Losses, Outcome, OutputLoss
 from cptv_ao.core.output_losses import OutputLosses
 from cptv_ao.core.output_tree import WHOLE
-from cptv_ao.core.tensors import compared
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.compared_outputs import OneOutput
-from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, by_output
-from cptv_ao.fx.running import run
+from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, by_output, each_loss
 
 
 class OutputScores:
@@ -68,16 +65,9 @@ class OutputScores:
         """Of each output, with the scales that are in the model now."""
         search, holdout = self._calibration.search, self._calibration.holdout
         with torch.inference_mode():
-            return by_output(self._means(search), self._means(holdout) if holdout.batches else None)
+            return by_output(self._each(search), self._each(holdout) if holdout.batches else None)
 
-    def _means(self, images: Images) -> Tensor:
-        config, world = self._calibration.config, self._calibration.world
-        loss = get_exact_loss(config.loss, config.temperature)
-        assert self._joint is not None and isinstance(loss, EachLoss)
-        table = torch.zeros(len(images.batches), len(self._joint.counted), dtype=torch.float64)
-        for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
-            if world.mine(index):
-                output = compared(run(self._model, batch, index), config.select)
-                table[index] = batch.images * loss.each(output, target)
-                self.image_forwards += batch.images
-        return world.sum(table).sum(0) / images.count
+    def _each(self, images: Images) -> Tensor:
+        world = self._calibration.world
+        self.image_forwards += sum(batch.images for i, batch in enumerate(images.batches) if world.mine(i))
+        return each_loss(self._model, images, self._calibration.config, world)

@@ -18,7 +18,7 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.losses import EachLoss, JointLoss, get_exact_loss
 from cptv_ao.core.outcome import Losses
-from cptv_ao.core.tensors import compared
+from cptv_ao.core.tensors import Select, compared
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.evaluator import Evaluator, batch_loss
 from cptv_ao.fx.running import run
@@ -88,19 +88,16 @@ class Shipped:
     """
 
     def __init__(self, model: GraphModule, make: Callable[[Any], Any], calibration: Calibration) -> None:
-        config = calibration.config
-        self._model, self._make, self._world = model, make, calibration.world
-        self._search, self._holdout = calibration.search, calibration.holdout
-        self._select, self._loss = config.select, get_exact_loss(config.loss, config.temperature)
-        self._outputs = len(config.loss.losses) if isinstance(config.loss, JointLoss) else 1
+        self._model, self._make, self._calibration = model, make, calibration
         self._known: dict[Losses, tuple[Losses, ...]] = {}
 
     def losses(self) -> Losses:
         """Of the scales that are in the model now."""
-        made = self._make(copy.deepcopy(self._model))
+        made, calibration = self._make(copy.deepcopy(self._model)), self._calibration
+        config, world, holdout = calibration.config, calibration.world, calibration.holdout
         with torch.no_grad():
-            search = self._each(made, self._search)
-            held_out = self._each(made, self._holdout) if self._holdout.batches else None
+            search = each_loss(made, calibration.search, config, world)
+            held_out = each_loss(made, holdout, config, world) if holdout.batches else None
         losses = Losses(float(search.mean()), None if held_out is None else float(held_out.mean()))
         self._known[losses] = by_output(search, held_out)
         return losses
@@ -109,25 +106,31 @@ class Shipped:
         """Those of each output, of losses that were measured here."""
         return self._known[losses]
 
-    def _each(self, made: Callable[..., Any], images: Images) -> Tensor:
-        """The losses (outputs,) of each output; of a single one its own."""
-        rows = []
-        for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
-            each = [0.0] * self._outputs
-            if self._world.mine(index):
-                each = self._of_batch(partial(self._output, made, batch, index), target)
-            rows.append([batch.images * loss for loss in each])
-        return self._world.sum(torch.tensor(rows, dtype=torch.float64)).sum(0) / images.count
 
-    def _of_batch(self, output: Callable[[], Tensor], target: Tensor) -> list[float]:
-        loss = self._loss
-        if not isinstance(loss, EachLoss):
-            return [batch_loss(loss, output, target)]
-        each: list[float] = loss.each(output(), target).tolist()
-        return each
+def each_loss(made: Callable[..., Any], images: Images, config: RefineConfig, world: World) -> Tensor:
+    """The losses (outputs,) of each output of what is run; of a single one its own.
 
-    def _output(self, made: Callable[..., Any], batch: Batch, index: int) -> Tensor:
-        return compared(run(made, batch, index), self._select)
+    Args:
+        images: of all ranks, each of which runs its own.
+    """
+    loss = get_exact_loss(config.loss, config.temperature)
+    outputs = len(config.loss.losses) if isinstance(config.loss, JointLoss) else 1
+    rows = []
+    for index, (batch, target) in enumerate(zip(images.batches, images.targets, strict=True)):
+        each = [0.0] * outputs
+        if world.mine(index):
+            output = partial(_output, made, batch, index, config.select)
+            each = (
+                loss.each(output(), target).tolist()
+                if isinstance(loss, EachLoss)
+                else [batch_loss(loss, output, target)]
+            )
+        rows.append([batch.images * value for value in each])
+    return world.sum(torch.tensor(rows, dtype=torch.float64)).sum(0) / images.count
+
+
+def _output(made: Callable[..., Any], batch: Batch, index: int, select: Select) -> Tensor:
+    return compared(run(made, batch, index), select)
 
 
 def by_output(search: Tensor, held_out: Tensor | None) -> tuple[Losses, ...]:
