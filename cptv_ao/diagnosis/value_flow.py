@@ -21,13 +21,14 @@ class ValueFlow:
         nodes: by name.
         modules: of the model, by path.
         activations: the activation sites.
+        exported: whether the graph is one of PT2E, quantized by its own nodes.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.modules = dict(backend.model.named_modules(remove_duplicate=False))
         self.nodes: dict[str, Node] = {node.name: node for node in backend.model.graph.nodes}
         self.activations: list[ScaleSite] = [site for site in backend.sites.values() if site.kind == "activation"]
-        self._exported = backend.form.simulates_itself
+        self.exported = backend.form.simulates_itself
 
     @cached_property
     def sites(self) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
@@ -48,7 +49,7 @@ class ValueFlow:
         """Whether a node makes new values."""
         called = node.op == "call_function" or node.op == "call_method"
         if node.op == "call_module":  # guards of an export compute nothing
-            called = not self._exported and str(node.target) in self.modules
+            called = not self.exported and str(node.target) in self.modules
         return called and self.effect(node) not in {*_CONVERTS, "asks", "compares"}
 
     def readers(self, node: Node) -> Iterator[Node]:

@@ -138,7 +138,7 @@ class Wiring:
 
     @cached_property
     def _observing(self) -> Observing:
-        return Observing(self._backend, self.flow.modules, self.flow.sites)
+        return Observing(self._backend, self.flow)
 
     def _scope(self, node: Node) -> str:
         if node.op == "call_module":
