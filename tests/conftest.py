@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("helpers")
 
 import helpers  # noqa: F401 - it puts examples/ on the path, for workloads
 import workloads
-from helpers import nets
+from helpers import nets, pt2e, shipping
 from helpers.cases import Case, vit_case
 
 
@@ -111,3 +113,20 @@ def functional(_small: dict[str, Case]) -> Case:
 def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
     """Each of the small networks and the ViT, at W3A8."""
     return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()
+
+
+@pytest.fixture(scope="session")
+def tokens() -> nn.Module:
+    """A small ViT with a class token, float."""
+    return nets.seeded(shipping.Tokens)
+
+
+@pytest.fixture(scope="session")
+def _tokens_x86(tokens: nn.Module) -> GraphModule:
+    return pt2e.converted(tokens, pt2e.x86(), fold=True, batches=shipping.BATCHES)
+
+
+@pytest.fixture
+def tokens_x86(_tokens_x86: GraphModule) -> GraphModule:
+    """It as a PT2E graph."""
+    return copy.deepcopy(_tokens_x86)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets, pt2e
-from helpers.shipping import BATCHES, UNSEEN, Tokens, mse, outputs, settings
+from helpers import pt2e
+from helpers.shipping import BATCHES, UNSEEN, mse, outputs, settings
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -59,48 +59,33 @@ def ops(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.fixture(scope="module")
-def float_model() -> nn.Module:
-    return nets.seeded(Tokens)
-
-
-@pytest.fixture(scope="module")
-def converted(float_model: nn.Module) -> GraphModule:
-    return pt2e.converted(float_model, pt2e.x86(), fold=True, batches=BATCHES)
-
-
-@pytest.fixture
-def graph(converted: GraphModule) -> GraphModule:
-    return copy.deepcopy(converted)
-
-
-def test_the_whole_road(graph: GraphModule, float_model: nn.Module, tmp_path: Path) -> None:
-    before = session(graph, tmp_path / "given.onnx")
-    cptv_ao.refine(graph, BATCHES, float_model=float_model, config=settings(), progress=False)
-    after = session(graph, tmp_path / "refined.onnx", optimized=tmp_path / "runs.onnx")
-    assert cptv_ao.report(graph).after.search < 0.9 * cptv_ao.report(graph).before.search
+def test_the_whole_road(tokens_x86: GraphModule, tokens: nn.Module, tmp_path: Path) -> None:
+    before = session(tokens_x86, tmp_path / "given.onnx")
+    cptv_ao.refine(tokens_x86, BATCHES, float_model=tokens, config=settings(), progress=False)
+    after = session(tokens_x86, tmp_path / "refined.onnx", optimized=tmp_path / "runs.onnx")
+    assert cptv_ao.report(tokens_x86).after.search < 0.9 * cptv_ao.report(tokens_x86).before.search
     quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
-    quantized = [node for node in graph.graph.nodes if node.target is quantize]
+    quantized = [node for node in tokens_x86.graph.nodes if node.target is quantize]
     assert ops(tmp_path / "refined.onnx").count("QuantizeLinear") == len(quantized) == 6
     # qkv, proj, fc1, fc2: the patches' convolution gives floats, and the head is a Gemm with a bias, which is none.
     assert ops(tmp_path / "runs.onnx").count("MatMulIntegerToFloat") == 4
-    assert mse(after, graph, UNSEEN) < 0.01 * mse(graph, float_model, UNSEEN), "next to quantization it is nothing"
-    agreement = outputs(after, UNSEEN).argmax(1) == outputs(graph, UNSEEN).argmax(1)
+    assert mse(after, tokens_x86, UNSEEN) < 0.01 * mse(tokens_x86, tokens, UNSEEN), "next to quantization it is nothing"
+    agreement = outputs(after, UNSEEN).argmax(1) == outputs(tokens_x86, UNSEEN).argmax(1)
     assert agreement.float().mean() >= 0.98
-    assert mse(after, float_model, BATCHES) < 0.9 * mse(before, float_model, BATCHES)
+    assert mse(after, tokens, BATCHES) < 0.9 * mse(before, tokens, BATCHES)
 
 
-def test_what_the_session_gives_is_accepted(graph: GraphModule, float_model: nn.Module, tmp_path: Path) -> None:
-    given = copy.deepcopy(graph)
+def test_what_the_session_gives_is_accepted(tokens_x86: GraphModule, tokens: nn.Module, tmp_path: Path) -> None:
+    given = copy.deepcopy(tokens_x86)
     made: list[Path] = []
 
     def ship(model: GraphModule) -> Any:
         made.append(tmp_path / f"{len(made)}.onnx")
         return session(model, made[-1])
 
-    cptv_ao.refine(graph, BATCHES, float_model=float_model, config=settings(accept_on=ship, holdout=0), progress=False)
-    report = cptv_ao.report(graph)
-    for model, losses in ((given, report.before), (graph, report.after)):
+    cptv_ao.refine(tokens_x86, BATCHES, float_model=tokens, config=settings(accept_on=ship, holdout=0), progress=False)
+    report = cptv_ao.report(tokens_x86)
+    for model, losses in ((given, report.before), (tokens_x86, report.after)):
         again = session(model, tmp_path / "again.onnx")
-        assert mse(again, float_model, BATCHES) == pytest.approx(losses.search, rel=1e-5)
+        assert mse(again, tokens, BATCHES) == pytest.approx(losses.search, rel=1e-5)
     assert report.after.search < report.before.search and len(made) >= 2

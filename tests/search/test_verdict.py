@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nets, pt2e
-from helpers.shipping import BATCHES, Tokens, mse, settings
+from helpers import pt2e
+from helpers.shipping import BATCHES, mse, settings
 from torch import nn
 from torch.fx import GraphModule
 
@@ -53,21 +53,6 @@ def test_the_models_own_kernels_are_never_dear() -> None:
     assert not asked.dear and not asked.too_late
 
 
-@pytest.fixture(scope="module")
-def float_model() -> nn.Module:
-    return nets.seeded(Tokens)
-
-
-@pytest.fixture(scope="module")
-def converted(float_model: nn.Module) -> GraphModule:
-    return pt2e.converted(float_model, pt2e.x86(), fold=True, batches=BATCHES)
-
-
-@pytest.fixture
-def graph(converted: GraphModule) -> GraphModule:
-    return copy.deepcopy(converted)
-
-
 def refined(graph: GraphModule, float_model: nn.Module, seconds: float = 0.0, **changes: Any) -> tuple[int, Any]:
     """How often what ships was asked for, and the report.
 
@@ -87,55 +72,55 @@ def refined(graph: GraphModule, float_model: nn.Module, seconds: float = 0.0, **
 
 
 def test_too_few_seconds_for_a_verdict_are_told_and_nothing_is_searched(
-    graph: GraphModule, float_model: nn.Module
+    tokens_x86: GraphModule, tokens: nn.Module
 ) -> None:
-    given = graph(BATCHES[0])
-    made, report = refined(graph, float_model, seconds=0.5, max_seconds=0.4)
+    given = tokens_x86(BATCHES[0])
+    made, report = refined(tokens_x86, tokens, seconds=0.5, max_seconds=0.4)
     assert made == 1
     assert (report.status, report.evaluations, report.moves) == (cptv_ao.Status.UNCHANGED, 0, ())
     assert report.before == report.after
     (note,) = [note for note in report.notes if "accept_on" in note]
     assert note.startswith("not searched: accept_on takes ") and note.endswith(" s are worth it")
-    assert torch.equal(graph(BATCHES[0]), given)
+    assert torch.equal(tokens_x86(BATCHES[0]), given)
     assert note in str(report) and note in report.to_dict()["notes"]
 
 
 def test_where_it_is_dear_an_equal_form_is_judged_with_what_is_found_in_it(
-    graph: GraphModule, float_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    tokens_x86: GraphModule, tokens: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cheap, start = copy.deepcopy(graph), mse(graph, float_model, BATCHES)
+    cheap, start = copy.deepcopy(tokens_x86), mse(tokens_x86, tokens, BATCHES)
     monkeypatch.setattr(verdict, "_DEAR", 0.0)
-    made, report = refined(graph, float_model, max_seconds=1000.0)
+    made, report = refined(tokens_x86, tokens, max_seconds=1000.0)
     assert made == 2
     assert report.before.search == pytest.approx(start, rel=1e-5)
-    assert report.after.search == pytest.approx(mse(graph, float_model, BATCHES), rel=1e-5)
+    assert report.after.search == pytest.approx(mse(tokens_x86, tokens, BATCHES), rel=1e-5)
     assert report.after.search < start
     monkeypatch.setattr(verdict, "_DEAR", 1.0)
-    assert refined(cheap, float_model, max_seconds=1000.0)[0] == 3, "there is an equal form"
+    assert refined(cheap, tokens, max_seconds=1000.0)[0] == 3, "there is an equal form"
 
 
 def test_an_equal_form_that_nobody_judged_goes_with_what_was_found(
-    graph: GraphModule, float_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    tokens_x86: GraphModule, tokens: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict, "_DEAR", 0.0)
     monkeypatch.setattr(budget, "_LATE", 0.0)
-    given, weights = graph(BATCHES[0]), {name: tensor.clone() for name, tensor in graph.state_dict().items()}
-    made, report = refined(graph, float_model, max_seconds=1000.0)
+    given, weights = tokens_x86(BATCHES[0]), {name: tensor.clone() for name, tensor in tokens_x86.state_dict().items()}
+    made, report = refined(tokens_x86, tokens, max_seconds=1000.0)
     assert made == 1
     assert report.status is cptv_ao.Status.REJECTED and report.before == report.after and report.moves == ()
     assert any("no time was left to judge it" in note for note in report.notes)
-    assert torch.equal(graph(BATCHES[0]), given)
-    assert all(torch.equal(graph.state_dict()[name], tensor) for name, tensor in weights.items())
+    assert torch.equal(tokens_x86(BATCHES[0]), given)
+    assert all(torch.equal(tokens_x86.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 def test_an_equal_form_is_judged_where_the_search_found_nothing_in_it(
-    graph: GraphModule, float_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    tokens_x86: GraphModule, tokens: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict, "_DEAR", 0.0)
-    start = mse(graph, float_model, BATCHES)
-    made, report = refined(graph, float_model, max_seconds=1000.0, passes=0, gradient_steps=0, population=())
+    start = mse(tokens_x86, tokens, BATCHES)
+    made, report = refined(tokens_x86, tokens, max_seconds=1000.0, passes=0, gradient_steps=0, population=())
     assert made == 2 and report.evaluations == 0
-    after = mse(graph, float_model, BATCHES)
+    after = mse(tokens_x86, tokens, BATCHES)
     assert report.after.search == pytest.approx(after, rel=1e-5)
     assert after <= start
     assert (report.status is cptv_ao.Status.IMPROVED) == (after < start)

@@ -8,8 +8,6 @@ from helpers import nets
 from helpers.cases import Case, backend_of
 from torch import Tensor, nn
 
-from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.diagnosis.wiring import Wiring
 from cptv_ao.simulation.partly_float import FloatRegion, partly_float
@@ -47,9 +45,7 @@ def test_a_reader_that_is_quantized_rounds_what_it_is_given() -> None:
     """Before: first (float) -> second; after it is as if the output of `first` were rounded where it is made."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     images = nets.images(16, 8)
-    _, converted = nets.quantize(model, [images], weight_bits=4)
-    backend = Backend(converted)
-    attach_float_weights(backend, model)
+    backend = backend_of(Case(model, *nets.quantize(model, [images], weight_bits=4), [images]))
     twin, region = Twin(backend), Wiring(backend).region(["_0"])
     assert region == FloatRegion(frozenset({"0.input_scale_0", "0.output"}), frozenset({"0.weight"}), frozenset({"_1"}))
     with torch.no_grad():
@@ -63,9 +59,7 @@ def test_effects_are_exact_in_a_linear_network() -> None:
     """The oracle rounds one site alone, and looks at what the direction sees of it."""
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4)).eval()
     images = nets.images(6, 8)
-    _, converted = nets.quantize(model, [images], weight_bits=3)
-    backend = Backend(converted)
-    attach_float_weights(backend, model)
+    backend = backend_of(Case(model, *nets.quantize(model, [images], weight_bits=3), [images]))
     twin = Twin(backend)
     direction = nets.images(6, 4, seed=1)
 
