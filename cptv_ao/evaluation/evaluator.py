@@ -7,7 +7,7 @@ itself to be worse on the way is not scored to the end (`cptv_ao.evaluation.race
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from cptv_ao.core.errors import CalibrationDataError, FloatModelMismatchError, N
 from cptv_ao.core.losses import EachLoss, Loss
 from cptv_ao.core.packed_outputs import PackedOutputs, not_finite
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.evaluation.race import WAVES, margin, waves_of
+from cptv_ao.evaluation.race import margin, waves_of
 from cptv_ao.evaluation.tail_runner import TailRunner
 from cptv_ao.fx.segments import same_stamp
 
@@ -113,8 +113,7 @@ class Evaluator:
         self.raced += parent is not None
         # In a race another batch comes first each time, so that no batch alone decides what the search sees.
         first = 0 if parent is None else self.raced
-        never = parent is None and math.isinf(limit)
-        waves = waves_of(len(losses), first, most=1 if never else WAVES)
+        waves = waves_of(len(losses), first)
         for seen, wave in enumerate(waves, start=1):
             for index, loss in zip(wave, self._losses(wave, check), strict=True):
                 losses[index] = loss
@@ -134,8 +133,7 @@ class Evaluator:
     def outputs(self) -> list[Tensor]:
         """The compared outputs per batch, (N, C) each; of this rank's batches."""
         with torch.inference_mode():
-            mine = filter(self._world.mine, range(len(self._batches)))
-            return [compared(self.runner.output(index), self._select).clone() for index in mine]
+            return [self._output(index).clone() for index in self._in_waves()]
 
     def check(self) -> None:
         """Run this rank's batches once, and look at what comes out. `score` then knows the losses of the scales that
@@ -147,7 +145,7 @@ class Evaluator:
         """
         losses: dict[int, float] = {}
         with torch.inference_mode():
-            for index in filter(self._world.mine, range(len(self._batches))):
+            for index in self._in_waves():
                 losses[index] = self._loss_of(index, check=True)
         self._ran = _Ran(self.runner.stamp(), losses)
 
@@ -162,20 +160,34 @@ class Evaluator:
     def _losses(self, wave: Sequence[int], check: bytes) -> list[float]:
         """The summed losses of these batches, each scored by the rank that holds it."""
         ran = self._ran if self._ran is not None and same_stamp(self._ran.stamp, self.runner.stamp()) else None
-        table = torch.zeros(len(wave), dtype=torch.float64)
+        table = torch.zeros(len(self._batches), dtype=torch.float64)
         with torch.inference_mode():
-            for place, index in enumerate(wave):
-                if self._world.mine(index):
-                    loss = self._loss_of(index) if ran is None else ran.losses[index]
-                    table[place] = self._batches[index].images * loss
-        return [float(loss) for loss in self._world.sum(table, check)]
+            for index in self._begun(wave) if ran is None else filter(self._world.mine, wave):
+                loss = self._loss_of(index) if ran is None else ran.losses[index]
+                table[index] = self._batches[index].images * loss
+        return [float(loss) for loss in self._world.sum(table[list(wave)], check)]
+
+    def _in_waves(self) -> Iterator[int]:
+        """All batches of this rank; no more have run at one time than are scored between two decisions."""
+        for wave in waves_of(len(self._batches)):
+            yield from self._begun(wave)
+
+    def _begun(self, indices: Iterable[int]) -> list[int]:
+        """Those of this rank, which have begun to run."""
+        mine = [index for index in indices if self._world.mine(index)]
+        self.runner.begin(mine)
+        return mine
+
+    def _output(self, index: int) -> Tensor:
+        parts = [compared(part, self._select) for part in self.runner.output(index)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _loss_of(self, index: int, check: bool = False) -> float:
         teacher = self._teacher[index]
         self.image_forwards += self._batches[index].images
 
         def output() -> Tensor:
-            found = compared(self.runner.output(index), self._select)
+            found = self._output(index)
             if check:
                 _expect_output(found, teacher, index, self._select)
                 if isinstance(self._loss, EachLoss):

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.evaluation.entry_cache import EntryCache
+from cptv_ao.evaluation.parallel_runs import ParallelRuns, Parts, results
 from cptv_ao.fx.running import has_hooks, run
 from cptv_ao.fx.segments import Segments
 
@@ -39,6 +40,8 @@ class TailRunner:
         self._pieces = Segments(model)
         self._entries = EntryCache(self._pieces, batches, cache_bytes, mine)
         self._entered = False
+        self._parallel: ParallelRuns | None = None
+        self._begun: dict[int, Parts] = {}
         #: images run so far to cache block entries
         self.image_entries = 0
         #: spent inside the model so far
@@ -69,10 +72,22 @@ class TailRunner:
         self._entries.clear()
         self._entered = False
 
-    def output(self, index: int) -> Any:
-        """What the model returns for a batch."""
+    def begin(self, indices: Iterable[int]) -> None:
+        """Let parts of these batches run side by side, where they can; all of them are asked for next, in this order,
+        before anything is written into the model."""
+        self._begun = {}
+        if self._entered:
+            return
+        self._parallel = self._parallel or ParallelRuns.of(self._model)
+        if self._parallel is not None:
+            self._begun = {index: self._parallel.begin(index, self._batches[index]) for index in indices}
+
+    def output(self, index: int) -> list[Any]:
+        """What the model returns for a batch, or for each of its parts, one after another."""
         with self._timed():
-            return self._entries.output(index) if self._entered else run(self._model, self._batches[index], index)
+            if index in self._begun:
+                return results(self._begun.pop(index))
+            return [self._entries.output(index) if self._entered else run(self._model, self._batches[index], index)]
 
     def stamp(self) -> list[Any]:
         """What the outputs depend on, to be compared with `same_stamp`."""
