@@ -140,12 +140,17 @@ class PackedWeightSlot(WeightSlot):
     packs_bias = True
     _tried: tuple[Any, bool] | None = None  # an object, and whether it `is_right`
     _renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
+    _unpacked: tuple[Any, QParams, Tensor | None] | None = None  # an object, with its scales and its bias
 
     @abstractmethod
     def _packed(self) -> Any: ...
 
     @abstractmethod
     def _put(self, packed: Any) -> None: ...
+
+    @abstractmethod
+    def _unpack(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of the object; copies all of the weight."""
 
     @abstractmethod
     def _pack(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -157,13 +162,23 @@ class PackedWeightSlot(WeightSlot):
         packed = self._packed()
         return hasattr(packed, "padding") and any(packed.padding())
 
+    def weight(self) -> Tensor:
+        return self._unpack()[0]
+
     def read(self) -> QParams:
-        weight = self.weight()
-        if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            return QParams(torch.tensor(weight.q_scale(), dtype=torch.float64), torch.tensor(weight.q_zero_point()))
-        # The unpacked tensor shares its scales with the packed object.
-        scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
-        return QParams(scales.to(torch.float64, copy=True), zero_points.to(torch.int64, copy=True))
+        qparams = self._beside_codes()[0]
+        return QParams(qparams.scale.clone(), qparams.zero_point.clone())
+
+    def bias(self) -> Tensor | None:
+        return self._beside_codes()[1]
+
+    def _beside_codes(self) -> tuple[QParams, Tensor | None]:
+        """The scales and the bias, unpacked once of each object, for nothing writes into one."""
+        packed = self._packed()
+        if self._unpacked is None or self._unpacked[0] is not packed:
+            weight, bias = self._unpack()
+            self._unpacked = packed, _scales_of(weight), bias
+        return self._unpacked[1:]
 
     def state(self) -> Any:
         packed = self._packed()
@@ -204,17 +219,14 @@ class ModuleWeightSlot(PackedWeightSlot):
         inner = module._modules.get("_packed_params")
         self._owner: Any = module if inner is None else inner
 
-    def weight(self) -> Tensor:
-        return cast(Tensor, self._module.weight())
-
     def _packed(self) -> Any:
         return self._owner._packed_params
 
     def _put(self, packed: Any) -> None:
         self._owner._packed_params = packed
 
-    def bias(self) -> Tensor | None:
-        return cast("Tensor | None", self._module._weight_bias()[1])
+    def _unpack(self) -> tuple[Tensor, Tensor | None]:
+        return cast("tuple[Tensor, Tensor | None]", self._module._weight_bias())
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> None:
         self._module.set_weight_bias(weight, bias)
@@ -226,17 +238,14 @@ class FunctionalWeightSlot(PackedWeightSlot):
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         self._owner, self._attribute = owner, attribute
 
-    def weight(self) -> Tensor:
-        return cast(Tensor, self._packed().unpack()[0])
-
     def _packed(self) -> Any:
         return getattr(self._owner, self._attribute)
 
     def _put(self, packed: Any) -> None:
         setattr(self._owner, self._attribute, packed)
 
-    def bias(self) -> Tensor | None:
-        return cast("Tensor | None", self._packed().unpack()[1])
+    def _unpack(self) -> tuple[Tensor, Tensor | None]:
+        return cast("tuple[Tensor, Tensor | None]", self._packed().unpack())
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> None:
         packed = self._packed()
@@ -277,6 +286,15 @@ def quantized_weight(codes: Tensor, qparams: QParams, axis: int | None) -> Tenso
     if axis is None:
         return torch._make_per_tensor_quantized_tensor(codes, float(qparams.scale), int(qparams.zero_point))
     return torch._make_per_channel_quantized_tensor(codes, qparams.scale, qparams.zero_point, axis)
+
+
+def _scales_of(weight: Tensor) -> QParams:
+    """Of a quantized tensor; copies."""
+    if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return QParams(torch.tensor(weight.q_scale(), dtype=torch.float64), torch.tensor(weight.q_zero_point()))
+    # An unpacked tensor shares its scales with the packed object.
+    scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
+    return QParams(scales.to(torch.float64, copy=True), zero_points.to(torch.int64, copy=True))
 
 
 def infer_range(weight: Tensor) -> tuple[int, int]:
