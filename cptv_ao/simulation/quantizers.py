@@ -103,21 +103,30 @@ class WeightQuantizer(SiteModule):
 
     def set_beside(self, qparams: QParams) -> None:
         """Round as the shift of qparams says, and correct the bias so."""
-        shift, correction, device = qparams.shift_steps, qparams.correction, self.scale.device
+        shift, device = qparams.shift_steps, self.scale.device
         self.shift = None if shift is None else shift.to(device)
-        self.correction = None if correction is None else correction.to(device)
+        self._set_correction(qparams.correction)
 
     def state(self) -> tuple[Tensor | None, ...]:
-        return (*super().state(), self.codes.clone(), self.shift, self.correction)
+        correction = None if self.correction is None else self.correction.clone()
+        return (*super().state(), self.codes.clone(), self.shift, correction)
 
     def restore(self, state: tuple[Any, ...]) -> None:
         super().restore(state)
         self.codes.copy_(state[2])
-        self.shift, self.correction = state[3:]
+        self.shift = state[3]
+        self._set_correction(state[4])
 
     def add_correction(self, by: Tensor) -> None:
         """Correct the bias by so much more (C,)."""
-        self.correction = by if self.correction is None else self.correction + by
+        self._set_correction(by if self.correction is None else self.correction + by)
+
+    def _set_correction(self, new: Tensor | None) -> None:
+        """Into the tensor that is there, if there is one: a recorded run reads it where it is."""
+        if new is not None and self.correction is not None:
+            self.correction.copy_(new)
+        else:
+            self.correction = None if new is None else new.to(self.scale.device, copy=True)
 
     def corrected(self, bias: Tensor | None) -> Tensor | None:
         """The bias of the layer; as it was given where it computes in float."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -161,10 +162,20 @@ class Twin:
                 if isinstance(module, WeightQuantizer):
                     module.keep_codes = bool(keep_codes)
 
-    def stamp(self) -> tuple[Any, ...]:
+    def stamp(self, replaced: Mapping[str, Collection[str]] = MappingProxyType({})) -> tuple[Any, ...]:
         """What a run that was recorded reads beside its inputs: where tensors are in memory, code ranges, and how is
-        rounded. It changes where one of these does."""
-        held = tuple(None if b is None else b.data_ptr() for m in self._holding for b in m._buffers.values())
+        rounded. It changes where one of these does.
+
+        Args:
+            replaced: buffers by site that it does not read, as of `call`.
+        """
+        unread = {(self.sites.modules[site], name) for site, names in replaced.items() for name in names}
+        held = tuple(
+            None if buffer is None else buffer.data_ptr()
+            for module in self._holding
+            for name, buffer in module._buffers.items()
+            if (module, name) not in unread
+        )
         sites = (
             (m.site.qmin, m.site.qmax, m.rounding, getattr(m, "keep_codes", None)) for m in self.sites.modules.values()
         )

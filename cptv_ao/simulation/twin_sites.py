@@ -31,7 +31,7 @@ class TwinSites:
             site.scale.double().cpu(),
             site.zero_point.round().long().cpu(),
             None if shift is None else shift_codes(shift),
-            None if correction is None else correction.cpu(),
+            None if correction is None else correction.to("cpu", copy=True),
         )
 
     def set(self, name: str, qparams: QParams) -> None:

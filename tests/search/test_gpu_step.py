@@ -88,14 +88,25 @@ def test_a_stamp_says_what_a_recorded_run_would_not_see(vit_w3: Case) -> None:
     now, before = twin.sites.get(name), twin.stamp()
     twin.sites.set(name, QParams(now.scale * 1.5, now.zero_point))
     assert twin.stamp() == before, "numbers are read where they are"
+    corrected = replace(now, correction=torch.ones(len(now.scale)))
     for change in (
         lambda: twin.sites.limit([twin.names[0]], 63),
         lambda: twin.reround_weights(False),
-        lambda: twin.sites.set(name, replace(now, correction=torch.ones(len(now.scale)))),
+        lambda: twin.sites.set(name, corrected),
     ):
         change()
         assert twin.stamp() != before
         before = twin.stamp()
+    twin.sites.set(name, replace(now, correction=corrected.correction * 2))
+    assert twin.stamp() == before, "another correction is read where the first one was"
+    assert float(twin.sites.get(name).correction[0]) == 2.0 and float(corrected.correction[0]) == 1.0
+    shifted = replace(corrected, shift=torch.ones_like(twin.sites.modules[name].codes, dtype=torch.int8))
+    own = {name: ("scale", "shift")}
+    before = twin.stamp(own)
+    for _ in range(2):
+        twin.sites.set(name, shifted)
+        assert twin.stamp(own) == before, "what a leaf stands for is not read"
+    assert twin.stamp() != before
 
 
 def test_products_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

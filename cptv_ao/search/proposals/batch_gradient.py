@@ -82,6 +82,7 @@ class BatchGradient:
         self._twin, self._groups, self._objective, self._world = twin, groups, objective, world
         self.features = LayerInputTargets(twin, cache_bytes(twin.device, objective.cache_bytes))
         self._most = largest_part(twin)
+        self._replaced = {site.name: tuple(group.values()) for group in groups for site in group.sites}
         self._captured = Captured() if twin.device.type == "cuda" else None
         self._forwards = 0
         self._differentiable: bool | None = None  # asked once, for a loss that is not known
@@ -242,7 +243,7 @@ class BatchGradient:
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
         others = tuple((path, repr(value)) for path, value in part.leaves if not isinstance(value, Tensor))
         return self._captured.run(
-            (self._twin.stamp(), shapes, tuple(paths), others, tuple(map(id, wanted))), compute, given
+            (self._twin.stamp(self._replaced), shapes, tuple(paths), others, tuple(map(id, wanted))), compute, given
         )
 
     def _balanced(self, excess: float, features: Sequence[float]) -> float:

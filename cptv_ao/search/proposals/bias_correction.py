@@ -104,7 +104,7 @@ def corrections(
             images += batch.images
             _correct(twin, layers, batch, batch.images / images)
     held = {_site(layer): layer.weight.correction for layer in layers}
-    return {name: correction.cpu() for name, correction in held.items() if correction is not None}, images
+    return {name: found.to("cpu", copy=True) for name, found in held.items() if found is not None}, images
 
 
 def _site(layer: _Layer) -> str:
