@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _SCORED, SCORED_FORWARDS, _LEAST = 0.1, 3, 16
 # What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core,
 # or some seconds of a GPU.
 _STAGE, _STAGE_ON_GPU = 5e11, 5e13
+# What scoring once may take beside a GPU, where no seconds are given: kernels have a hundredth of its speed.
+_SCORED_BESIDE_GPU = 1e13
 
 
 #: Of a forward of one image: in float, and quantized.
@@ -45,6 +48,7 @@ class Cost:
         kernel_seconds: of a forward of one image through the quantized network.
         limit: `RefineConfig.max_seconds`.
         stage: floating point operations that one stage of a search may take.
+        scored: floating point operations that scoring all images once may take.
     """
 
     flops: float = 1.0
@@ -52,6 +56,7 @@ class Cost:
     kernel_seconds: float = 0.0
     limit: float | None = None
     stage: float = _STAGE
+    scored: float = math.inf
 
     @property
     def measured(self) -> Seconds:
@@ -99,8 +104,8 @@ def cost_of(
         with torch.no_grad():
             run(model, one, 0)  # what a first run does besides
             seconds = world.first(_seconds(teacher, few)), world.first(_seconds(model, few))
-    stage = _STAGE if is_cpu(device) else _STAGE_ON_GPU
-    return Cost(max(counter.total / one.images, 1.0), *seconds, limit, stage)
+    stage, scored = (_STAGE, math.inf) if is_cpu(device) else (_STAGE_ON_GPU, _SCORED_BESIDE_GPU)
+    return Cost(max(counter.total / one.images, 1.0), *seconds, limit, stage, scored)
 
 
 def _seconds(model: nn.Module, few: Batch) -> float:
@@ -116,9 +121,11 @@ def affordable(split: Split, cost: Cost, whole: bool) -> Split:
     Args:
         whole: take batches as they are, for a loss that compares images.
     """
-    if cost.limit is None or not cost.seconds:
+    pays = cost.scored / cost.flops
+    if cost.limit is not None and cost.seconds:
+        pays = _SCORED * cost.limit / (cost.seconds + SCORED_FORWARDS * cost.kernel_seconds)
+    if pays >= split.images:
         return split
-    pays = _SCORED * cost.limit / (cost.seconds + SCORED_FORWARDS * cost.kernel_seconds)
     share = max(int(pays), _LEAST) / split.images
 
     def few(part: Sequence[Batch]) -> tuple[Batch, ...]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
+from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.losses import EachLoss, JointLoss, get_exact_loss
@@ -37,8 +38,11 @@ class SplitEvaluators:
 
     def __init__(self, model: GraphModule, calibration: Calibration) -> None:
         config, world = calibration.config, calibration.world
-        #: images that visits may score on without a gain before they are given up
+        #: images that visits may score on without a gain before they are given up; none behind the descent of a GPU,
+        #: which makes some ten steps where the kernels score once
         self.idle_images = _IDLE / calibration.cost.flops
+        if config.gradient_steps and not is_cpu(config.device):
+            self.idle_images = 0.0
         self.search = _evaluator(model, calibration.search, config, world)
         self.holdout = _evaluator(model, calibration.holdout, config, world) if calibration.holdout.batches else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,9 @@ from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.state import Position, Record, SearchLosses, SearchState
 from cptv_ao.search.strategies import make_strategy
 from cptv_ao.search.strategies.protocol import Individual, Vector
+
+#: Work that does not touch the model; asks whether it is over what it goes beside.
+Meanwhile = Callable[[Callable[[], bool]], None]
 
 
 class Loop:
@@ -130,8 +134,11 @@ class Loop:
             self.stages.append(f"equal forms: {told}{_told(self.loss)}")
             self._tell("proposal", "equal forms", 0, self.loss)
 
-    def propose(self, proposals: Iterable[Proposal]) -> bool:
+    def propose(self, proposals: Iterable[Proposal], meanwhile: Meanwhile | None = None) -> bool:
         """Score scales for the whole model; go on from the best of them if it is better than what is there.
+
+        Args:
+            meanwhile: called while each is scored, if that may be so.
 
         Returns:
             Whether all of them were scored.
@@ -145,7 +152,7 @@ class Loop:
             proposed = whole.repair(whole.from_assignment(assignment))
             proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
             whole.write(proposed, _beside(self._store, assignment, self._world))
-            loss = self._score(proposed, self.loss)
+            loss = self._judged(proposed, meanwhile)
             better = loss < self.loss
             if better:
                 self.loss = loss
@@ -187,7 +194,7 @@ class Loop:
     @property
     def _gives_up(self) -> bool:
         """Whether the visits have cost too much since they last gained something."""
-        return self._evolves and self._position.idle > self._idle_images
+        return self._evolves and self._position.idle >= self._idle_images
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> int:
         """One visit: the strategy proposes, the kernels decide; the best scales stay in the model.
@@ -230,6 +237,14 @@ class Loop:
         self.results.append(BlockResult(name, pass_index, count, accepted, before, self.loss))
         self._tell("block", name, pass_index, self.loss)
         return count
+
+    def _judged(self, proposed: Vector, meanwhile: Meanwhile | None) -> float:
+        if meanwhile is None or self._world.size > 1:
+            return self._score(proposed, self.loss)
+        with ThreadPoolExecutor(1) as judge:  # it ends before anything is written again, whatever goes wrong meanwhile
+            judged = judge.submit(self._score, proposed, self.loss)
+            meanwhile(judged.done)
+            return judged.result()
 
     def _score(self, vector: Vector, threshold: float, race: bool = False) -> float:
         """The loss of what was just written; inf where it is rejected or no number."""

@@ -40,7 +40,7 @@ class Search:
             loop.begin()
         if found is None or (found.descent is not None and proposer is not None):
             proposals = () if proposer is None else proposer.proposals(loop.step, self._pause)
-            if loop.propose(proposals):
+            if loop.propose(proposals, None if proposer is None else proposer.beside_the_judge(loop.step)):
                 self._save()
         loop.run(self._save)
 

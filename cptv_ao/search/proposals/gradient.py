@@ -116,21 +116,17 @@ class GradientDescent:
         `on_pause` called, when `state` says all that there is: with True at the start, behind what was yielded, and
         where it does not go on.
         """
-        at = self._progress
+        at, told = self._progress, -1
         if not self._gradient.follows(images):
             return
-        while not at.over and (progress := schedule.progress(at.steps)) < 1.0:
+        while not at.over and schedule.progress(at.steps) < 1.0:
             goes_on = going()
             if on_pause is not None:
-                on_pause(at.steps == at.proposed_at or not goes_on)
+                on_pause(at.proposals != told or not goes_on)
+                told = at.proposals
             if not goes_on:
                 break
-            if not at.order:
-                at.order = [int(i) for i in self._rng.permutation(len(images))]
-            index = at.order.pop()
-            loss = self._step(index, *images.at(index), schedule.rate(progress) * at.caution)
-            if on_step is not None:
-                on_step(loss)
+            self._advance(images, schedule, on_step)
             if (passed := schedule.marks_passed(at.steps)) > at.proposals:
                 self._young = schedule.progress(at.steps) < _YOUNG
                 yield at.proposed(passed), self.assignment
@@ -138,6 +134,19 @@ class GradientDescent:
             at.over = True
         if at.steps > at.proposed_at:  # the seconds were over before
             yield at.proposed(at.proposals + 1), self.assignment
+
+    def run_ahead(
+        self,
+        images: StepImages,
+        schedule: Schedule,
+        on_step: Callable[[float], None] | None,
+        going: Callable[[int], bool],
+    ) -> None:
+        """Descend while what was yielded last is tried; `going` is asked before each step, by how many there were."""
+        at, steps = self._progress, 0
+        while not at.over and schedule.progress(at.steps) < 1.0 and going(steps):
+            self._advance(images, schedule, on_step)
+            steps += 1
 
     @property
     def steps(self) -> int:
@@ -178,6 +187,16 @@ class GradientDescent:
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.sites.get(s.name)) for g in self._groups for s in g.sites}
+
+    def _advance(self, images: StepImages, schedule: Schedule, on_step: Callable[[float], None] | None) -> None:
+        """One step on the batch that is next."""
+        at = self._progress
+        if not at.order:
+            at.order = [int(i) for i in self._rng.permutation(len(images))]
+        index = at.order.pop()
+        loss = self._step(index, *images.at(index), schedule.rate(schedule.progress(at.steps)) * at.caution)
+        if on_step is not None:
+            on_step(loss)
 
     def _step(self, index: int, batch: Batch, teacher: Tensor, rate: float) -> float:
         """Move the leaves by what one batch says; its loss, the same on every rank."""

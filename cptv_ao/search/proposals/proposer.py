@@ -42,6 +42,8 @@ _STEP_IMAGES, _STEP_LEAST, _STEP_FLOPS, _STEP_FLOPS_ON_GPU = 100, 2, 2.5e10, 1e1
 # Shares of a descent after which it is tried on the kernels; where seconds are counted, also while it is young: what it
 # has by then may be all that there is time for, and is no reason to send it back.
 _MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.1,)
+# Share of a descent that it goes on for while a proposal is judged.
+_AHEAD = 0.08
 
 
 class Proposer:
@@ -105,6 +107,27 @@ class Proposer:
         if self._biases.dear and self._biases.in_use(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
+    def beside_the_judge(self, on_step: Callable[[float], None]) -> Callable[[Callable[[], bool]], None] | None:
+        """What to do while the kernels judge a proposal: the descent goes on, where it is on a GPU; None: nothing.
+
+        Without a limit of seconds it goes on for so many steps, that a search finds the same each time.
+        """
+        if is_cpu(self._config.device) or self._store is not self._kernels:
+            return None
+
+        def descend(judged: Callable[[], bool]) -> None:
+            if self._descent is None:
+                return
+            schedule = self._schedule()
+            limited = math.isfinite(schedule.seconds)
+
+            def going(steps: int) -> bool:
+                return (not judged() if limited else steps < _AHEAD * schedule.steps) and self._budget.left
+
+            self._descent.run_ahead(self._steps, schedule, on_step, going)
+
+        return descend
+
     def state(self) -> State | None:
         """Where the descent is, for `resume`; None where it has not begun, or has come to its end."""
         if self._descent is None:
@@ -162,7 +185,8 @@ class Proposer:
         if "curvature" not in population:
             return
         found = partial(self._ranges.assignment, self._store, self._limits.limited)
-        if self._biases.dear and self._budget.left:  # the first gain does not wait for all images
+        # The first gain does not wait for all images.
+        if self._biases.dear and is_cpu(self._config.device) and self._budget.left:
             yield "activation ranges of least loss, few images", partial(found, True)
         if self._budget.left and not self._ranges.done:
             yield "activation ranges of least loss", found
