@@ -36,8 +36,8 @@ _DESCENT_SHARE = 0.85
 # Images on which errors of weights are weighed, at most.
 _TOLD_BY = 64
 # Images of one step of the descent: larger batches of the loader are cut, and further where a forward of an image is
-# dear, to where a step costs so many floating point operations forward; on a GPU to half of it, which is as good in half
-# the time. Losses that compare images stay at the most.
+# dear, to where a step costs so many floating point operations forward; on a GPU to half of the most, which is as good
+# in less time and memory. Losses that compare images stay at the most.
 _STEP_IMAGES, _STEP_IMAGES_ON_GPU, _STEP_LEAST, _STEP_FLOPS = 100, 50, 2, 2.5e10
 # Shares of a descent after which it is tried on the kernels; where seconds are counted, also while it is young: what it
 # has by then may be all that there is time for, and is no reason to send it back.
