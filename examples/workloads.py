@@ -212,7 +212,9 @@ def quantize_exported(
     batches = list(calibration)
     with quietly(), torch.no_grad():
         dynamic = ({0: torch.export.Dim("batch", min=1, max=1 << 16)},)
-        exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic).module()
+        # On torch 2.11 the quantizer finds layers only in what was exported strictly, on 2.13 it needs no help.
+        strict = torch.__version__ < (2, 13)
+        exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic, strict=strict).module()
         prepared = prepare_pt2e(exported, x86_quantizer(weight_bits, activation_bits))
         for batch in batches:
             prepared(batch)

@@ -47,6 +47,7 @@ def _scan(model: GraphModule, weight_ranges: Mapping[str, tuple[int, int]]) -> S
         )
     if not found.sites:
         raise UnsupportedModelError(
-            "expected a converted model, found no quantized op in the graph; was the qconfig_mapping empty?"
+            "expected a converted model, found no quantized op in the graph; was the qconfig_mapping empty? "
+            "(an exported graph on torch 2.11: X86InductorQuantizer needs torch.export.export(..., strict=True))"
         )
     return found

@@ -46,7 +46,9 @@ class Rounded(OutOfPlace):
         self._dequantize = dequantize
 
     def forward(self, value: Tensor, *given: Any) -> Tensor:
-        rounded: Tensor = PassedOn.apply(value, self._dequantize(*given))
+        with torch.no_grad():  # what chooses the scale may have no derivative (aminmax of torch 2.11)
+            other = self._dequantize(*given)
+        rounded: Tensor = PassedOn.apply(value, other)
         return rounded
 
 

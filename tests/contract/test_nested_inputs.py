@@ -67,7 +67,7 @@ def exported(model: nn.Module, example: tuple[Any, ...]) -> Any:
     with workloads.quietly():
         batch = torch.export.Dim("batch", min=2, max=1024)
         dynamic = torch.utils._pytree.tree_map(lambda _: {0: batch}, example)
-        graph = torch.export.export(model, example, dynamic_shapes=dynamic).module()
+        graph = pt2e.exported(model, example, dynamic_shapes=dynamic)
         config = x86.get_default_x86_inductor_quantization_config()
         prepared = flow.prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
         prepared(*example)

@@ -56,8 +56,8 @@ def test_diagnose_sees_single_numbers() -> None:
 def test_the_dtype_of_a_pt2e_graph() -> None:
     for end, loss in (ENDS["(N,)"], ENDS["bfloat16"]):
         net, _, batches = quantized(end)
-        exported = torch.export.export(copy.deepcopy(net), (batches[0],)).module()
-        prepared = pt2e.torchao().prepare_pt2e(exported, pt2e.x86())
+        graph = pt2e.exported(copy.deepcopy(net), (batches[0],))
+        prepared = pt2e.torchao().prepare_pt2e(graph, pt2e.x86())
         for batch in batches:
             prepared(batch)
         model = pt2e.torchao().convert_pt2e(prepared)

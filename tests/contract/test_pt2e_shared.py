@@ -109,9 +109,7 @@ def quantized(model: nn.Module, batches: list[Any], quantizer: Any, fold: bool =
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         dynamic = None if fixed else tuple({0: torch.export.Dim("batch", min=1, max=1024)} for _ in inputs[0])
-        prepared = torchao.prepare_pt2e(
-            torch.export.export(model, inputs[0], dynamic_shapes=dynamic).module(), quantizer
-        )
+        prepared = torchao.prepare_pt2e(pt2e.exported(model, inputs[0], dynamic_shapes=dynamic), quantizer)
         for batch in inputs:
             prepared(*batch)
         return torchao.convert_pt2e(prepared, fold_quantize=fold)

@@ -29,8 +29,8 @@ def converted(name: str, form: str = "fx") -> tuple[nn.Module, GraphModule, list
     net, batches = made(name)
     if form == "fx":
         return net, nets.quantize(net, batches, weight_bits=4)[1], batches
-    exported = torch.export.export(copy.deepcopy(net), (batches[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    prepared = pt2e.torchao().prepare_pt2e(exported.module(), pt2e.x86())
+    graph = pt2e.exported(copy.deepcopy(net), (batches[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    prepared = pt2e.torchao().prepare_pt2e(graph, pt2e.x86())
     for batch in batches:
         prepared(batch)
     return net, pt2e.torchao().convert_pt2e(prepared), batches

@@ -306,7 +306,7 @@ def test_a_pt2e_graph_of_one_batch_size() -> None:
     batches = list(nets.images(300, 12).split(50))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        prepared = pt2e.torchao().prepare_pt2e(torch.export.export(model, (batches[0],)).module(), pt2e.x86())
+        prepared = pt2e.torchao().prepare_pt2e(pt2e.exported(model, (batches[0],)), pt2e.x86())
         for batch in batches:
             prepared(batch)
         converted = pt2e.torchao().convert_pt2e(prepared)

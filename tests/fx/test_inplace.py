@@ -273,8 +273,8 @@ def test_nothing_else_changes_a_batch() -> None:
 def test_the_twin_of_an_exported_graph(front: Callable[[Any, Tensor], Tensor]) -> None:
     net = nets.seeded(lambda: Writing(front))
     batches = [2 * batch for batch in nets.images(48, 16).split(12)]
-    exported = torch.export.export(copy.deepcopy(net), (batches[0].clone(),)).module()
-    model = pt2e.torchao().prepare_pt2e(exported, pt2e.x86())
+    graph = pt2e.exported(copy.deepcopy(net), (batches[0].clone(),))
+    model = pt2e.torchao().prepare_pt2e(graph, pt2e.x86())
     for batch in batches:
         model(batch.clone())
     converted = pt2e.torchao().convert_pt2e(model)
