@@ -110,7 +110,7 @@ def study(model: nn.Module, quantize: Quantize, batches: list[torch.Tensor]) -> 
         step = PlanStep(tuple(sorted(group)), 0.0, 0.0)
         made = quantize(replace(empty, steps=(step,)))
         kernels = planned.mse(made, model, batches)
-        found.append((", ".join(map(str, step.parts)), measure(measure.wiring.nodes_of(group)), kernels))
+        found.append((", ".join(map(str, step.parts)), measure(measure.wiring.parts.nodes_of(group)), kernels))
     return found
 
 
