@@ -56,14 +56,18 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
+SEARCHES: list[dict[str, Any]] = [{}, {"score_on": "simulation"}, {"search": "cma"}, {"block_order": "backward"}]
+QUICK = {("conv", 0), ("functional", 2)}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("small", "changes"),
     [
-        {},
-        pytest.param({"score_on": "simulation"}, marks=pytest.mark.slow),
-        {"search": "cma"},
-        pytest.param({"block_order": "backward"}, marks=pytest.mark.slow),
+        pytest.param(name, changes, marks=[] if (name, number) in QUICK else pytest.mark.slow)
+        for name in ("conv", "functional", "conv per tensor", "functional per tensor")
+        for number, changes in enumerate(SEARCHES)
     ],
+    indirect=["small"],
 )
 def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = small.copy()
@@ -127,6 +131,15 @@ def first(output: dict[str, torch.Tensor]) -> torch.Tensor:
         pytest.param({"score_on": "simulation"}, marks=pytest.mark.slow),
         pytest.param({"rounding_rate": 0.0, "feature_weight": 0.0}, marks=pytest.mark.slow),
     ],
+)
+@pytest.mark.parametrize(
+    "small",
+    [
+        pytest.param("conv", marks=pytest.mark.slow),
+        "functional",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv per tensor", "functional per tensor")),
+    ],
+    indirect=True,
 )
 def test_no_step_of_the_descent_is_lost(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
