@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cases import Case
+from helpers.cases import Copies
 from helpers.search import small_config
 
 import cptv_ao
@@ -86,8 +86,9 @@ class Diagnosis:
     advice = ("Keep blocks.1 in float.",)
 
 
-@pytest.fixture
-def report(conv: Case) -> cptv_ao.Report:
+@pytest.fixture(scope="module")
+def report(small_cases: Copies) -> cptv_ao.Report:
+    conv = small_cases["conv"]
     config = small_config(evaluations=12, passes=2, population=("output_error",), seed=3)
     cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
     return cptv_ao.report(conv.converted)
