@@ -104,11 +104,12 @@ def test_what_moved_is_what_differs(case: Case) -> None:
 
 
 def test_the_report_of_a_search_is_consistent(vit_w3: Case) -> None:
-    report = refined(vit_w3, evaluations=3, passes=2, holdout=0)
+    vit_w3.batches = vit_w3.batches[:1]
+    report = refined(vit_w3, evaluations=2, passes=2, holdout=0)
     assert [block.name for block in report.blocks if block.visit == 0][:2] == ["stem", "blocks.0"]
-    assert report.evaluations == sum(block.evaluations for block in report.blocks) == 2 * 6 * 3
+    assert report.evaluations == sum(block.evaluations for block in report.blocks) == 2 * 6 * 2
     assert report.sites == 74
-    assert report.images == (128, 0)
+    assert report.images == (32, 0)
     for block in report.blocks:
         assert block.after <= block.before
         assert (block.after < block.before) == (block.accepted > 0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets
+from helpers.quick import each_value
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
@@ -310,8 +311,7 @@ def test_example_inputs_are_a_tuple() -> None:
         cptv_ao.recipe(nets.seeded(nets.ConvNet), IMAGES)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn", "qnnpack"])
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("bits", "engine"), each_value(range(2, 9), ["x86", "fbgemm", "onednn", "qnnpack"]))
 def test_weight_codes_stay_in_their_range(bits: int, engine: str) -> None:
     if engine not in torch.backends.quantized.supported_engines:
         pytest.skip(f"this torch was built without {engine}")
