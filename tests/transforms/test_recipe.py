@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets
-from helpers.quick import each_value
+from helpers.quick import each_value, some
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
@@ -178,7 +178,7 @@ REWRITTEN: dict[str, tuple[Any, Tensor, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", some(*[*REWRITTEN][::2], others=REWRITTEN))
 def test_what_stands_in_the_way_is_rewritten_and_quantized(name: str) -> None:
     make, batch, told = REWRITTEN[name]
     model = nets.seeded(make)
@@ -237,7 +237,7 @@ def test_batch_norms_with_an_activation_fuse() -> None:
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("behind", [nn.Identity, Buffered])
+@pytest.mark.parametrize("behind", some(Buffered, others=[nn.Identity]))
 def test_what_a_model_caches_while_it_is_traced_is_not_in_the_recipe(behind: Any) -> None:
     model = nets.seeded(lambda: nn.Sequential(Caching(), behind(), nn.Linear(6, 3)))
     ready = cptv_ao.recipe(model, (ROWS,))
