@@ -237,7 +237,7 @@ def test_a_constant_is_a_site_with_the_values_that_it_was_made_of(net: Any, quan
         assert all(any(close(value, given) for value in found) for given in left)
 
 
-@pytest.mark.parametrize(("net", "quantizer", "fold"), each_pair(NETS, QUANTIZERS, [False, True]))
+@pytest.mark.parametrize(("net", "quantizer", "fold"), each_value(NETS, QUANTIZERS, [False, True]))
 def test_a_written_constant_is_in_graph_and_twin_alike_and_undone(net: Any, quantizer: str, fold: bool) -> None:
     model = nets.seeded(net)
     graph = converted(model, QUANTIZERS[quantizer](), fold)

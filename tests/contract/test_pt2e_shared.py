@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets, pt2e
-from helpers.quick import each_pair, each_value
+from helpers.quick import each_value
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -152,7 +152,7 @@ NETS = [Twice, Tied, Constants, Normed, ConvTwice]
 
 
 @pytest.mark.parametrize(
-    ("net", "quantizer", "fold", "with_float_model"), each_pair(NETS, QUANTIZERS, [True, False], [True, False])
+    ("net", "quantizer", "fold", "with_float_model"), each_value(NETS, QUANTIZERS, [True, False], [True, False])
 )
 def test_refined_and_diagnosed(net: Any, quantizer: str, fold: bool, with_float_model: bool) -> None:
     if net is ConvTwice and "x86" in quantizer:

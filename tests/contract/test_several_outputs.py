@@ -58,7 +58,7 @@ def apart(model: Any, net: nn.Module, name: str) -> float:
 
 
 FORMS = [("fx", name) for name in RETURNS] + [("pt2e", name) for name in RETURNS]
-QUICK = {("fx", "heads"), ("fx", "detector"), ("fx", "dataclass"), ("pt2e", "heads"), ("pt2e", "dataclass")}
+QUICK = {("fx", "heads"), ("fx", "detector"), ("pt2e", "dataclass")}
 
 
 @pytest.mark.parametrize(

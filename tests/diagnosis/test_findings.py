@@ -10,6 +10,7 @@ import workloads
 from helpers import nets
 from helpers.cases import Case
 from helpers.diagnosed import block, diagnosed, rescale, site
+from helpers.quick import some
 from helpers.search import exact_kl
 from helpers.state import everything
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def test_weights_with_too_many_levels(conv: Case) -> None:
     assert diagnosed(conv).findings.wide_weights == ()
 
 
-@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("reduced", some(False, others=[True]))
 def test_risk_of_saturation(vit: nn.Module, digits: workloads.Images, reduced: bool) -> None:
     """Told on any machine: 8-bit weights behind activations that use the upper half of their codes."""
     batches = [digits.calibration(16, seed=0)]

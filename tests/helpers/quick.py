@@ -12,7 +12,9 @@ import pytest
 def each_value(*axes: Iterable[Any]) -> list[Any]:
     """All combinations as parameters; quick are so many that each value of each axis is in one of them."""
     values = [list(axis) for axis in axes]
-    quick = {tuple(n % len(axis) for axis in values) for n in range(max(map(len, values)))}
+    rows = range(max(map(len, values)))
+    # Shorter axes begin one further each time, so that those of the same length do not go side by side.
+    quick = {tuple((n + a * (n // len(axis))) % len(axis) for a, axis in enumerate(values)) for n in rows}
     return _marked(values, quick)
 
 
