@@ -65,7 +65,10 @@ def state_dict_file(model: GraphModule, **how: Any) -> Any:
 
 # What torch can
 
+CASES = ["conv", "functional", "conv per tensor", "functional per tensor", "vit"]
 
+
+@pytest.mark.parametrize("case", some("conv", others=CASES), indirect=True)
 def test_a_deepcopy(case: Case) -> None:
     wanted = refined(case)
     copied = copy.deepcopy(case.converted)
@@ -74,6 +77,7 @@ def test_a_deepcopy(case: Case) -> None:
     assert cptv_ao.report(copied) == cptv_ao.report(case.converted)
 
 
+@pytest.mark.parametrize("case", some("functional", others=CASES), indirect=True)
 def test_a_state_dict_into_a_fresh_conversion(case: Case) -> None:
     fresh = case.copy().converted
     wanted = refined(case)
@@ -83,6 +87,7 @@ def test_a_state_dict_into_a_fresh_conversion(case: Case) -> None:
     assert weights(fresh) == weights(case.converted)
 
 
+@pytest.mark.parametrize("case", some("conv", others=CASES), indirect=True)
 def test_a_state_dict_in_a_file(case: Case) -> None:
     fresh = case.copy().converted
     wanted = refined(case)
@@ -90,6 +95,7 @@ def test_a_state_dict_in_a_file(case: Case) -> None:
     assert same_bits(fresh(case.batches[0]), wanted)
 
 
+@pytest.mark.parametrize("case", some("functional", others=CASES), indirect=True)
 def test_jit_trace(case: Case) -> None:
     wanted = refined(case)
     again = traced(case.converted, case.batches[0])

@@ -201,7 +201,7 @@ def test_what_stands_in_the_way_is_rewritten_and_quantized(name: str) -> None:
     assert any(move.kind == "weight" for move in report.moves) or not report.moves
 
 
-@pytest.mark.parametrize("make", [BatchDependent, Assigning])
+@pytest.mark.parametrize("make", some(Assigning, others=[BatchDependent]))
 def test_what_cannot_be_rewritten_stays_float(make: Any) -> None:
     model = nets.seeded(lambda: around(make(), False))
     ready = cptv_ao.recipe(model, (ROWS,))
