@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ pytest.register_assert_rewrite("helpers")
 import helpers  # noqa: F401 - it puts examples/ on the path, for workloads
 import workloads
 from helpers import nets, pt2e, shipping
-from helpers.cases import Case, vit_case
+from helpers.cases import Case, Copies, vit_case
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,7 +75,7 @@ def _small_case(make: type[nn.Module], size: int, per_tensor: bool) -> Case:
     return Case(model, prepared, converted, batches)
 
 
-_SMALL = {
+_SMALL: dict[str, Callable[[], Case]] = {
     "conv": lambda: _small_case(nets.ConvNet, 16, False),
     "conv per tensor": lambda: _small_case(nets.ConvNet, 16, True),
     "functional": lambda: _small_case(nets.FunctionalNet, 8, False),
@@ -84,8 +84,9 @@ _SMALL = {
 
 
 @pytest.fixture(scope="session")
-def _small() -> dict[str, Case]:
-    return {name: make() for name, make in _SMALL.items()}
+def small_cases() -> Copies:
+    """Of the small networks."""
+    return Copies(_SMALL)
 
 
 def _or_slow(*quick: str, others: Iterable[str]) -> list[Any]:
@@ -94,25 +95,27 @@ def _or_slow(*quick: str, others: Iterable[str]) -> list[Any]:
 
 
 @pytest.fixture(params=_or_slow("conv", "functional", others=_SMALL))
-def small(request: pytest.FixtureRequest, _small: dict[str, Case]) -> Case:
+def small(request: pytest.FixtureRequest, small_cases: Copies) -> Case:
     """Each of the small networks, at W3A8."""
-    return _small[request.param].copy()
+    return small_cases[request.param]
 
 
 @pytest.fixture
-def conv(_small: dict[str, Case]) -> Case:
-    return _small["conv"].copy()
+def conv(small_cases: Copies) -> Case:
+    return small_cases["conv"]
 
 
 @pytest.fixture
-def functional(_small: dict[str, Case]) -> Case:
-    return _small["functional"].copy()
+def functional(small_cases: Copies) -> Case:
+    return small_cases["functional"]
 
 
 @pytest.fixture(params=_or_slow("conv", "functional", others=[*_SMALL, "vit"]))
-def case(request: pytest.FixtureRequest, _small: dict[str, Case], _vit_w3: Case) -> Case:
+def case(request: pytest.FixtureRequest, small_cases: Copies) -> Case:
     """Each of the small networks and the ViT, at W3A8."""
-    return (_vit_w3 if request.param == "vit" else _small[request.param]).copy()
+    if request.param == "vit":
+        return request.getfixturevalue("_vit_w3").copy()
+    return small_cases[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,7 @@ class FloatSearch:
         self._measure, self._prediction, self._wiring = measure, prediction, measure.wiring
         self._operations, self._all = operations, sum(operations.values())
         self._tries = tries
-        self._groups = {group: self._wiring.nodes_of(group) for group in self._wiring.groups()}
+        self._groups = {group: self._wiring.parts.nodes_of(group) for group in self._wiring.groups()}
         none: frozenset[str] = frozenset()
         self._start = _State(frozenset(), none, measure(none), self._predicted(none))
         self._units = max(self._start.loss - least, _TINY), max(self._start.predicted, _TINY)

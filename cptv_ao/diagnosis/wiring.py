@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
+from cptv_ao.diagnosis.graph_parts import GraphParts
 from cptv_ao.diagnosis.observing import Observing
 from cptv_ao.diagnosis.value_flow import ValueFlow
-from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.node_runner import Watcher
-from cptv_ao.fx.paths import ModulePaths
 from cptv_ao.simulation.partly_float import FloatRegion
-from cptv_ao.transforms.float_model.exclusion import Part, scope_of
-
-_WITH_RELU = (torch.ops.quantized.add_relu, torch.ops.quantized.mul_relu)
+from cptv_ao.transforms.float_model.exclusion import Part
 
 
 class _Needs(NamedTuple):
@@ -46,39 +42,26 @@ class Wiring:
 
     Attributes:
         flow: who makes and reads its values.
-        parts: what can be left in float: of each node that computes, the smallest part that holds it; of one that was
-            fused with a ReLU, both.
+        parts: what can be left in float.
     """
 
     def __init__(self, backend: Backend, float_model: nn.Module | None = None) -> None:
-        self._float_model = float_model
-        self._backend, self._paths, self.flow = backend, ModulePaths(backend.model), ValueFlow(backend)
+        self._backend, self.flow = backend, ValueFlow(backend)
         self._nodes = self.flow.nodes
-        self._scope_of_site = {n: site.scope for site in backend.sites.values() for n in site.nodes}
-        computing = [node for node in self._nodes.values() if self.flow.computes(node)]
-        self._scopes = {node.name: self._scope(node) for node in computing}
-        self._outer = {path[:i] for path in self._scopes.values() for i, c in enumerate(path) if c == "."}
-        self.parts = {node.name: parts for node in computing if (parts := self._parts(node))}
+        self.parts = GraphParts(backend, self.flow, float_model)
 
     def groups(self) -> list[frozenset[Part]]:
         """Sets of parts that are worth leaving in float together: each part, but for those that only hand values on;
         all that makes and reads the values of a site; modules with all that is in them."""
-        alone = (parts for name, parts in self.parts.items() if not self.flow.hands_on(name))
+        of_node = self.parts.of_node
+        alone = (parts for name, parts in of_node.items() if not self.flow.hands_on(name))
         found: dict[frozenset[Part], None] = dict.fromkeys(alone)
         for made, read in self.flow.sites.values():
             names = [name for name in (*made, *self.flow.onward(read)) if self._nodes[name].op.startswith("call_")]
-            if names and all(name in self.parts for name in names):
-                found[frozenset(part for name in names for part in self.parts[name])] = None
-        found |= dict.fromkeys(frozenset([Part(path)]) for path in sorted(self._outer))
+            if names and all(name in of_node for name in names):
+                found[frozenset(part for name in names for part in of_node[name])] = None
+        found |= dict.fromkeys(frozenset([Part(path)]) for path in sorted(self.parts.outer))
         return list(found)
-
-    def nodes_of(self, parts: Collection[Part]) -> frozenset[str]:
-        """The nodes that compute in these parts."""
-        return frozenset(
-            name
-            for name, path in self._scopes.items()
-            if any(part.holds(path, self._nodes[name].op == "call_function") for part in parts)
-        )
 
     def region(self, nodes: Collection[str]) -> FloatRegion:
         """What becomes float with these nodes."""
@@ -126,7 +109,7 @@ class Wiring:
         weight = {n: s.name for s in self._backend.sites.values() if s.kind == "weight" for n in s.nodes}
 
         def see(node: Node, value: object) -> object:
-            if isinstance(value, Tensor) and node.name in self._scopes and node.name in {*owned, *weight}:
+            if isinstance(value, Tensor) and node.name in self.parts.scopes and node.name in {*owned, *weight}:
                 each = 1.0
                 if node.name in weight and (held := self._backend.weight(weight[node.name])).dim() > 1:
                     each = held.numel() / held.shape[0]
@@ -139,28 +122,6 @@ class Wiring:
     @cached_property
     def _observing(self) -> Observing:
         return Observing(self._backend, self.flow)
-
-    def _scope(self, node: Node) -> str:
-        if node.op == "call_module":
-            return str(node.target)
-        return scope_of(node) or self._scope_of_site.get(node.name, "") or self._paths.of(node)
-
-    def _parts(self, node: Node) -> frozenset[Part]:
-        path = self._scopes[node.name]
-        if node.op == "call_module" or (path and path not in self._outer):
-            return frozenset([Part(path)])
-        if node.op == "call_function":  # which a qconfig can be given to alone, within its module
-            return frozenset([Part(path, functions=True), *(Part(relu) for relu in self._fused_relus(node, path))])
-        return frozenset([Part(path)] if path else [])
-
-    def _fused_relus(self, node: Node, path: str) -> Iterator[str]:
-        """Modules that may be the ReLU of a function that was fused with one."""
-        if packet_of(node.target) not in _WITH_RELU or self._float_model is None:
-            return
-        holder = dict(self._float_model.named_modules(remove_duplicate=False)).get(path, nn.Identity())
-        for name, child in holder.named_children():
-            if isinstance(child, nn.ReLU):
-                yield f"{path}.{name}".lstrip(".")
 
     def _rounds(self, node: Node, nodes: Collection[str]) -> bool:
         """Whether a node that is not float itself puts what it is given on a scale."""

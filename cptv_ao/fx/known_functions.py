@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
+import sys
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -27,7 +28,6 @@ import torch.ao.nn.sparse.quantized as sparse
 import torch.ao.nn.sparse.quantized.dynamic as sparse_dynamic
 import torch.ao.quantization
 from torch import nn
-from torch.export import _unlift
 from torch.nn import functional
 
 from cptv_ao.fx.decomposed_ops import is_of, packet_of
@@ -47,7 +47,7 @@ _OF_TORCH: tuple[Any, ...] = (
 _OF_MODULES = (
     nn, nn.modules.linear, nni, nniq, nniqd, nniqat, nnqat, nnq, nnq.modules, nnq.modules.embedding_ops,
     nnq.modules.linear, nnqd, nnqd.modules.rnn, nnqr, quantizable, quantizable.modules.rnn, sparse, sparse_dynamic,
-    sparse.linear, torch.ao.quantization, _unlift,
+    sparse.linear, torch.ao.quantization,
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def is_listed(function: Any) -> bool:
 
 def is_listed_module(module: nn.Module) -> bool:
     """Whether this is a module of torch itself; one that is only made from such may do anything."""
-    return type(module) in _MODULES
+    return type(module) in _MODULES or type(module) in _modules(_loaded("torch.export._unlift"))
 
 
 def works_in_place(target: Any) -> bool:
@@ -107,6 +107,18 @@ def _functions(rooms: Iterable[Any]) -> dict[Any, str]:
     return found
 
 
+def _modules(rooms: Iterable[Any]) -> frozenset[type]:
+    """The kinds of modules of these modules."""
+    held = (kind for room in rooms for kind in vars(room).values())
+    return frozenset(kind for kind in held if isinstance(kind, type) and issubclass(kind, nn.Module))
+
+
+def _loaded(*names: str) -> list[Any]:
+    """Those of these modules of Python that somebody imported: there are no objects of the kinds of the others. To
+    import them here for their kinds alone takes as long as torch itself does."""
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
 def _counterpart_of(name: str) -> Any:
     """The function that returns what torch's in-place one of this name writes."""
     rooms = (torch, functional, torch.Tensor)
@@ -121,9 +133,4 @@ _OUT_OF_PLACE: dict[Any, Any] = {
     operator.setitem: with_item,
     torch.Tensor.__setitem__: with_item,
 }
-_MODULES = frozenset(
-    kind
-    for room in _OF_MODULES
-    for kind in vars(room).values()
-    if isinstance(kind, type) and issubclass(kind, nn.Module)
-)
+_MODULES = _modules(_OF_MODULES)

@@ -20,9 +20,10 @@ from cptv_ao.simulation.limits import Limits
 from cptv_ao.simulation.products import Product
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.quantizers import Quantizer, WeightQuantizer
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 
-class QuantizedLayer(OutOfPlace):
+class QuantizedLayer(WeightedLayer):
     """A quantized linear or convolution, with what is fused behind it.
 
     Args:
@@ -43,10 +44,10 @@ class QuantizedLayer(OutOfPlace):
         whole_bias: bool,
         behind: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__()
-        self.weight, self.output = weight, output
+        super().__init__(weight, product)
+        self.output = output
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._product, self._relu, self._whole_bias, self._behind = product, relu, whole_bias, behind
+        self._relu, self._whole_bias, self._behind = relu, whole_bias, behind
 
     def forward(self, value: QTensor, added: QTensor | None = None) -> QTensor:
         """Of a value, and of another one that is added to the product before anything else."""
@@ -65,25 +66,6 @@ class QuantizedLayer(OutOfPlace):
         if self._behind is not None:
             u = self._behind(u * like.scale) / like.scale
         return like.fitted(functional.relu(u) if self._relu else u)
-
-    @property
-    def channel_dim(self) -> int:
-        """Where the channels of the input, and of the output, are."""
-        return self._product.channel_dim
-
-    def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
-        return self._product.error(value, self.weight.error(scale))
-
-    def weight_shift(self, value: Tensor) -> Tensor | None:
-        """What the rounding of the weight, as it is, adds to the output for a float input."""
-        error = self.weight.present_error()
-        return None if error is None else self._product.forward(value, error)
-
-    def rows(self, value: Tensor, most: int) -> Tensor | None:
-        """What the rows of the weight, flattened to (C, K), are multiplied with for a float input, (groups, n, K); None
-        where it has none."""
-        return self._product.rows(value, self.weight.codes, most)
 
 
 class Sum(OutOfPlace):

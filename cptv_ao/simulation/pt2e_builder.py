@@ -26,6 +26,7 @@ from cptv_ao.simulation.calls import pure
 from cptv_ao.simulation.products import Convolution, Linear
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.quantizers import WeightQuantizer
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
@@ -63,36 +64,18 @@ class DequantizedWeight(OutOfPlace):
         return self.weight.dequantize()
 
 
-class FloatLayer(OutOfPlace):
+class FloatLayer(WeightedLayer):
     """A float linear or convolution whose weight is on a scale."""
 
     def __init__(self, weight: WeightQuantizer, product: Linear | Convolution) -> None:
-        super().__init__()
-        self.weight, self._product = weight, product
+        super().__init__(weight, product)
+        self._settings = None if isinstance(product, Linear) else product.settings
 
     def forward(self, value: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = self.weight.corrected(bias)
-        if isinstance(self._product, Linear):
+        if self._settings is None:
             return nn.functional.linear(value, self.weight.dequantize(), bias)
-        return torch.convolution(value, self.weight.dequantize(), bias, *self._product.settings)
-
-    @property
-    def channel_dim(self) -> int:
-        """As of `QuantizedLayer`."""
-        return self._product.channel_dim
-
-    def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
-        """As of `QuantizedLayer`."""
-        return self._product.error(value, self.weight.error(scale))
-
-    def weight_shift(self, value: Tensor) -> Tensor | None:
-        """As of `QuantizedLayer`."""
-        error = self.weight.present_error()
-        return None if error is None else self._product.forward(value, error)
-
-    def rows(self, value: Tensor, most: int) -> Tensor | None:
-        """As of `QuantizedLayer`."""
-        return self._product.rows(value, self.weight.codes, most)
+        return torch.convolution(value, self.weight.dequantize(), bias, *self._settings)
 
 
 class _OutputForm(nn.Module):

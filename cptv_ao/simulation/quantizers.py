@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cptv_ao.core.qparams import SHIFT_PARTS, QParams
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import along_axis, nearest_codes, weight_steps
+from cptv_ao.core.weight_rounding import along_axis
 from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.autograd_ops import Quantize, RoundWeight
 from cptv_ao.simulation.limits import Limits, Rounding
@@ -147,20 +147,6 @@ class WeightQuantizer(SiteModule):
         """Re-round `codes` at the present scale, where the float weight is known."""
         if self.weight is not None:
             self.codes.copy_(self._rounded())
-
-    def error(self, scale: Tensor) -> Tensor:
-        """How far the float weight, rounded at a scale, is from itself (C, ...)."""
-        assert self.weight is not None
-        site, dims = self.site, self.weight.dim()
-        zero_point = along_axis(self.zero_point, site.axis, dims)
-        codes = nearest_codes(weight_steps(self.weight, scale, site.axis), zero_point, site.qmin, site.qmax)
-        return codes.sub_(zero_point).mul_(along_axis(scale, site.axis, dims)).sub_(self.weight)
-
-    def present_error(self) -> Tensor | None:
-        """How far the codes, as they are, are from the float weight (C, ...); None where that is not known."""
-        if self.weight is None:
-            return None
-        return self.codes * along_axis(self.scale, self.site.axis, self.codes.dim()) - self.weight
 
     def _rounded(self) -> Tensor:
         site = self.site

@@ -44,6 +44,7 @@ class Twin:
 
     Attributes:
         module: the graph; `sites`: what it holds for them.
+        names: sites whose scales its output depends on.
         layers: those with a weight on a scale, in graph order.
         graph_bytes: about what the graph of one image holds; known once the twin is `checked`.
     """
@@ -66,7 +67,7 @@ class Twin:
         used = set(self.module.modules())
         self._holding = [module for module in used if module._buffers]
         self.layers = [m for m in self.module.modules() if isinstance(m, (QuantizedLayer, FloatLayer))]
-        self._names = [name for name, module in builder.sites.items() if module in used]
+        self.names = [name for name, module in builder.sites.items() if module in used]
 
     @property
     def notes(self) -> list[str]:
@@ -117,11 +118,6 @@ class Twin:
                 run(self._model, few, 0)  # not for want of an op, where the kernels fail too
                 if not self._let_kernel(error.node):
                     raise
-
-    @property
-    def names(self) -> list[str]:
-        """Sites whose scales the twin's output depends on."""
-        return list(self._names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

@@ -57,11 +57,15 @@ def plan(
         >>> prepared = prepare_fx(model, found.qconfig_mapping(mapping), example_inputs)      # doctest: +SKIP
     """
     config = given_config(config)
+    _check(budget, quantize)
+    with examined(model, calib_loader, float_model, config, IMAGES) as (backend, sources, batches):
+        return planned(backend, sources, batches, config, float(budget), quantize, progress)
+
+
+def _check(budget: Any, quantize: Any) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(f"budget: expected a number, got {type(budget).__name__}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget: expected a share of the int8 operations, above 0 and up to 1, got {budget}")
     if quantize is not None and not callable(quantize):
         raise TypeError(f"quantize: expected a function of a plan, got {type(quantize).__name__}")
-    with examined(model, calib_loader, float_model, config, IMAGES) as (backend, sources, batches):
-        return planned(backend, sources, batches, config, float(budget), quantize, progress)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Case
+from helpers.quick import some
 from helpers.search import exact_kl, small_config
 from torch.fx import GraphModule
 
@@ -134,7 +135,7 @@ def test_tensorboard_reads_what_was_written(conv: Case, tmp_path: Path) -> None:
     assert [s.step for s in scalars["refine/candidate"]] == [at for at, _ in tried]
 
 
-@pytest.mark.parametrize("kind", ["step", "proposal", "candidate", "block", "pass"])
+@pytest.mark.parametrize("kind", some("step", "candidate", "pass", others=["proposal", "block"]))
 def test_a_callback_can_stop(conv: Case, kind: str) -> None:
     events: list[cptv_ao.Event] = []
 
@@ -156,12 +157,12 @@ def test_a_callback_can_stop(conv: Case, kind: str) -> None:
     assert search_loss(conv.converted, conv) == pytest.approx(report.after.search, rel=1e-5), "they are in the model"
 
 
-@pytest.mark.parametrize("answer", [True, 1, "stop", None, 0])
+@pytest.mark.parametrize("answer", some(True, "stop", None, others=[1, 0]))
 def test_nothing_else_stops(conv: Case, answer: Any) -> None:
     assert refine(conv, lambda event: answer).status is not cptv_ao.Status.CALLBACK
 
 
-@pytest.mark.parametrize("score_on", ["kernels", "simulation"])
+@pytest.mark.parametrize("score_on", some("simulation", others=["kernels"]))
 def test_an_early_stop_watches_the_model_that_is_searched(conv: Case, score_on: str) -> None:
     """The loss of the search as a metric of the user's is, at each look, that of the history."""
     seen: list[GraphModule] = []
@@ -195,7 +196,7 @@ def test_patience(conv: Case, values: list[float], higher: bool, looks: int) -> 
     assert len(stop.values) == looks
 
 
-@pytest.mark.parametrize("score_on", ["kernels", "simulation"])
+@pytest.mark.parametrize("score_on", some("kernels", others=["simulation"]))
 def test_an_early_stop_selects_nothing(conv: Case, score_on: str) -> None:
     """A metric that is best at the start changes nothing but how long the search takes."""
     plain = conv.copy()

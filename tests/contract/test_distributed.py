@@ -17,6 +17,7 @@ import torch
 from helpers import attention, nets, pt2e
 from helpers.cases import Case
 from helpers.killed import Killed
+from helpers.quick import each_value
 from helpers.ranks import Failed, together
 from helpers.search import small_config
 from helpers.several_nets import Sequences
@@ -64,7 +65,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     indirect=True,
 )
 def test_every_world_size_gives_the_same_scales(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_every_world_size(small, tmp_path, monkeypatch)
+    assert check_every_world_size(small, tmp_path, monkeypatch, config=replace(CONFIG, passes=1))["moves"]
 
 
 @pytest.mark.slow
@@ -83,17 +84,18 @@ def test_whatever_is_searched(
     check_every_world_size(conv, tmp_path, monkeypatch, **changes)
 
 
-def check_every_world_size(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def check_every_world_size(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
     parts(monkeypatch)
     batches = [half for batch in case.batches for half in batch.split(2)]
     wanted = refine(case.copy(), batches=batches, **changes)
-    assert wanted[1]["moves"] or changes
     assert wanted[1]["blocks"]
     for size in (1, 2, 3):
         found = together(size, lambda _: refine(case, batches=batches, **changes), folder)
         assert found == [wanted] * size
+    return wanted[1]
 
 
+@pytest.mark.slow
 def test_ranks_move_a_pt2e_graph_to_the_same_form(tmp_path: Path) -> None:
     pt2e.torchao()
 
@@ -109,7 +111,7 @@ def test_ranks_move_a_pt2e_graph_to_the_same_form(tmp_path: Path) -> None:
 
 def test_more_ranks_than_batches(conv: Case, tmp_path: Path) -> None:
     wanted = refine(conv.copy(), batches=conv.batches[:2])
-    assert together(4, lambda _: refine(conv, batches=conv.batches[:2]), tmp_path) == [wanted] * 4
+    assert together(3, lambda _: refine(conv, batches=conv.batches[:2]), tmp_path) == [wanted] * 3
 
 
 def test_a_limit_of_seconds_ends_all_ranks_together(conv: Case, tmp_path: Path) -> None:
@@ -216,8 +218,9 @@ def spoil_step(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("spoil", [spoil_loader, spoil_data, spoil_float_model, spoil_score, spoil_step])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("spoil", "which"), each_value([spoil_loader, spoil_data, spoil_float_model, spoil_score, spoil_step], [0, 1])
+)
 def test_a_rank_that_fails_ends_all_and_no_model_is_touched(
     conv: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, which: int
 ) -> None:
@@ -247,8 +250,8 @@ def test_a_callback_that_raises_ends_all_ranks(conv: Case, tmp_path: Path) -> No
         if event.kind == "block":
             raise Killed("enough")
 
-    found = together(3, lambda _: refine(conv, callback=callback), tmp_path)
-    assert [failed.kind for failed in found] == ["Killed", "DistributedError", "DistributedError"]
+    found = together(2, lambda _: refine(conv, callback=callback), tmp_path)
+    assert [failed.kind for failed in found] == ["Killed", "DistributedError"]
     assert all("rank 0 failed, so all ranks end: Killed: enough" in failed.text for failed in found[1:])
 
 
@@ -301,9 +304,9 @@ def test_ranks_that_were_given_different_things_are_told(
     ("first", "second", "at"),
     [
         (2, 1, "candidate"),
-        (2, 3, "step"),
+        (1, 2, "step"),
         *(pytest.param(*more, marks=pytest.mark.slow) for more in [(1, 2, "candidate"), (3, 2, "candidate")]),
-        pytest.param(1, 2, "step", marks=pytest.mark.slow),
+        pytest.param(2, 3, "step", marks=pytest.mark.slow),
     ],
 )
 def test_it_goes_on_with_another_world_size(

@@ -269,7 +269,7 @@ def test_ctrl_c_inside_an_equivalent_form(make: Callable[[], Case]) -> None:
         refine(whole)
     assert everything(whole) != given and lines.seen > 100
     wanted = whole(case.batches[0])
-    for _ in range(int(os.environ.get("CPTV_AO_INTERRUPTS", "12"))):
+    for _ in range(int(os.environ.get("CPTV_AO_INTERRUPTS", "5"))):
         with AtLine(generator.randrange(1, lines.seen), FORMS), pytest.raises(KeyboardInterrupt):
             refine(case.converted)
         assert everything(case.converted) == given

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import nets
 from helpers.forms import BATCHES, FORMS, Injected, exported, lowered, made, referred, refine
+from helpers.quick import each_value, some
 from helpers.state import everything, same_bits
 from torch import Tensor, nn
 
@@ -37,8 +38,7 @@ def fail(event: cptv_ao.Event) -> None:
         raise Injected
 
 
-@pytest.mark.parametrize("with_float_model", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "with_float_model"), each_value(FORMS, [True, False]))
 def test_no_tensor_that_was_given_is_written(form: Any, with_float_model: bool) -> None:
     """Not even those of the model itself: whoever holds one, too, keeps it as it was."""
     model, converted, others = made(form)
@@ -50,8 +50,7 @@ def test_no_tensor_that_was_given_is_written(form: Any, with_float_model: bool) 
     assert changed == []
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "mode"), each_value(FORMS, [torch.no_grad, torch.inference_mode]))
 def test_an_exception_leaves_the_very_tensors(form: Any, mode: Any) -> None:
     model, converted, _ = made(form, mode)
     before, given, output = tensors(converted), everything(converted), converted(BATCHES[0])
@@ -63,7 +62,7 @@ def test_an_exception_leaves_the_very_tensors(form: Any, mode: Any) -> None:
     assert torch.equal(converted(BATCHES[0]), output)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some(lowered, exported, others=FORMS))
 def test_a_model_that_was_converted_in_inference_mode_is_refined(form: Any) -> None:
     results = []
     for mode in (torch.no_grad, torch.inference_mode):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import pt2e
 from helpers.output_nets import GRADIENT, quantized, refined
+from helpers.quick import each_value
 from helpers.search import small_config
 from torch import Tensor
 from torch.nn import functional
@@ -30,8 +31,7 @@ ENDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:refine without float_model")
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize(("name", "alone"), each_value(ENDS, [False, True]))
 def test_outputs_of_any_shape_and_dtype(name: str, alone: bool) -> None:
     end, loss = ENDS[name]
     report = refined(end, alone=alone)

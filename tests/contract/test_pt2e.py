@@ -18,6 +18,7 @@ import workloads
 from helpers import nets
 from helpers.cases import Case
 from helpers.pt2e import BATCHES, Residual, converted, per_tensor, refine, torchao, x86, xnnpack
+from helpers.quick import some
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -51,7 +52,7 @@ def models(float_model: nn.Module) -> dict[str, GraphModule]:
     return {name: converted(float_model, make(), fold) for name, (make, fold) in FORMS.items()}
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=some("x86", "xnnpack per tensor, not folded", others=FORMS))
 def model(request: pytest.FixtureRequest, models: dict[str, GraphModule]) -> GraphModule:
     return copy.deepcopy(models[request.param])
 

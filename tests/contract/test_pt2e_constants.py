@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets, pt2e
+from helpers.quick import each_pair, each_value
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -217,9 +218,7 @@ def close(value: Tensor, given: Tensor) -> bool:
     return value.numel() == given.numel() and torch.equal(value.flatten(), given.detach().flatten())
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "quantizer", "fold"), each_pair(NETS, QUANTIZERS, [True, False]))
 def test_a_constant_is_a_site_with_the_values_that_it_was_made_of(net: Any, quantizer: str, fold: bool) -> None:
     model = nets.seeded(net)
     graph = converted(model, QUANTIZERS[quantizer](), fold)
@@ -238,9 +237,7 @@ def test_a_constant_is_a_site_with_the_values_that_it_was_made_of(net: Any, quan
         assert all(any(close(value, given) for value in found) for given in left)
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "quantizer", "fold"), each_value(NETS, QUANTIZERS, [False, True]))
 def test_a_written_constant_is_in_graph_and_twin_alike_and_undone(net: Any, quantizer: str, fold: bool) -> None:
     model = nets.seeded(net)
     graph = converted(model, QUANTIZERS[quantizer](), fold)
@@ -261,8 +258,10 @@ def test_a_written_constant_is_in_graph_and_twin_alike_and_undone(net: Any, quan
             assert torch.equal(graph(BATCHES[0]), given), name
 
 
-@pytest.mark.parametrize("quantizer", ["int8", "uint8", "per channel"])
-@pytest.mark.parametrize("net", [net for net in NETS if net is not Scalars])  # one number has a code of its own
+@pytest.mark.parametrize(
+    ("net", "quantizer"),  # but for one number: that has a code of its own
+    each_value([net for net in NETS if net is not Scalars], ["int8", "uint8", "per channel"]),
+)
 def test_constants_are_searched_reported_saved_and_diagnosed(net: Any, quantizer: str, tmp_path: Path) -> None:
     model = nets.seeded(net)
     graph = converted(model, QUANTIZERS[quantizer]())

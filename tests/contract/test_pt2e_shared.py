@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets, pt2e
+from helpers.quick import each_value
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -145,16 +146,16 @@ QUANTIZERS = {
     "x86": x86, "xnnpack": xnnpack, "per tensor": lambda: xnnpack(per_channel=False),
     "dynamic x86": lambda: x86(dynamic=True), "dynamic xnnpack": lambda: xnnpack(dynamic=True),
 }  # fmt: skip
-CASES = [(Twice, BATCHES), (Tied, BATCHES), (Constants, BATCHES), (Normed, BATCHES), (ConvTwice, IMAGES)]
+NETS = [Twice, Tied, Constants, Normed, ConvTwice]
 
 
-@pytest.mark.parametrize("with_float_model", [True, False])
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize(("net", "batches"), CASES)
-def test_refined_and_diagnosed(net: Any, batches: Any, quantizer: str, fold: bool, with_float_model: bool) -> None:
+@pytest.mark.parametrize(
+    ("net", "quantizer", "fold", "with_float_model"), each_value(NETS, QUANTIZERS, [True, False], [True, False])
+)
+def test_refined_and_diagnosed(net: Any, quantizer: str, fold: bool, with_float_model: bool) -> None:
     if net is ConvTwice and "x86" in quantizer:
         pytest.skip("X86InductorQuantizer refuses it")
+    batches = IMAGES if net is ConvTwice else BATCHES
     model = nets.seeded(net)
     graph = quantized(model, batches, QUANTIZERS[quantizer](), fold)
     with torch.no_grad():
@@ -235,15 +236,16 @@ def test_constants_that_a_float_model_does_not_hold_stay() -> None:
         attach_float_weights(Backend(graph), other)
 
 
-@pytest.mark.parametrize("score", ["mse", "kl"])
-@pytest.mark.parametrize(
-    "batches",
-    [[BATCHES[0][:1]], [BATCHES[0][:1], BATCHES[0][1:2]], [torch.zeros(4, 12)] * 3, [torch.ones(4, 12)] * 3],
-    ids=["one image", "two batches of one", "zeros", "all alike"],
-)
-def test_images_that_say_little(batches: list[Tensor], score: str) -> None:
+LITTLE = {
+    "one image": [BATCHES[0][:1]], "two batches of one": [BATCHES[0][:1], BATCHES[0][1:2]],
+    "zeros": [torch.zeros(4, 12)] * 3, "all alike": [torch.ones(4, 12)] * 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("images", "score"), each_value(LITTLE, ["mse", "kl"]))
+def test_images_that_say_little(images: str, score: str) -> None:
     """Channels that do not vary have no range, and are not moved to the middle of it."""
-    model = nets.seeded(Normed)
+    model, batches = nets.seeded(Normed), LITTLE[images]
     for calibrated in (BATCHES, [torch.cat([batch] * 2) for batch in batches]):
         graph = quantized(model, calibrated, x86())
         report = refine(graph, model, batches, loss=score)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import nets
 from helpers.cases import Case
+from helpers.quick import some
 from helpers.saved_nets import SHAPES, Linears, Plain, SoftmaxModule, made
 from helpers.search import small_config
 from helpers.state import everything, same_bits, weights
@@ -64,7 +65,10 @@ def state_dict_file(model: GraphModule, **how: Any) -> Any:
 
 # What torch can
 
+CASES = ["conv", "functional", "conv per tensor", "functional per tensor", "vit"]
 
+
+@pytest.mark.parametrize("case", some("conv", others=CASES), indirect=True)
 def test_a_deepcopy(case: Case) -> None:
     wanted = refined(case)
     copied = copy.deepcopy(case.converted)
@@ -73,6 +77,7 @@ def test_a_deepcopy(case: Case) -> None:
     assert cptv_ao.report(copied) == cptv_ao.report(case.converted)
 
 
+@pytest.mark.parametrize("case", some("functional", others=CASES), indirect=True)
 def test_a_state_dict_into_a_fresh_conversion(case: Case) -> None:
     fresh = case.copy().converted
     wanted = refined(case)
@@ -82,6 +87,7 @@ def test_a_state_dict_into_a_fresh_conversion(case: Case) -> None:
     assert weights(fresh) == weights(case.converted)
 
 
+@pytest.mark.parametrize("case", some("conv", others=CASES), indirect=True)
 def test_a_state_dict_in_a_file(case: Case) -> None:
     fresh = case.copy().converted
     wanted = refined(case)
@@ -89,6 +95,7 @@ def test_a_state_dict_in_a_file(case: Case) -> None:
     assert same_bits(fresh(case.batches[0]), wanted)
 
 
+@pytest.mark.parametrize("case", some("functional", others=CASES), indirect=True)
 def test_jit_trace(case: Case) -> None:
     wanted = refined(case)
     again = traced(case.converted, case.batches[0])
@@ -130,7 +137,7 @@ def works(way: Callable[[], Any], images: Tensor, wanted: Tensor) -> bool:
         return False
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", some(*[*SHAPES][:2], others=SHAPES))
 def test_the_notes_tell_what_fails_and_nothing_else(kind: type[nn.Module]) -> None:
     case, other = made(kind), made(kind, gain=3.0)
     wanted, images = refined(case), case.batches[0]
@@ -153,7 +160,7 @@ def test_the_notes_tell_what_fails_and_nothing_else(kind: type[nn.Module]) -> No
     assert ("torch.jit.script cannot" not in told) == works(lambda: scripted(model), images, wanted)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", some(*[*SHAPES][2:4], others=SHAPES))
 def test_what_the_notes_advise_works(kind: type[nn.Module], tmp_path: Path) -> None:
     case, other = made(kind), made(kind, gain=3.0)
     wanted, images = refined(case), case.batches[0]

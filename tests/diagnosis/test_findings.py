@@ -10,6 +10,7 @@ import workloads
 from helpers import nets
 from helpers.cases import Case
 from helpers.diagnosed import block, diagnosed, rescale, site
+from helpers.quick import some
 from helpers.search import exact_kl
 from helpers.state import everything
 from torch import Tensor, nn
@@ -56,22 +57,21 @@ def test_layers_and_ops_in_float(vit: nn.Module, digits: workloads.Images) -> No
     assert any("1 layer is computing in float (blocks.1.mlp.fc1)" in sentence for sentence in found.advice)
 
 
-def test_weights_with_too_many_levels(vit_w3: Case) -> None:
-    vit_w3.batches[:] = [vit_w3.batches[0][:8]]  # what is found is a matter of the graph
-    wide = diagnosed(vit_w3).findings.wide_weights
-    assert "blocks.0.attn.qkv.weight (-4..4 for -4..3)" in wide
-    backend = Backend(vit_w3.converted)
-    attach_float_weights(backend, vit_w3.float_model)
+def test_weights_with_too_many_levels(conv: Case) -> None:
+    wide = diagnosed(conv).findings.wide_weights
+    assert "fc1.weight (-4..4 for -4..3)" in wide
+    backend = Backend(conv.converted)
+    attach_float_weights(backend, conv.float_model)
     for name, found in backend.sites.items():
         if found.kind == "weight":
             backend.write(name, backend.read(name))  # which clamps
-    assert diagnosed(vit_w3).findings.wide_weights == ()
+    assert diagnosed(conv).findings.wide_weights == ()
 
 
-@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("reduced", some(False, others=[True]))
 def test_risk_of_saturation(vit: nn.Module, digits: workloads.Images, reduced: bool) -> None:
     """Told on any machine: 8-bit weights behind activations that use the upper half of their codes."""
-    batches = list(digits.calibration(64, seed=0).split(32))
+    batches = [digits.calibration(16, seed=0)]
     weight = nets.qconfig(8).weight
     activation = MinMaxObserver.with_args(reduce_range=reduced)
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
@@ -84,11 +84,11 @@ def test_risk_of_saturation(vit: nn.Module, digits: workloads.Images, reduced: b
         assert "blocks.0.attn.qkv.output" not in findings.saturation_risk, "no kernel multiplies it with a weight"
 
 
-def test_narrow_weights_cannot_saturate(vit_w3: Case) -> None:
-    for name, found in Backend(vit_w3.converted).sites.items():
+def test_narrow_weights_cannot_saturate(conv: Case) -> None:
+    for name, found in Backend(conv.converted).sites.items():
         if found.kind == "activation" and not found.fixed:
-            rescale(vit_w3, name, 0.5)
-    assert diagnosed(vit_w3).findings.saturation_risk == ()
+            rescale(conv, name, 0.5)
+    assert diagnosed(conv).findings.saturation_risk == ()
 
 
 def test_saturation_here_is_told(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:

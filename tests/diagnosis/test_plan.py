@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import nets, planned, pt2e
 from helpers.cases import Case, reference_case
+from helpers.quick import each_value, some
 from helpers.state import everything
 from torch import nn
 from torch.fx import GraphModule
@@ -45,20 +46,21 @@ def names(plan: cptv_ao.Plan, step: int = 0) -> set[str]:
     return {str(part) for part in plan.steps[step].parts}
 
 
-def flows() -> list[Any]:
-    fx = pytest.param(lambda model: partial(planned.quantize_fx, model), id="fx")
-
-    def exported(quantizer: Any) -> Any:
-        return lambda model: lambda plan: planned.quantize_pt2e(model, quantizer, planned.BATCHES, plan)
-
-    return [fx, pytest.param(exported(pt2e.x86), id="x86"), pytest.param(exported(pt2e.xnnpack), id="xnnpack")]
+def exported(quantizer: Any) -> Any:
+    return lambda model: lambda plan: planned.quantize_pt2e(model, quantizer, planned.BATCHES, plan)
 
 
-@pytest.mark.parametrize("flow", flows())
-def test_an_outlier_goes_with_all_that_rounds_it(flow: Any) -> None:
+FLOWS: dict[str, Callable[[nn.Module], Quantize]] = {
+    "fx": lambda model: partial(planned.quantize_fx, model), "x86": exported(pt2e.x86),
+    "xnnpack": exported(pt2e.xnnpack),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flow", some("fx", "x86", others=FLOWS))
+def test_an_outlier_goes_with_all_that_rounds_it(flow: str) -> None:
     """It is rounded as long as the layer that makes it, or the one that reads it, observes it."""
     model = planned.outlier_between()
-    quantize: Quantize = flow(model)
+    quantize = FLOWS[flow](model)
     found = plan_of(model, quantize, quantize=quantize)
     assert "third" in names(found)
     whole = quantize(found.upto(1))
@@ -110,15 +112,14 @@ def study(model: nn.Module, quantize: Quantize, batches: list[torch.Tensor]) -> 
         step = PlanStep(tuple(sorted(group)), 0.0, 0.0)
         made = quantize(replace(empty, steps=(step,)))
         kernels = planned.mse(made, model, batches)
-        found.append((", ".join(map(str, step.parts)), measure(measure.wiring.nodes_of(group)), kernels))
+        found.append((", ".join(map(str, step.parts)), measure(measure.wiring.parts.nodes_of(group)), kernels))
     return found
 
 
-@pytest.mark.parametrize("make", [planned.outlier_between, planned.outlier_in_a_sum])
-@pytest.mark.parametrize("flow", flows())
-def test_each_group_is_what_stock_torch_leaves_in_float(flow: Any, make: Any) -> None:
+@pytest.mark.parametrize(("flow", "make"), each_value(FLOWS, [planned.outlier_between, planned.outlier_in_a_sum]))
+def test_each_group_is_what_stock_torch_leaves_in_float(flow: str, make: Any) -> None:
     model = make()
-    for group, twin, kernels in study(model, flow(model), planned.BATCHES):
+    for group, twin, kernels in study(model, FLOWS[flow](model), planned.BATCHES):
         assert twin == pytest.approx(kernels, rel=0.05), group
 
 
@@ -146,10 +147,10 @@ def test_it_is_json_and_a_table(vit_w2: Case) -> None:
     assert found.loss == pytest.approx(found.simulated, rel=0.01)
 
 
-@pytest.mark.parametrize("flow", flows())
-def test_the_same_twice_and_nothing_is_written(flow: Any) -> None:
+@pytest.mark.parametrize("flow", some("fx", "xnnpack", others=FLOWS))
+def test_the_same_twice_and_nothing_is_written(flow: str) -> None:
     model = planned.outlier_between()
-    quantized, batches = flow(model)(None), [batch.clone() for batch in planned.BATCHES]
+    quantized, batches = FLOWS[flow](model)(None), [batch.clone() for batch in planned.BATCHES]
     before = everything(quantized), everything(model)
     run = partial(cptv_ao.plan, quantized, batches, float_model=model, progress=False, budget=0.6)
     found = run()
@@ -175,10 +176,10 @@ def test_a_reference_model_is_that_which_it_lowers_to() -> None:
     assert found.parts == lowered.parts
 
 
-def test_a_model_without_a_twin_is_refused(vit_w3: Case) -> None:
-    model = nets.without_twin(vit_w3.converted)
+def test_a_model_without_a_twin_is_refused(functional: Case) -> None:
+    model = nets.without_twin(functional.converted)
     with pytest.raises(cptv_ao.UnsupportedModelError, match="forward hooks change what the model returns"):
-        cptv_ao.plan(model, vit_w3.batches[:1], float_model=vit_w3.float_model, progress=False)
+        cptv_ao.plan(model, functional.batches[:1], float_model=functional.float_model, progress=False)
 
 
 def test_what_a_small_budget_does_not_pay_for_is_told() -> None:

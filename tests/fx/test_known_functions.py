@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -101,3 +102,10 @@ def test_modules_are_known_with_their_parts_and_their_subclasses_are_not() -> No
     parts = [part for made in (nnq.Linear(2, 2), nn.MultiheadAttention(2, 1)) for part in made.modules()]
     assert all(map(is_listed_module, parts))
     assert not is_listed_module(like_linear(2, 2))
+
+
+def test_what_torch_export_puts_into_a_graph_is_known() -> None:
+    exporter = importlib.import_module("torch.export._unlift")
+    if not hasattr(exporter, "GuardsFn"):
+        pytest.skip("this torch puts nothing there")
+    assert is_listed_module(exporter.GuardsFn())

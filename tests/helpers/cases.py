@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,18 @@ class Case:
         """A copy, but for the prepared model: convert_fx leaves it in a state that no deepcopy survives."""
         float_model, converted = copy.deepcopy((self.float_model, self.converted))
         return Case(float_model, self.prepared, converted, [batch.clone() for batch in self.batches])
+
+
+class Copies:
+    """A copy of each case, by its name; it is made when it is first asked for."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Case]]) -> None:
+        self._make, self._made = make, dict[str, Case]()
+
+    def __getitem__(self, name: str) -> Case:
+        if name not in self._made:
+            self._made[name] = self._make[name]()
+        return self._made[name].copy()
 
 
 def vit_case(vit: nn.Module, digits: workloads.Images, weight_bits: int) -> Case:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cases import Case
+from helpers.cases import Copies
 from helpers.search import small_config
 
 import cptv_ao
@@ -86,8 +86,9 @@ class Diagnosis:
     advice = ("Keep blocks.1 in float.",)
 
 
-@pytest.fixture
-def report(conv: Case) -> cptv_ao.Report:
+@pytest.fixture(scope="module")
+def report(small_cases: Copies) -> cptv_ao.Report:
+    conv = small_cases["conv"]
     config = small_config(evaluations=12, passes=2, population=("output_error",), seed=3)
     cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
     return cptv_ao.report(conv.converted)
@@ -233,7 +234,7 @@ def test_a_search_that_found_nothing(report: cptv_ao.Report) -> None:
 
 @pytest.mark.parametrize("status", cptv_ao.Status)
 def test_every_status_leads_the_page(report: cptv_ao.Report, status: cptv_ao.Status) -> None:
-    parsed = Parsed(page(replace(report, status=status)))
+    parsed = Parsed(page(replace(report, status=status, history=(), moves=())))  # which no plot shows then
     assert "held-out images" in parsed.words.split("loss,")[0], "what was gained comes first"
     assert status.value[1:] in parsed.words
 

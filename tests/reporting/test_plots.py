@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import Case
+from helpers.cases import Case, Copies
 from helpers.search import small_config
 from helpers.state import everything
 from torch.fx import GraphModule
@@ -56,9 +56,10 @@ def diagnosis(loss: float, shares: dict[str, float]) -> Diagnosis:
     return Diagnosis(loss, tuple(Part(name, share, loss * (1 - share), 12.5, 0.97) for name, share in shares.items()))
 
 
-@pytest.fixture
-def report(conv: Case) -> cptv_ao.Report:
+@pytest.fixture(scope="module")
+def report(small_cases: Copies) -> cptv_ao.Report:
     """Of a search that gained, step by step."""
+    conv = small_cases["conv"]
     config = small_config(evaluations=12, passes=2)
     cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
     found = cptv_ao.report(conv.converted)

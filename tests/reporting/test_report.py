@@ -104,11 +104,12 @@ def test_what_moved_is_what_differs(case: Case) -> None:
 
 
 def test_the_report_of_a_search_is_consistent(vit_w3: Case) -> None:
-    report = refined(vit_w3, evaluations=3, passes=2, holdout=0)
+    vit_w3.batches = vit_w3.batches[:1]
+    report = refined(vit_w3, evaluations=2, passes=2, holdout=0)
     assert [block.name for block in report.blocks if block.visit == 0][:2] == ["stem", "blocks.0"]
-    assert report.evaluations == sum(block.evaluations for block in report.blocks) == 2 * 6 * 3
+    assert report.evaluations == sum(block.evaluations for block in report.blocks) == 2 * 6 * 2
     assert report.sites == 74
-    assert report.images == (128, 0)
+    assert report.images == (32, 0)
     for block in report.blocks:
         assert block.after <= block.before
         assert (block.after < block.before) == (block.accepted > 0)
@@ -200,6 +201,8 @@ DAMAGES: list[object] = [
     {"settings": {"a": 1}}, {"sites": True}, {"more": 1},
     {"notes": "text"}, {"status": []},
 ]  # fmt: skip
+#: with which it is diagnosed, too
+SOME = (None, "IMPROVED", {"status": "FINE"}, {"blocks": [3]})
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -210,10 +213,11 @@ def test_what_is_not_ours_is_no_report(conv: Case, made: Report, damage: object)
     conv.converted.meta["cptv_ao"] = {**good, **damage} if whole else damage  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"no report: expected a model that cptv_ao.refine returned"):
         cptv_ao.report(conv.converted)
-    found = cptv_ao.diagnose(conv.converted, conv.batches[:1], float_model=conv.float_model, progress=False)
-    conv.converted.meta.clear()
-    never = cptv_ao.diagnose(conv.converted, conv.batches[:1], float_model=conv.float_model, progress=False)
-    assert found.advice == never.advice
+    if damage in SOME:
+        found = cptv_ao.diagnose(conv.converted, conv.batches[:1], float_model=conv.float_model, progress=False)
+        conv.converted.meta.clear()
+        never = cptv_ao.diagnose(conv.converted, conv.batches[:1], float_model=conv.float_model, progress=False)
+        assert found.advice == never.advice
     conv.converted.meta = None
     with pytest.raises(ValueError, match="no report"):
         cptv_ao.report(conv.converted)

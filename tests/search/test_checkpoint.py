@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets, pt2e
-from helpers.cases import Case
+from helpers.cases import Case, Copies
 from helpers.damage import changed
 from helpers.killed import CONFIG, Killed, refine
 from safetensors.torch import load_file
@@ -24,6 +24,23 @@ import cptv_ao
 from cptv_ao.core.tensor_file import read_file
 from cptv_ao.search.checkpoint import Checkpoint
 from cptv_ao.search.state import Resumable
+
+
+@pytest.fixture(scope="module")
+def files(small_cases: Copies, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What searches of `conv` leave behind: one that is over, and one that was killed in its descent."""
+    folder = tmp_path_factory.mktemp("files")
+    refine(small_cases["conv"], folder / "over")
+    with pytest.raises(Killed):
+        refine(small_cases["conv"], folder / "killed", kill_at=8)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def over(files: dict[str, bytes], tmp_path: Path) -> Path:
+    """The file of a search of `conv` that is over."""
+    (tmp_path / "search").write_bytes(files["over"])
+    return tmp_path / "search"
 
 
 def scales(case: Case) -> dict[str, Any]:
@@ -39,14 +56,18 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
+SEARCHES: list[dict[str, Any]] = [{}, {"score_on": "simulation"}, {"search": "cma"}, {"block_order": "backward"}]
+QUICK = {("conv", 0), ("functional", 2)}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("small", "changes"),
     [
-        {},
-        pytest.param({"score_on": "simulation"}, marks=pytest.mark.slow),
-        {"search": "cma"},
-        pytest.param({"block_order": "backward"}, marks=pytest.mark.slow),
+        pytest.param(name, changes, marks=[] if (name, number) in QUICK else pytest.mark.slow)
+        for name in ("conv", "functional", "conv per tensor", "functional per tensor")
+        for number, changes in enumerate(SEARCHES)
     ],
+    indirect=["small"],
 )
 def test_it_goes_on_to_the_very_same_end(small: Case, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = small.copy()
@@ -110,6 +131,15 @@ def first(output: dict[str, torch.Tensor]) -> torch.Tensor:
         pytest.param({"score_on": "simulation"}, marks=pytest.mark.slow),
         pytest.param({"rounding_rate": 0.0, "feature_weight": 0.0}, marks=pytest.mark.slow),
     ],
+)
+@pytest.mark.parametrize(
+    "small",
+    [
+        pytest.param("conv", marks=pytest.mark.slow),
+        "functional",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv per tensor", "functional per tensor")),
+    ],
+    indirect=True,
 )
 def test_no_step_of_the_descent_is_lost(
     small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -198,8 +228,7 @@ def test_limits_may_be_changed(conv: Case, tmp_path: Path) -> None:
         ("model", "another model"),
     ],
 )
-def test_another_search_is_refused(conv: Case, tmp_path: Path, what: str, told: str) -> None:
-    refine(conv.copy(), tmp_path / "search")
+def test_another_search_is_refused(conv: Case, over: Path, what: str, told: str) -> None:
     changes: dict[str, Any] = {}
     if what == "config":
         changes["seed"] = 7
@@ -211,7 +240,7 @@ def test_another_search_is_refused(conv: Case, tmp_path: Path, what: str, told: 
         conv.converted.fc1.scale *= 2
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.ScalesFileError, match=f"the checkpoint of a search with {told}"):
-        refine(conv, tmp_path / "search", **changes)
+        refine(conv, over, **changes)
     assert torch.equal(conv.converted(conv.batches[0]), given)
 
 
@@ -237,18 +266,16 @@ def no_fingerprint(_: Any, data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [no_position, odd_position, odd_random, odd_scale, no_fingerprint])
-def test_a_damaged_checkpoint_is_refused_and_changes_nothing(conv: Case, tmp_path: Path, change: Any) -> None:
-    path = tmp_path / "search"
-    refine(conv.copy(), path)
-    changed(path, change)
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(conv: Case, over: Path, change: Any) -> None:
+    changed(over, change)
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.CptvError, match=r"not the checkpoint of a search|scale must be finite and > 0"):
-        refine(conv, path)
+        refine(conv, over)
     assert torch.equal(conv.converted(conv.batches[0]), given)
 
 
 @pytest.mark.parametrize("damage", ["descent/leaf/0", "descent/adam/0/exp_avg", "course", "random"])
-def test_a_damaged_descent_is_refused(conv: Case, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_descent_is_refused(conv: Case, files: dict[str, bytes], tmp_path: Path, damage: str) -> None:
     def change(tensors: dict[str, Any], data: dict[str, Any]) -> None:
         if damage in tensors:
             tensors[damage] = torch.zeros(7, 7)
@@ -256,8 +283,7 @@ def test_a_damaged_descent_is_refused(conv: Case, tmp_path: Path, damage: str) -
             data["descent"][damage] = {"steps": 3, "what": 4}
 
     path = tmp_path / "search"
-    with pytest.raises(Killed):
-        refine(conv.copy(), path, kill_at=8)
+    path.write_bytes(files["killed"])
     changed(path, change)
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.ScalesFileError, match="not the checkpoint of a search"):
@@ -272,13 +298,12 @@ def test_a_garbled_checkpoint_is_refused(conv: Case, tmp_path: Path, content: by
         refine(conv, tmp_path / "search")
 
 
-def test_scales_are_no_checkpoint_and_a_checkpoint_no_scales(conv: Case, tmp_path: Path) -> None:
+def test_scales_are_no_checkpoint_and_a_checkpoint_no_scales(conv: Case, over: Path, tmp_path: Path) -> None:
     cptv_ao.save_scales(conv.converted, tmp_path / "scales")
     with pytest.raises(cptv_ao.ScalesFileError, match="not the checkpoint of a search"):
         refine(conv, tmp_path / "scales")
-    refine(conv, tmp_path / "search")
     with pytest.raises(cptv_ao.ScalesFileError, match="expected the site table of a model"):
-        cptv_ao.load_scales(conv.converted, tmp_path / "search")
+        cptv_ao.load_scales(conv.converted, over)
 
 
 def test_a_disk_that_is_full_leaves_the_model_as_it_was(
@@ -298,11 +323,9 @@ def test_a_disk_that_is_full_leaves_the_model_as_it_was(
         refine(conv, tmp_path / "absent" / "search")
 
 
-def test_what_is_written_is_tensors_and_json(conv: Case, tmp_path: Path) -> None:
-    path = tmp_path / "search"
-    refine(conv, path)
-    assert {key.split("/")[0] for key in load_file(path)} == {"now", "best"}
-    with open(path, "rb") as file:
+def test_what_is_written_is_tensors_and_json(over: Path) -> None:
+    assert {key.split("/")[0] for key in load_file(over)} == {"now", "best"}
+    with open(over, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     assert set(header["__metadata__"]) == {"cptv_ao"}
     json.loads(header["__metadata__"]["cptv_ao"])

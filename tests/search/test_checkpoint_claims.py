@@ -8,11 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import Case
+from helpers.cases import Case, Copies
 from helpers.damage import changed, check_damaged, flipped
 from helpers.killed import Killed, refine
 
 import cptv_ao
+
+#: what the searches of this file do beside what they do in all files
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kernels": {},
+    "simulation": {"score_on": "simulation"},
+    "small": {"gradient_steps": 0, "population": (), "equalize": False, "passes": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def files(small_cases: Copies, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What searches of `conv` leave behind, by their settings."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, settings in SETTINGS.items():
+        refine(small_cases["conv"], folder / name, **settings)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def doubled(tensors: dict[str, Any], prefix: str) -> None:
@@ -46,7 +62,7 @@ def other_history(_: Any, data: dict[str, Any]) -> None:
     data["history"][-1]["search"] = data["history"][0]["search"] = 0.0
 
 
-@pytest.mark.parametrize("settings", [{}, {"score_on": "simulation"}])
+@pytest.mark.parametrize("settings", ["kernels", "simulation"])
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -59,30 +75,31 @@ def other_history(_: Any, data: dict[str, Any]) -> None:
     ],
 )
 def test_scales_are_scored_again_before_they_count(
-    conv: Case, tmp_path: Path, change: Any, told: str, settings: dict[str, Any]
+    conv: Case, files: dict[str, bytes], tmp_path: Path, change: Any, told: str, settings: str
 ) -> None:
     path = tmp_path / "search"
-    refine(conv.copy(), path, **settings)
+    path.write_bytes(files[settings])
     changed(path, change)
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.ScalesFileError, match=f"search: .*{told}.*delete it to search from the start"):
-        refine(conv, path, **settings)
+        refine(conv, path, **SETTINGS[settings])
     assert torch.equal(conv.converted(conv.batches[0]), given)
 
 
-def test_a_file_that_is_right_about_worse_scales_is_refused(conv: Case, tmp_path: Path) -> None:
+def test_a_file_that_is_right_about_worse_scales_is_refused(
+    conv: Case, files: dict[str, bytes], tmp_path: Path
+) -> None:
     """Not one word of it is wrong: but never worse holds."""
     from cptv_ao.backends.backend import Backend
     from cptv_ao.backends.float_weights import attach_float_weights
 
     path, spoilt = tmp_path / "search", conv.copy()
-    settings: dict[str, Any] = {"gradient_steps": 0, "population": (), "equalize": False, "passes": 1}
-    refine(conv.copy(), path, **settings)
+    path.write_bytes(files["small"])
     backend = Backend(spoilt.converted)
     attach_float_weights(backend, spoilt.float_model)
     qparams = backend.read("fc1.weight")
     backend.write("fc1.weight", replace(qparams, scale=qparams.scale * 50))
-    refine(spoilt, None, **settings, max_evaluations=0)
+    refine(spoilt, None, **SETTINGS["small"], max_evaluations=0)
     losses = cptv_ao.report(spoilt.converted).before
 
     def worse(tensors: dict[str, Any], data: dict[str, Any]) -> None:
@@ -98,7 +115,7 @@ def test_a_file_that_is_right_about_worse_scales_is_refused(conv: Case, tmp_path
     changed(path, worse)
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.ScalesFileError, match="its scales are worse than the given ones"):
-        refine(conv, path, **settings)
+        refine(conv, path, **SETTINGS["small"])
     assert torch.equal(conv.converted(conv.batches[0]), given)
 
 
@@ -132,9 +149,9 @@ def odd_correction(tensors: dict[str, Any], _: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [odd_seconds, odd_step, odd_shift, odd_correction])
-def test_what_cannot_be_is_refused(conv: Case, tmp_path: Path, change: Any) -> None:
+def test_what_cannot_be_is_refused(conv: Case, files: dict[str, bytes], tmp_path: Path, change: Any) -> None:
     path = tmp_path / "search"
-    refine(conv.copy(), path)
+    path.write_bytes(files["kernels"])
     changed(path, change)
     given = conv.converted(conv.batches[0])
     with pytest.raises(cptv_ao.ScalesFileError, match="not the checkpoint of a search"):

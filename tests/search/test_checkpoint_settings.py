@@ -49,15 +49,18 @@ LOSSES: dict[str, tuple[Any, Any]] = {
 }
 
 
+FEW: dict[str, Any] = {"gradient_steps": 0, "population": (), "equalize": False, "passes": 1, "evaluations": 1}
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_of_the_users_own_is_known_again(conv: Case, tmp_path: Path, kind: str) -> None:
     make, other = LOSSES[kind]
-    refine(conv.copy(), tmp_path / "search", loss=make())
-    assert not [e for e in refine(conv.copy(), tmp_path / "search", loss=make()) if e.kind == "candidate"]
+    assert [e for e in refine(conv.copy(), tmp_path / "search", **FEW, loss=make()) if e.kind == "candidate"]
+    assert not [e for e in refine(conv.copy(), tmp_path / "search", **FEW, loss=make()) if e.kind == "candidate"]
     with pytest.raises(
         cptv_ao.ScalesFileError, match=r"another config: loss is \S+ \(\w{16}\) there and \S+ \(\w{16}\) here"
     ):
-        refine(conv, tmp_path / "search", loss=other())
+        refine(conv, tmp_path / "search", **FEW, loss=other())
 
 
 def site_by_site(sites: Any) -> dict[str, str]:
@@ -66,13 +69,13 @@ def site_by_site(sites: Any) -> dict[str, str]:
 
 
 def test_blocks_count_by_what_they_are(conv: Case, tmp_path: Path) -> None:
-    refine(conv.copy(), tmp_path / "search", blocks=lambda sites: {site.name: site.name for site in sites})
-    by_other_words = refine(conv.copy(), tmp_path / "search", blocks=site_by_site)
+    refine(conv.copy(), tmp_path / "search", **FEW, blocks=lambda sites: {site.name: site.name for site in sites})
+    by_other_words = refine(conv.copy(), tmp_path / "search", **FEW, blocks=site_by_site)
     assert not [event for event in by_other_words if event.kind == "candidate"]
     with pytest.raises(cptv_ao.ScalesFileError, match=r"another config: blocks is .* blocks .* there and 1 blocks"):
-        refine(conv.copy(), tmp_path / "search", blocks=lambda sites: {site.name: "all" for site in sites})
-    refine(conv.copy(), tmp_path / "default")
-    refine(conv, tmp_path / "default", blocks=cptv_ao.blocks_by_path)
+        refine(conv.copy(), tmp_path / "search", **FEW, blocks=lambda sites: {site.name: "all" for site in sites})
+    refine(conv.copy(), tmp_path / "default", **FEW)
+    refine(conv, tmp_path / "default", **FEW, blocks=cptv_ao.blocks_by_path)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +89,8 @@ def test_settings_of_another_version_are_named(conv: Case, tmp_path: Path, where
         else:
             del config["racing"]
 
-    refine(conv.copy(), tmp_path / "search")
+    refine(conv.copy(), tmp_path / "search", **FEW)
     changed(tmp_path / "search", change)
     name = "of_a_newer_version" if where == "there" else "racing"
     with pytest.raises(cptv_ao.ScalesFileError, match=f"another config: {name} is {told}"):
-        refine(conv, tmp_path / "search")
+        refine(conv, tmp_path / "search", **FEW)

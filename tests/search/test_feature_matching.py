@@ -201,7 +201,13 @@ def test_the_cache_saves_forwards_and_changes_nothing(vit_w2: Case) -> None:
     assert any(not torch.equal(q.scale, plain.assignment()[n].scale) for n, q in asking.assignment().items())
 
 
-@pytest.mark.parametrize("loss", [lambda a, b: 4096 * kl(a, b), lambda a, b: kl(a, b) + 1], ids=["units", "offset"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(lambda a, b: 4096 * kl(a, b), id="units"),
+        pytest.param(lambda a, b: kl(a, b) + 1, id="offset", marks=pytest.mark.slow),
+    ],
+)
 def test_they_count_as_much_beside_a_loss_of_other_units(vit_w2: Case, loss: Loss) -> None:
     wanted, plain = (descend(vit_w2, feature_weight=weight).assignment() for weight in (1.0, 0.0))
     found = descend(vit_w2, loss, feature_weight=1.0).assignment()

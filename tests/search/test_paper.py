@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.cases import Case
+from helpers.quick import each_value
 from torch import Tensor, nn
 
 import cptv_ao
@@ -113,8 +114,7 @@ def test_early_rejection_does_not_change_a_visit() -> None:
 INFONCE = get_exact_loss("infonce", 3.0)
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("loss", ["infonce", INFONCE], ids=["early rejection", "scored in full"])
+@pytest.mark.parametrize(("seed", "loss"), each_value([0, 3], ["infonce", INFONCE]))
 def test_refine_follows_the_published_method(vit_w3: Case, seed: int, loss: Any) -> None:
     """Loss by loss and scale by scale: attention weights, blocks last to first, 3 children a visit, 2 passes.
 

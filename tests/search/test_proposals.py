@@ -12,6 +12,7 @@ import torch
 import workloads
 from helpers import nets
 from helpers.cases import Case, backend_of
+from helpers.quick import some
 from helpers.search import KL, small_config, step_images
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ def test_a_descent_lowers_the_loss_on_the_kernels(vit_w2: Case) -> None:
     assert evaluator.score() < 0.5 * before
 
 
-@pytest.mark.parametrize(("bits", "share"), [(3, 1.0), (4, 1.0), (8, 0.26)])
+@pytest.mark.parametrize(("bits", "share"), [pytest.param(3, 1.0, marks=pytest.mark.slow), (4, 1.0), (8, 0.26)])
 def test_weights_of_many_codes_move_slower(vit: nn.Module, digits: workloads.Images, bits: int, share: float) -> None:
     images = digits.train[:20]
     vit = copy.deepcopy(vit)  # prepare_fx leaves its qconfig on the modules
@@ -155,7 +156,7 @@ def test_a_schedule_ends_with_its_steps_or_its_seconds() -> None:
     assert math.isinf(Schedule(1, 0.1).seconds)
 
 
-@pytest.mark.parametrize("passes", [0, 1])
+@pytest.mark.parametrize("passes", some(1, others=[0]))
 def test_what_all_seconds_were_spent_on_is_tried(vit_w3: Case, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The descent ends with the seconds (or leaves some for the visits); its last state is scored all the same."""
     steps, skipped, clock = 0, 0.0, time.monotonic

@@ -15,6 +15,7 @@ import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 from helpers import nets
 from helpers.op_nets import ENGINES
+from helpers.quick import some
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.ao.quantization import (
@@ -143,7 +144,7 @@ def test_its_gradient_is_that_of_the_float_form(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:not understood, left alone. after .reference Linear:cptv_ao.CptvWarning")
-@pytest.mark.parametrize("name", [*DYNAMIC, *LOOKED])
+@pytest.mark.parametrize("name", some(*[*DYNAMIC, *LOOKED][::4], others=[*DYNAMIC, *LOOKED]))
 def test_all_others_are_proposed_for(name: str) -> None:
     """A scale beside it that is sixteen times what it should be is found back."""
     model, converted, batches = quantized(name, "x86")

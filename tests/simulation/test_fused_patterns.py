@@ -87,7 +87,11 @@ def test_torch_has_so_many() -> None:
     assert {engine: len(chains(engine)) > 40 for engine in ENGINES} == dict.fromkeys(ENGINES, True)
 
 
-@pytest.mark.parametrize(("engine", "name"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [pytest.param(*case, marks=pytest.mark.slow if number % 2 else ()) for number, case in enumerate(CASES)],
+    ids=str,
+)
 def test_the_twin_has_the_codes_of_a_fused_kernel(engine: str, name: str) -> None:
     first, *rest = chains(engine)[name]
     if engine == "qnnpack" and first is nn.ConvTranspose3d:

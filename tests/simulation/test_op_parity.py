@@ -50,7 +50,18 @@ def check(model: GraphModule, images: Tensor) -> None:
     assert float((off > 0.01).float().mean()) <= FEW
 
 
-@pytest.mark.parametrize(("name", "engine"), [(name, engine) for engine in ENGINES for name in KNOWN])
+def _in_turn() -> list[Any]:
+    """Each op on each engine; quick is each on the first of them, and every third on one of the others."""
+    first, *others = ENGINES
+    quick = {(name, others[number % len(others)]) for number, name in enumerate([*KNOWN][::3]) if others}
+    return [
+        pytest.param(name, engine, marks=() if engine == first or (name, engine) in quick else pytest.mark.slow)
+        for engine in ENGINES
+        for name in KNOWN
+    ]
+
+
+@pytest.mark.parametrize(("name", "engine"), _in_turn())
 def test_the_twin_has_the_kernels_codes(name: str, engine: str) -> None:
     try:
         model, images = quantized(*KNOWN[name], engine)
@@ -142,6 +153,7 @@ def _leaves(pattern: Any) -> Iterator[Any]:
         yield from _leaves(part) if isinstance(part, tuple) else (part,)
 
 
+@pytest.mark.slow
 def test_every_op_that_torch_quantizes_is_tested_here() -> None:
     """A new one in torch's own lists shows up."""
     made = [make for make, _ in KNOWN.values()]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.ao.nn.quantized as nnq
 from helpers import nets
+from helpers.quick import each_value
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping
@@ -75,9 +76,7 @@ def refined(model: GraphModule, batches: list[Tensor], float_model: Any, **chang
 
 @pytest.mark.filterwarnings("ignore:refine without float_model:cptv_ao.CptvWarning")
 @pytest.mark.filterwarnings("ignore:not understood, left alone. b :cptv_ao.CptvWarning")
-@pytest.mark.parametrize(
-    ("given", "score_on"), [(True, "kernels"), (False, "kernels"), (True, "simulation"), (False, "simulation")]
-)
+@pytest.mark.parametrize(("given", "score_on"), each_value([True, False], ["kernels", "simulation"]))
 def test_an_op_that_nobody_knows_costs_no_proposals(unknown: Any, given: bool, score_on: str) -> None:
     model, converted, batches, told = unknown
     report = refined(converted, batches, model if given else None, score_on=score_on)

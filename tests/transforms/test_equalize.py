@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import nets
 from helpers.cases import Case
+from helpers.quick import some
 from helpers.search import small_config
 from helpers.state import everything, weights
 from helpers.uneven import TracedNorm, uneven
@@ -222,7 +223,7 @@ def test_a_fresh_conversion_gets_it_all(unfused: Case, tmp_path: Path) -> None:
     assert torch.equal(unfused.converted(unfused.batches[0]), given)
 
 
-@pytest.mark.parametrize("kill_at", [2, 9, 11, 14])
+@pytest.mark.parametrize("kill_at", some(2, 11, others=[9, 14]))
 def test_a_killed_search_goes_on_to_the_same_end(unfused: Case, tmp_path: Path, kill_at: int) -> None:
     whole, killed = unfused.copy(), unfused.copy()
     wanted = refine(whole)(unfused.batches[0])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import pt2e
 from helpers.attention import BATCHES, NOTE, Gated, apart, quantized, refine, steps
+from helpers.quick import each_value
 from helpers.state import weights
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -45,8 +46,7 @@ def error(graph: GraphModule, model: nn.Module) -> float:
 FIRST = Batch((BATCHES[0],), {}, 8)
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "fold"), each_value(FORMS, [True, False]))
 @torch.no_grad()
 def test_the_function_stays_and_the_steps_are_finer(form: str, fold: bool) -> None:
     model = apart(form=form)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets
+from helpers.quick import each_value, some
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
@@ -177,7 +178,7 @@ REWRITTEN: dict[str, tuple[Any, Tensor, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", some(*[*REWRITTEN][::2], others=REWRITTEN))
 def test_what_stands_in_the_way_is_rewritten_and_quantized(name: str) -> None:
     make, batch, told = REWRITTEN[name]
     model = nets.seeded(make)
@@ -200,7 +201,7 @@ def test_what_stands_in_the_way_is_rewritten_and_quantized(name: str) -> None:
     assert any(move.kind == "weight" for move in report.moves) or not report.moves
 
 
-@pytest.mark.parametrize("make", [BatchDependent, Assigning])
+@pytest.mark.parametrize("make", some(Assigning, others=[BatchDependent]))
 def test_what_cannot_be_rewritten_stays_float(make: Any) -> None:
     model = nets.seeded(lambda: around(make(), False))
     ready = cptv_ao.recipe(model, (ROWS,))
@@ -236,7 +237,7 @@ def test_batch_norms_with_an_activation_fuse() -> None:
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("behind", [nn.Identity, Buffered])
+@pytest.mark.parametrize("behind", some(Buffered, others=[nn.Identity]))
 def test_what_a_model_caches_while_it_is_traced_is_not_in_the_recipe(behind: Any) -> None:
     model = nets.seeded(lambda: nn.Sequential(Caching(), behind(), nn.Linear(6, 3)))
     ready = cptv_ao.recipe(model, (ROWS,))
@@ -310,8 +311,7 @@ def test_example_inputs_are_a_tuple() -> None:
         cptv_ao.recipe(nets.seeded(nets.ConvNet), IMAGES)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn", "qnnpack"])
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("bits", "engine"), each_value(range(2, 9), ["x86", "fbgemm", "onednn", "qnnpack"]))
 def test_weight_codes_stay_in_their_range(bits: int, engine: str) -> None:
     if engine not in torch.backends.quantized.supported_engines:
         pytest.skip(f"this torch was built without {engine}")

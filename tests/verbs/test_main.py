@@ -60,6 +60,7 @@ def test_plan(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert json.loads((here / "plan.json").read_text()) == found.to_dict()
 
 
+@pytest.mark.slow
 def test_refine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file holds what the call finds."""
     given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--paper", "3", "--seed", "5"]
