@@ -38,7 +38,8 @@ class RefineConfig:
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
-            least change each layer's output, and then codes of weights that do (GPTQ, arXiv 2210.17323; not with
+            least change each layer's output, and then codes of weights that do (GPTQ, arXiv 2210.17323),
+            and weights that give back what quantization took before them (GPTAQ, arXiv 2504.02692; both not with
             `rounding_rate=0`, nor of 8 bits); `ranges`, the activations' whole container and half of it; `curvature`,
             activation ranges that least change the loss, to second order, by the gradients of random directions of the
             outputs in float; `biases`, biases that give each layer's output the mean that it has in float (bias

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.image_subsets import spread_images
 from cptv_ao.core.losses import get_loss, is_per_image
@@ -21,6 +22,7 @@ from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.batch_gradient import Objective
 from cptv_ao.search.proposals.bias_correction import BiasCorrector
+from cptv_ao.search.proposals.compensating_weights import compensating_weights
 from cptv_ao.search.proposals.following import follow
 from cptv_ao.search.proposals.gradient import GradientDescent, State
 from cptv_ao.search.proposals.initial_scales import Proposal, individuals
@@ -178,6 +180,8 @@ class Proposer:
         coarse = [lead for lead, group in self._groups.items() if is_coarse(group[0])]
         if coarse and "output_error" in self._config.population and self._config.rounding_rate and self._budget.left:
             yield "weights rounded for least output error", partial(self._rounded_in_turn, coarse)
+            if worth and self._budget.left:
+                yield "weights that compensate for what is before them", partial(self._compensating, coarse, batch)
         if "biases" in population and self._biases.worth(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
@@ -196,6 +200,11 @@ class Proposer:
         self._follow()
         images = self._cost.images(_TOLD_BY, forwards=2, share=0.03, least=4)
         return sequential_roundings(self._twin, weights, spread_images(self._steps.batches, images))
+
+    def _compensating(self, weights: Collection[str], batch: Batch) -> Assignment:
+        """Each with a scale of its own."""
+        self._follow()
+        return compensating_weights(self._twin, [name for name in weights if len(self._groups[name]) == 1], batch)
 
     @property
     def _saturates(self) -> bool:

@@ -19,7 +19,7 @@ from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
 
 # Rows of inputs of a batch that a Gram matrix is made of, at most; the share of its mean diagonal that is added to it.
-_ROWS, _DAMPING = 16_384, 0.01
+ROWS, _DAMPING = 16_384, 0.01
 # Columns whose errors are handed on to the columns behind them at once.
 _BLOCK = 128
 # Weights of more codes lose so little by the nearest ones that nothing is to be had.
@@ -46,7 +46,7 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
             for layer, value in layer_inputs(twin, batch).items():
                 site = layer.weight.site
                 if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
-                    rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
+                    rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), ROWS)
                     if rows is not None:
                         gram = rows.transpose(1, 2) @ rows
                         grams[site.name] = grams[site.name] + gram if site.name in grams else gram
@@ -56,29 +56,39 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
 def _rounded(quantizer: WeightQuantizer, grams: Tensor, now: QParams) -> QParams:
     weight, site = quantizer.weight, quantizer.site
     assert weight is not None
-    zero_point = along_axis(quantizer.zero_point, site.axis, weight.dim())
-    steps = weight_steps(weight, quantizer.scale, site.axis)
-    low, high = (torch.broadcast_to(end - zero_point, steps.shape).flatten(1) for end in (site.qmin, site.qmax))
-    parts = zip(*(part.chunk(len(grams)) for part in (steps.flatten(1), low, high)), grams, strict=True)
+    *parts_of, zero_point = steps_and_ends(quantizer)
+    parts = zip(*(part.chunk(len(grams)) for part in parts_of), grams, strict=True)
     codes = torch.cat([rounded_in_turn(*part) for part in parts])
     shift = shift_of(weight.cpu(), (codes.reshape(weight.shape) + zero_point).cpu(), now, site)
     return QParams(now.scale, now.zero_point, shift, now.correction)
 
 
-def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, gram: Tensor) -> Tensor:
+def steps_and_ends(quantizer: WeightQuantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a known float weight: it in steps of its scale, its least and greatest code, all (C, K) and without the
+    zero_point; and this, in a shape that meets the weight."""
+    weight, site = quantizer.weight, quantizer.site
+    assert weight is not None
+    zero_point = along_axis(quantizer.zero_point, site.axis, weight.dim())
+    steps = weight_steps(weight, quantizer.scale, site.axis)
+    low, high = (torch.broadcast_to(end - zero_point, steps.shape).flatten(1) for end in (site.qmin, site.qmax))
+    return steps.flatten(1), low, high, zero_point
+
+
+def rounded_in_turn(steps: Tensor, low: Tensor, high: Tensor, gram: Tensor, around: Tensor | None = None) -> Tensor:
     """Whole numbers near to `steps` whose products with inputs are near to those of the steps.
 
     Args:
         steps: weights in steps of their scales (C, K).
         low, high: the least and the greatest code (C, K).
         gram: of the inputs (K, K).
+        around: what the numbers are beside, where that is not `steps` (C, K).
 
     Returns:
         Each the whole number below or above, within the ends (C, K).
     """
     inverse, order = _inverse_factor(gram)
-    left, low, high = (part[:, order] for part in (steps, low, high))
-    floor, ceiling = (torch.minimum(torch.maximum(code, low), high) for code in (left.floor(), left.floor() + 1))
+    left, low, high, beside = (part[:, order] for part in (steps, low, high, steps if around is None else around))
+    floor, ceiling = (torch.minimum(torch.maximum(code, low), high) for code in (beside.floor(), beside.floor() + 1))
     codes, columns = torch.empty_like(left), left.shape[1]
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)

@@ -1,0 +1,111 @@
+"""Weights that give back what quantization took before them, in closed form: each layer, as it is given the values that
+the rounded layers before it make, comes as near as it can to what it gives in float. Its weights in float move there by
+regression (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695), are rounded for these inputs, and each channel's scale
+is fitted to its codes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.weight_rounding import shift_of
+from cptv_ao.fx.running import call
+from cptv_ao.search.proposals.sequential_rounding import ROWS, is_coarse, rounded_in_turn, steps_and_ends
+from cptv_ao.simulation.layer_inputs import layer_inputs
+from cptv_ao.simulation.modules import QuantizedLayer
+from cptv_ao.simulation.pt2e_builder import FloatLayer
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.quantizers import WeightQuantizer
+from cptv_ao.simulation.twin import Twin
+
+_Layer = QuantizedLayer | FloatLayer
+
+# What is added to the diagonal of a Gram matrix before a regression, in its mean, beside the columns per row: the fewer
+# rows, the less they say about how a weight should move.
+_DAMPING = 0.05
+# A scale moves by this factor at most.
+_SCALE = 1.1
+
+
+def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
+    """Scales and roundings for layers that run once, found in one forward in float and one of the twin.
+
+    Args:
+        twin: at the scales to start from; left as it was.
+        names: of the weight sites that may have other scales, and be rounded otherwise than to the nearest code.
+        batch: search images.
+    """
+    runs = Counter(layer.weight.site.name for layer in twin.layers)
+    layers = [layer for layer in twin.layers if runs[layer.weight.site.name] == 1 and _changes(twin, names, layer)]
+    with twin.in_float(twin.names):
+        wanted = layer_inputs(twin, batch)
+    found: Assignment = {}
+
+    def compensate(layer: Any, args: tuple[Any, ...]) -> None:
+        given, in_float = _rows(layer, args[0]), _rows(layer, wanted.pop(layer))
+        if given is not None and in_float is not None:
+            name = layer.weight.site.name
+            found[name] = _compensating(layer.weight, given, in_float, twin.sites.get(name))
+            twin.sites.set(name, found[name])
+
+    before = {layer.weight.site.name: twin.sites.state(layer.weight.site.name) for layer in layers}
+    hooks = [layer.register_forward_pre_hook(compensate) for layer in layers]
+    try:
+        with torch.no_grad():
+            call(twin, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for name, state in before.items():
+            twin.sites.restore(name, state)
+    return found
+
+
+def _changes(twin: Twin, names: Collection[str], layer: _Layer) -> bool:
+    site = layer.weight.site
+    chosen = site.name in names and is_coarse(site) and site.axis in (None, 0)
+    return chosen and twin.sites.shiftable_weight(site.name) is not None
+
+
+def _rows(layer: _Layer, value: QTensor | Tensor) -> Tensor | None:
+    return layer.rows(value if isinstance(value, Tensor) else value.dequantize(), ROWS)
+
+
+def _compensating(quantizer: WeightQuantizer, given: Tensor, in_float: Tensor, now: QParams) -> QParams:
+    """Of inputs as they are and in float, (groups, n, K)."""
+    weight, site = quantizer.weight, quantizer.site
+    assert weight is not None
+    steps, low, high, zero_point = steps_and_ends(quantizer)
+    codes, fits = list[Tensor](), list[Tensor]()
+    parts = zip(*(part.chunk(len(given)) for part in (steps, low, high)), given, in_float, strict=True)
+    for own, least, greatest, ours, theirs in parts:
+        gram, cross = ours.T @ ours, theirs.T @ ours
+        rounded = rounded_in_turn(own + _regressed(own, gram, cross, len(ours)), least, greatest, gram, own)
+        codes.append(rounded)
+        fits.append(torch.stack([((own @ cross) * rounded).sum(1), ((rounded @ gram) * rounded).sum(1)]))
+    scale = now.scale * _factor(torch.cat(fits, 1), site.axis).double().cpu()
+    chosen = torch.cat(codes).reshape(weight.shape) + zero_point
+    moved = QParams(scale, now.zero_point, None, now.correction)
+    return QParams(scale, now.zero_point, shift_of(weight.cpu(), chosen.cpu(), moved, site), now.correction)
+
+
+def _regressed(steps: Tensor, gram: Tensor, cross: Tensor, rows: int) -> Tensor:
+    """By how much weights (C, K) move so that their products with inputs come near to what they were in float."""
+    damped, columns = gram.double(), len(gram)
+    by = (_DAMPING + columns / rows) * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny
+    factor = torch.linalg.cholesky(damped + by * torch.eye(columns, dtype=damped.dtype, device=damped.device))
+    missing = steps.double() @ (cross - gram).double()
+    return torch.cholesky_solve(missing.T, factor).T.to(steps.dtype)
+
+
+def _factor(fits: Tensor, axis: int | None) -> Tensor:
+    """Of scales, (C,) or (), from products of outputs (2, C): of the float ones with ours, and of ours with ours."""
+    product, square = fits if axis is not None else fits.sum(1)
+    return torch.where(square > 0, product / square, 1.0).clamp(1 / _SCALE, _SCALE)
