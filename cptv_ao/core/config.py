@@ -38,21 +38,20 @@ class RefineConfig:
         temperature: of the InfoNCE losses (3.0 as published); ignored by the others.
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
-            least change each layer's output, and then codes of weights that do (GPTQ, arXiv 2210.17323),
-            and weights that give back what quantization took before them (GPTAQ, arXiv 2504.02692; both not with
-            `rounding_rate=0`, nor of 8 bits); `ranges`, the activations' whole container and half of it; `curvature`,
-            activation ranges that least change the loss, to second order, by the gradients of random directions of the
-            outputs in float; `biases`, biases that give each layer's output the mean that it has in float (bias
-            correction, arXiv 1906.04721). Where the kernels accept those, they are found anew with each proposal of the
-            gradient steps. Not of reference models.
+            least change each layer's output, then codes that do (GPTQ, arXiv 2210.17323), and weights that give back
+            what was taken before them (GPTAQ, arXiv 2504.02692; both not with `rounding_rate=0`, nor of 8 bits);
+            `ranges`, the activations' whole container and half of it; `curvature`, activation ranges that least change
+            the loss, to second order, by the gradients of random directions of the outputs in float; `biases`, which
+            give each layer's output the mean that it has in float (arXiv 1906.04721). Where the kernels accept those,
+            they are found anew with each proposal of the gradient steps. Not of reference models.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, outlier channels of layer norms move into the weights that read them (if their float weights are
             known). In PT2E graphs these too, and the channels of what linear layers read move to the middle of their
             ranges, by biases. Only where `include` and `kinds` leave nothing out; never of reference models.
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none. A step is
-            of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP. Proposals enter
-            only where the model's own kernels confirm them.
+            of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP, of 50 on a GPU.
+            Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
@@ -60,7 +59,8 @@ class RefineConfig:
         feature_weight: what the gradient steps follow beside the loss: noise to signal of the layer inputs, the squared
             error against those of the float network over their square, mean over the weighted layers. It counts so
             many times the loss, both as they are at the start; 0: the loss alone.
-        passes: sweeps over all blocks; they end early once the visits have gained nothing in 200 TFLOP of forwards.
+        passes: sweeps over all blocks; they end early once the visits have gained nothing in 200 TFLOP of forwards,
+            and do not begin behind the gradient steps of a GPU.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
         kinds: which scales are searched: weights, activations (with their zero_points), or both.

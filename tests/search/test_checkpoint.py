@@ -32,7 +32,7 @@ def files(small_cases: Copies, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("files")
     refine(small_cases["conv"], folder / "over")
     with pytest.raises(Killed):
-        refine(small_cases["conv"], folder / "killed", kill_at=8)
+        refine(small_cases["conv"], folder / "killed", kill_at=9)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -280,6 +280,7 @@ def test_a_damaged_descent_is_refused(conv: Case, files: dict[str, bytes], tmp_p
         if damage in tensors:
             tensors[damage] = torch.zeros(7, 7)
         else:
+            assert damage in data["descent"]
             data["descent"][damage] = {"steps": 3, "what": 4}
 
     path = tmp_path / "search"

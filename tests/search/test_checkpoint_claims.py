@@ -122,7 +122,7 @@ def test_a_file_that_is_right_about_worse_scales_is_refused(
 def test_a_checkpoint_with_one_bit_turned_is_refused(conv: Case, tmp_path: Path) -> None:
     path = tmp_path / "search"
     with pytest.raises(Killed):
-        refine(conv.copy(), path, kill_at=8)
+        refine(conv.copy(), path, kill_at=9)
     whole, given = path.read_bytes(), conv.converted(conv.batches[0])
     check_damaged(whole)
     for bad in list(flipped(whole, 100, seed=3))[-4:]:
