@@ -109,6 +109,7 @@ def test_ranks_move_a_pt2e_graph_to_the_same_form(tmp_path: Path) -> None:
     assert together(2, work, tmp_path) == together(1, work, tmp_path) * 2
 
 
+@pytest.mark.slow
 def test_more_ranks_than_batches(conv: Case, tmp_path: Path) -> None:
     wanted = refine(conv.copy(), batches=conv.batches[:2])
     assert together(3, lambda _: refine(conv, batches=conv.batches[:2]), tmp_path) == [wanted] * 3
@@ -245,6 +246,7 @@ def test_a_rank_that_fails_ends_all_and_no_model_is_touched(
     assert same
 
 
+@pytest.mark.slow
 def test_a_callback_that_raises_ends_all_ranks(conv: Case, tmp_path: Path) -> None:
     def callback(event: cptv_ao.Event) -> None:
         if event.kind == "block":

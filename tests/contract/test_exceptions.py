@@ -251,6 +251,7 @@ def _attending() -> Case:
     return Case(model, graph, graph, list(attention.BATCHES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [pytest.param(_uneven, marks=pytest.mark.slow), reference_case, pytest.param(_attending, marks=pytest.mark.slow)],

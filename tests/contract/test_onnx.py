@@ -74,6 +74,7 @@ def test_the_whole_road(tokens_x86: GraphModule, tokens: nn.Module, tmp_path: Pa
     assert mse(after, tokens, BATCHES) < 0.9 * before
 
 
+@pytest.mark.slow
 def test_what_the_session_gives_is_accepted(tokens_x86: GraphModule, tokens: nn.Module, tmp_path: Path) -> None:
     before, made = outputs(tokens_x86, BATCHES), list[Any]()
 

@@ -132,6 +132,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
     return seen
 
 
+@pytest.mark.slow
 def test_code_is_generated_as_often_however_many_scales_are_written(
     compilations: list[GraphModule], tmp_path: Path
 ) -> None:

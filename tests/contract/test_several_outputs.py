@@ -333,6 +333,7 @@ def test_a_reference_model() -> None:
     assert report.after.search < report.before.search and len(report.outputs) == 3
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     net, model, batches = converted("heads")
     config = small_config(**(GRADIENT | {"loss": {"age": "mse"}}))

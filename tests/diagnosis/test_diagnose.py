@@ -243,6 +243,7 @@ def test_blocks_are_those_of_the_config(conv: Case) -> None:
     assert names == {s[:4] for s in cptv_ao.find_sites(conv.converted)}
 
 
+@pytest.mark.slow
 def test_without_a_float_model(vit_w3: Case) -> None:
     found = diagnosed(vit_w3, float_model=None)
     assert any("errors of its weights are not seen" in note for note in found.notes)

@@ -57,6 +57,7 @@ def test_layers_and_ops_in_float(vit: nn.Module, digits: workloads.Images) -> No
     assert any("1 layer is computing in float (blocks.1.mlp.fc1)" in sentence for sentence in found.advice)
 
 
+@pytest.mark.slow
 def test_weights_with_too_many_levels(conv: Case) -> None:
     wide = diagnosed(conv).findings.wide_weights
     assert "fc1.weight (-4..4 for -4..3)" in wide
@@ -84,6 +85,7 @@ def test_risk_of_saturation(vit: nn.Module, digits: workloads.Images, reduced: b
         assert "blocks.0.attn.qkv.output" not in findings.saturation_risk, "no kernel multiplies it with a weight"
 
 
+@pytest.mark.slow
 def test_narrow_weights_cannot_saturate(conv: Case) -> None:
     for name, found in Backend(conv.converted).sites.items():
         if found.kind == "activation" and not found.fixed:

@@ -117,6 +117,7 @@ def test_with_seconds_it_goes_on_until_it_is_judged(
     assert told.count("gradient") > at_the_mark
 
 
+@pytest.mark.slow
 def test_behind_a_checkpoint_it_finds_the_same(vit_w3: Case, elsewhere: None, tmp_path: Any) -> None:
     """Killed in the middle of the descent, and begun again."""
     whole, _ = refined(vit_w3)

@@ -68,6 +68,7 @@ def site_by_site(sites: Any) -> dict[str, str]:
     return dict(zip(names, names, strict=True))
 
 
+@pytest.mark.slow
 def test_blocks_count_by_what_they_are(conv: Case, tmp_path: Path) -> None:
     refine(conv.copy(), tmp_path / "search", **FEW, blocks=lambda sites: {site.name: site.name for site in sites})
     by_other_words = refine(conv.copy(), tmp_path / "search", **FEW, blocks=site_by_site)

@@ -201,6 +201,7 @@ def test_sites_on_one_scale_get_one(vit_w3: Case) -> None:
     )
 
 
+@pytest.mark.slow
 def test_directions_of_one_run_are_those_of_runs_of_their_own(vit_w3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU runs them; in directions that depend on the image alone."""
 

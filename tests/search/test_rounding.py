@@ -57,6 +57,7 @@ def test_every_code_is_one_of_the_two_beside_its_float_weight(case: Case) -> Non
     assert f"{turned} of {total} weight codes" in str(cptv_ao.report(model))
 
 
+@pytest.mark.slow
 def test_without_it_all_codes_are_the_nearest(vit_w3: Case) -> None:
     vit_w3.batches = vit_w3.batches[:2]
     model = refined(vit_w3, rounding_rate=0.0, gradient_steps=6, holdout=0)

@@ -113,6 +113,7 @@ def test_an_equal_form_that_nobody_judged_goes_with_what_was_found(
     assert all(torch.equal(tokens_x86.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.slow
 def test_an_equal_form_is_judged_where_the_search_found_nothing_in_it(
     tokens_x86: GraphModule, tokens: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -256,6 +256,7 @@ def test_an_identity_does_not_keep_a_relu_from_its_batch_norm() -> None:
     assert cptv_ao.find_sites(converted(ready, IMAGES)).counts()["ConvReLU2d weight"] == 1
 
 
+@pytest.mark.slow
 def test_padding_by_name_is_given_in_numbers() -> None:
     same = [nn.Conv2d(3, 4, 3, padding="same"), nn.Conv2d(4, 4, 3, padding="valid"), nn.Conv2d(4, 4, 2, padding="same")]
     model = nets.seeded(lambda: nn.Sequential(*same, nn.Flatten()))
