@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.lowered_sites import LoweredSites, Place
-from cptv_ao.backends.scale_slots import (
-    AttributeScaleSlot,
-    BufferScaleSlot,
-    FunctionalWeightSlot,
-    ModuleWeightSlot,
-    ScaleSlot,
-    ScannedGraph,
-    WeightSlot,
-)
+from cptv_ao.backends.packed_slots import FunctionalWeightSlot, ModuleWeightSlot
+from cptv_ao.backends.scale_slots import AttributeScaleSlot, BufferScaleSlot, ScaleSlot, ScannedGraph, WeightSlot
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.sites import output_name, weight_name
 from cptv_ao.fx.decomposed_ops import packet_of

@@ -218,10 +218,6 @@ def _expect_output(output: Tensor, teacher: Tensor, index: int, select: Select) 
         raise NonFiniteError(f"the quantized model's {bad} on calibration batch {index} holds NaN or inf")
 
 
-def _shape(output: Tensor) -> str:
-    return str(tuple(output.shape))
-
-
 def batch_loss(loss: Loss, output: Callable[[], Tensor], teacher: Tensor) -> float:
     """Loss of what a model gives for a batch; inf for scales that QNNPACK's add refuses when it runs."""
     try:

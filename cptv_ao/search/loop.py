@@ -24,15 +24,12 @@ from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
-from cptv_ao.search.proposals.initial_scales import Proposal
+from cptv_ao.search.proposals.initial_scales import Meanwhile, Proposal
 from cptv_ao.search.scale_space import Beside, ScaleSpace
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.state import Position, Record, SearchLosses, SearchState
 from cptv_ao.search.strategies import make_strategy
 from cptv_ao.search.strategies.protocol import Individual, Vector
-
-#: Work that does not touch the model; asks whether it is over what it goes beside.
-Meanwhile = Callable[[Callable[[], bool]], None]
 
 
 class Loop:

@@ -16,7 +16,7 @@ from torch.ao.quantization import QConfigMapping
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.scale_slots import ModuleWeightSlot
+from cptv_ao.backends.packed_slots import ModuleWeightSlot
 from cptv_ao.diagnosis.code_counts import count_codes
 
 

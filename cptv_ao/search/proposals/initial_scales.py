@@ -23,6 +23,8 @@ HALF_CONTAINER = REDUCED_QMAX / 255
 
 Proposal = tuple[str, Callable[[], Assignment]]
 """What an individual is, and its scales; these are computed when they are asked for."""
+Meanwhile = Callable[[Callable[[], bool]], None]
+"""What may go on while one is scored, without touching the model; asks whether that is over."""
 
 
 def individuals(

@@ -25,7 +25,7 @@ from cptv_ao.search.proposals.bias_correction import BiasCorrector
 from cptv_ao.search.proposals.compensating_weights import compensating_weights
 from cptv_ao.search.proposals.following import follow
 from cptv_ao.search.proposals.gradient import GradientDescent, State
-from cptv_ao.search.proposals.initial_scales import Proposal, individuals
+from cptv_ao.search.proposals.initial_scales import Meanwhile, Proposal, individuals
 from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges
 from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.schedule import Schedule
@@ -109,7 +109,7 @@ class Proposer:
         if self._biases.dear and self._biases.in_use(self._store) and self._budget.left:
             yield "biases corrected", partial(self._biases.corrected, dict, self._store)
 
-    def beside_the_judge(self, on_step: Callable[[float], None]) -> Callable[[Callable[[], bool]], None] | None:
+    def beside_the_judge(self, on_step: Callable[[float], None]) -> Meanwhile | None:
         """What to do while the kernels judge a proposal: the descent goes on, where it is on a GPU; None: nothing.
 
         Without a limit of seconds it goes on for so many steps, that a search finds the same each time.
