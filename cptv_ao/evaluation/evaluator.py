@@ -21,7 +21,7 @@ from cptv_ao.core.errors import CalibrationDataError, FloatModelMismatchError, N
 from cptv_ao.core.losses import EachLoss, Loss
 from cptv_ao.core.packed_outputs import PackedOutputs, not_finite
 from cptv_ao.core.tensors import Select, compared, first_floating
-from cptv_ao.evaluation.race import margin, waves_of
+from cptv_ao.evaluation.race import WAVES, margin, waves_of
 from cptv_ao.evaluation.tail_runner import TailRunner
 from cptv_ao.fx.segments import same_stamp
 
@@ -113,7 +113,8 @@ class Evaluator:
         self.raced += parent is not None
         # In a race another batch comes first each time, so that no batch alone decides what the search sees.
         first = 0 if parent is None else self.raced
-        waves = waves_of(len(losses), first)
+        never = parent is None and math.isinf(limit)
+        waves = waves_of(len(losses), first, most=1 if never else WAVES)
         for seen, wave in enumerate(waves, start=1):
             for index, loss in zip(wave, self._losses(wave, check), strict=True):
                 losses[index] = loss
@@ -133,7 +134,7 @@ class Evaluator:
     def outputs(self) -> list[Tensor]:
         """The compared outputs per batch, (N, C) each; of this rank's batches."""
         with torch.inference_mode():
-            return [self._output(index).clone() for index in self._in_waves()]
+            return [self._output(index).clone() for index in self._begun(range(len(self._batches)))]
 
     def check(self) -> None:
         """Run this rank's batches once, and look at what comes out. `score` then knows the losses of the scales that
@@ -145,7 +146,7 @@ class Evaluator:
         """
         losses: dict[int, float] = {}
         with torch.inference_mode():
-            for index in self._in_waves():
+            for index in self._begun(range(len(self._batches))):
                 losses[index] = self._loss_of(index, check=True)
         self._ran = _Ran(self.runner.stamp(), losses)
 
@@ -167,16 +168,14 @@ class Evaluator:
                 table[index] = self._batches[index].images * loss
         return [float(loss) for loss in self._world.sum(table[list(wave)], check)]
 
-    def _in_waves(self) -> Iterator[int]:
-        """All batches of this rank; no more have run at one time than are scored between two decisions."""
-        for wave in waves_of(len(self._batches)):
-            yield from self._begun(wave)
-
-    def _begun(self, indices: Iterable[int]) -> list[int]:
-        """Those of this rank, which have begun to run."""
+    def _begun(self, indices: Iterable[int]) -> Iterator[int]:
+        """Those of this rank, which have begun to run: no more at one time than are scored between two decisions."""
         mine = [index for index in indices if self._world.mine(index)]
-        self.runner.begin(mine)
-        return mine
+        size = max(1, math.ceil(len(self._batches) / WAVES))
+        for start in range(0, len(mine), size):
+            wave = mine[start : start + size]
+            self.runner.begin(wave)
+            yield from wave
 
     def _output(self, index: int) -> Tensor:
         parts = [compared(part, self._select) for part in self.runner.output(index)]

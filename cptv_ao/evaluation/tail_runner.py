@@ -40,7 +40,7 @@ class TailRunner:
         self._pieces = Segments(model)
         self._entries = EntryCache(self._pieces, batches, cache_bytes, mine)
         self._entered = False
-        self._parallel: ParallelRuns | None = None
+        self._parallel = ParallelRuns.of(model)
         self._begun: dict[int, Parts] = {}
         #: images run so far to cache block entries
         self.image_entries = 0
@@ -76,10 +76,7 @@ class TailRunner:
         """Let parts of these batches run side by side, where they can; all of them are asked for next, in this order,
         before anything is written into the model."""
         self._begun = {}
-        if self._entered:
-            return
-        self._parallel = self._parallel or ParallelRuns.of(self._model)
-        if self._parallel is not None:
+        if self._parallel is not None and not self._entered:
             self._begun = {index: self._parallel.begin(index, self._batches[index]) for index in indices}
 
     def output(self, index: int) -> list[Any]:
