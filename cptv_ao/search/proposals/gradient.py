@@ -119,14 +119,14 @@ class GradientDescent:
         at, told = self._progress, -1
         if not self._gradient.follows(images):
             return
-        while not at.over and schedule.progress(at.steps) < 1.0:
+        while not at.over and (progress := schedule.progress(at.steps)) < 1.0:
             goes_on = going()
             if on_pause is not None:
                 on_pause(at.proposals != told or not goes_on)
                 told = at.proposals
             if not goes_on:
                 break
-            self._advance(images, schedule, on_step)
+            self._advance(images, schedule.rate(progress), on_step)
             if (passed := schedule.marks_passed(at.steps)) > at.proposals:
                 self._young = schedule.progress(at.steps) < _YOUNG
                 yield at.proposed(passed), self.assignment
@@ -144,8 +144,8 @@ class GradientDescent:
     ) -> None:
         """Descend while what was yielded last is tried; `going` is asked before each step, by how many there were."""
         at, steps = self._progress, 0
-        while not at.over and schedule.progress(at.steps) < 1.0 and going(steps):
-            self._advance(images, schedule, on_step)
+        while not at.over and (progress := schedule.progress(at.steps)) < 1.0 and going(steps):
+            self._advance(images, schedule.rate(progress), on_step)
             steps += 1
 
     @property
@@ -188,13 +188,13 @@ class GradientDescent:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.sites.get(s.name)) for g in self._groups for s in g.sites}
 
-    def _advance(self, images: StepImages, schedule: Schedule, on_step: Callable[[float], None] | None) -> None:
+    def _advance(self, images: StepImages, rate: float, on_step: Callable[[float], None] | None) -> None:
         """One step on the batch that is next."""
         at = self._progress
         if not at.order:
             at.order = [int(i) for i in self._rng.permutation(len(images))]
         index = at.order.pop()
-        loss = self._step(index, *images.at(index), schedule.rate(schedule.progress(at.steps)) * at.caution)
+        loss = self._step(index, *images.at(index), rate * at.caution)
         if on_step is not None:
             on_step(loss)
 
