@@ -89,7 +89,7 @@ class PackedWeightSlot(WeightSlot):
         first used (or with more images than before) with the zero_point that its input has then.
         """
         kept = self.state()
-        self._pack(self.weight(), self.bias())
+        self._pack(*self._unpack())
         self._renewed = self._packed(), kept
 
 
