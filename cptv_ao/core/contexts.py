@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cptv_ao.core.precision import gpu_products
 
@@ -95,6 +96,16 @@ def check_device(device: str) -> None:
 def is_cpu(device: str) -> bool:
     """Whether a device by name is the CPU, where kernels run, and nothing has to be moved."""
     return torch.device(device).type == "cpu"
+
+
+@contextmanager
+def hooked(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """What was registered is there while the context lasts."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import hooked
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
@@ -37,14 +38,10 @@ def followed(twin: Twin, scales: Mapping[str, Tensor], batch: Batch, pull: Pull,
         makes = name is not None and makers.setdefault(name, module) is module
         see(module, args, output, name if makes else None)
 
-    hooks = [module.register_forward_hook(show) for module in twin.module.modules()]
     args, kwargs = own_inputs(batch)
-    try:
-        with torch.enable_grad(), twin.in_float(twin.names):
-            return pull(twin.call({name: {"scale": scale} for name, scale in own.items()}, *args, **kwargs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [module.register_forward_hook(show) for module in twin.module.modules()]
+    with hooked(hooks), torch.enable_grad(), twin.in_float(twin.names):
+        return pull(twin.call({name: {"scale": scale} for name, scale in own.items()}, *args, **kwargs))
 
 
 def steps_and_gradients(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import hooked
 from cptv_ao.fx.running import call
 from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.pt2e_builder import FloatLayer
@@ -35,9 +36,5 @@ def seeing_inputs(twin: Twin) -> Iterator[LayerInputs]:
     def see(layer: Any, args: tuple[Any, ...]) -> None:
         seen[layer] = args[0]
 
-    hooks = [layer.register_forward_pre_hook(see) for layer in twin.layers]
-    try:
+    with hooked([layer.register_forward_pre_hook(see) for layer in twin.layers]):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.cost import Cost
@@ -130,12 +131,8 @@ def _correct(twin: Twin, layers: Sequence[_Layer], batch: Batch, share: float) -
 
 
 def _hooked(twin: Twin, layers: Sequence[_Layer], hook: Any, batch: Batch) -> None:
-    hooks = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with hooked([layer.register_forward_hook(hook) for layer in layers]):
         call(twin, batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _mean(layer: _Layer, output: QTensor | Tensor) -> Tensor:

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.weight_rounding import shift_of
 from cptv_ao.fx.running import call
-from cptv_ao.search.proposals.sequential_rounding import ROWS, is_coarse, rounded_in_turn, steps_and_ends
+from cptv_ao.search.proposals.sequential_rounding import input_rows, is_coarse, rounded_in_turn, steps_and_ends
 from cptv_ao.simulation.layer_inputs import layer_inputs
-from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer
-from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
-
-_Layer = QuantizedLayer | FloatLayer
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 # What is added to the diagonal of a Gram matrix before a regression, in its mean, beside the columns per row: the fewer
 # rows, the less they say about how a weight should move.
@@ -49,33 +46,26 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> As
     found: Assignment = {}
 
     def compensate(layer: Any, args: tuple[Any, ...]) -> None:
-        given, in_float = _rows(layer, args[0]), _rows(layer, wanted.pop(layer))
+        given, in_float = input_rows(layer, args[0]), input_rows(layer, wanted.pop(layer))
         if given is not None and in_float is not None:
             name = layer.weight.site.name
             found[name] = _compensating(layer.weight, given, in_float, twin.sites.get(name))
             twin.sites.set(name, found[name])
 
     before = {layer.weight.site.name: twin.sites.state(layer.weight.site.name) for layer in layers}
-    hooks = [layer.register_forward_pre_hook(compensate) for layer in layers]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hooked([layer.register_forward_pre_hook(compensate) for layer in layers]):
             call(twin, batch)
     finally:
-        for handle in hooks:
-            handle.remove()
         for name, state in before.items():
             twin.sites.restore(name, state)
     return found
 
 
-def _changes(twin: Twin, names: Collection[str], layer: _Layer) -> bool:
+def _changes(twin: Twin, names: Collection[str], layer: WeightedLayer) -> bool:
     site = layer.weight.site
     chosen = site.name in names and is_coarse(site) and site.axis in (None, 0)
     return chosen and twin.sites.shiftable_weight(site.name) is not None
-
-
-def _rows(layer: _Layer, value: QTensor | Tensor) -> Tensor | None:
-    return layer.rows(value if isinstance(value, Tensor) else value.dequantize(), ROWS)
 
 
 def _compensating(quantizer: WeightQuantizer, given: Tensor, in_float: Tensor, now: QParams) -> QParams:

@@ -15,11 +15,13 @@ from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
 from cptv_ao.simulation.layer_inputs import layer_inputs
+from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 # Rows of inputs of a batch that a Gram matrix is made of, at most; the share of its mean diagonal that is added to it.
-ROWS, _DAMPING = 16_384, 0.01
+_ROWS, _DAMPING = 16_384, 0.01
 # Columns whose errors are handed on to the columns behind them at once.
 _BLOCK = 128
 # Weights of more codes lose so little by the nearest ones that nothing is to be had.
@@ -46,11 +48,16 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
             for layer, value in layer_inputs(twin, batch).items():
                 site = layer.weight.site
                 if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
-                    rows = layer.rows(value if isinstance(value, Tensor) else value.dequantize(), ROWS)
+                    rows = input_rows(layer, value)
                     if rows is not None:
                         gram = rows.transpose(1, 2) @ rows
                         grams[site.name] = grams[site.name] + gram if site.name in grams else gram
     return {name: _rounded(weights[name], gram, twin.sites.get(name)) for name, gram in grams.items()}
+
+
+def input_rows(layer: WeightedLayer, value: QTensor | Tensor) -> Tensor | None:
+    """At most so many rows of what a layer is given, (groups, n, K); None where it has none."""
+    return layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
 
 
 def _rounded(quantizer: WeightQuantizer, grams: Tensor, now: QParams) -> QParams:
