@@ -12,13 +12,12 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import hooked
 from cptv_ao.fx.running import call
-from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 #: by layer with a weight on a scale
-LayerInputs = dict[QuantizedLayer | FloatLayer, QTensor | Tensor]
+LayerInputs = dict[WeightedLayer, QTensor | Tensor]
 
 
 def layer_inputs(twin: Twin, batch: Batch) -> LayerInputs:

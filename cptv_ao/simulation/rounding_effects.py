@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.simulation.activations import Pull, followed
-from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 
 def rounding_effects(twin: Twin, batch: Batch, pull: Pull) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ def rounding_effects(twin: Twin, batch: Batch, pull: Pull) -> dict[str, Tensor]:
             codes = output.codes
             rounded = replace(output, rounding="round").limits().fit(codes.detach())
             seen.append((site, codes, rounded.sub_(codes.detach())))
-        if isinstance(module, (QuantizedLayer, FloatLayer)):
+        if isinstance(module, WeightedLayer):
             _see_weight(module, args[0], output, weights, seen)
 
     number = followed(twin, {name: twin.sites.get(name).scale for name in twin.names}, batch, pull, see)
@@ -49,7 +48,7 @@ def rounding_effects(twin: Twin, batch: Batch, pull: Pull) -> dict[str, Tensor]:
 
 
 def _see_weight(
-    layer: QuantizedLayer | FloatLayer,
+    layer: WeightedLayer,
     value: Any,
     output: Any,
     weights: dict[int, str],

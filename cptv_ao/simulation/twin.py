@@ -20,10 +20,10 @@ from cptv_ao.simulation.by_kernel import ByKernel
 from cptv_ao.simulation.check import Checker
 from cptv_ao.simulation.limits import Rounding
 from cptv_ao.simulation.lowered_builder import LoweredBuilder
-from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer, Pt2eBuilder
+from cptv_ao.simulation.pt2e_builder import Pt2eBuilder
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin_sites import TwinSites
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 # Images on which a twin is checked.
 _FEW = 2
@@ -66,7 +66,7 @@ class Twin:
         self.sites, self._notes = TwinSites(builder.sites), builder.notes
         used = set(self.module.modules())
         self._holding = [module for module in used if module._buffers]
-        self.layers = [m for m in self.module.modules() if isinstance(m, (QuantizedLayer, FloatLayer))]
+        self.layers = [m for m in self.module.modules() if isinstance(m, WeightedLayer)]
         self.names = [name for name, module in builder.sites.items() if module in used]
 
     @property

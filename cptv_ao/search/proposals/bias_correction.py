@@ -24,11 +24,9 @@ from cptv_ao.fx.running import call
 from cptv_ao.search.proposals.following import follow
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
-
-_Layer = QuantizedLayer | FloatLayer
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 # Forwards that an image costs: one in float, and one in which each layer runs once more when it is corrected.
 _FORWARDS = 3
@@ -108,13 +106,13 @@ def corrections(
     return {name: found.to("cpu", copy=True) for name, found in held.items() if found is not None}, images
 
 
-def _site(layer: _Layer) -> str:
+def _site(layer: WeightedLayer) -> str:
     return layer.weight.site.name
 
 
-def _correct(twin: Twin, layers: Sequence[_Layer], batch: Batch, share: float) -> None:
+def _correct(twin: Twin, layers: Sequence[WeightedLayer], batch: Batch, share: float) -> None:
     """Move the corrections by a share of what the means on a batch are apart."""
-    wanted: dict[_Layer, Tensor] = {}
+    wanted: dict[WeightedLayer, Tensor] = {}
 
     def see(layer: Any, _: Any, output: QTensor | Tensor) -> None:
         wanted[layer] = _mean(layer, output)
@@ -130,12 +128,12 @@ def _correct(twin: Twin, layers: Sequence[_Layer], batch: Batch, share: float) -
     _hooked(twin, layers, correct, batch)
 
 
-def _hooked(twin: Twin, layers: Sequence[_Layer], hook: Any, batch: Batch) -> None:
+def _hooked(twin: Twin, layers: Sequence[WeightedLayer], hook: Any, batch: Batch) -> None:
     with hooked([layer.register_forward_hook(hook) for layer in layers]):
         call(twin, batch)
 
 
-def _mean(layer: _Layer, output: QTensor | Tensor) -> Tensor:
+def _mean(layer: WeightedLayer, output: QTensor | Tensor) -> Tensor:
     """Of each channel (C,), within what the output's codes can stand for, where it has some: what is beyond it, the
     function behind the layer clips in float, too (ReLU6), or nothing brings back."""
     if isinstance(output, QTensor) and isinstance(layer, QuantizedLayer):

@@ -16,10 +16,9 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.channel_scaling import OUTLIER
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
-from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.qtensor import Apart, QTensor
 from cptv_ao.simulation.twin import Twin
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class Target:
 
 
 #: by layer; without those whose input says nothing: all zero, or infinite padding
-Targets = dict[QuantizedLayer | FloatLayer, Target]
+Targets = dict[WeightedLayer, Target]
 
 
 class LayerInputTargets:

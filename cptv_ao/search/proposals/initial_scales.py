@@ -12,9 +12,8 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.simulation.layer_inputs import layer_inputs
-from cptv_ao.simulation.modules import QuantizedLayer
-from cptv_ao.simulation.pt2e_builder import FloatLayer
 from cptv_ao.simulation.twin import Twin
+from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 # Multiples of a weight scale that are tried per channel.
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
@@ -76,7 +75,7 @@ def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assig
     }
 
 
-def _least_error(layer: QuantizedLayer | FloatLayer, value: Tensor) -> QParams:
+def _least_error(layer: WeightedLayer, value: Tensor) -> QParams:
     weight, scale = layer.weight, layer.weight.scale
     best, chosen = torch.full_like(scale, torch.inf), scale.clone()
     for factor in _FACTORS:
