@@ -18,11 +18,10 @@ from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.weight_rounding import shift_of
 from cptv_ao.fx.running import call
-from cptv_ao.search.proposals.sequential_rounding import input_rows, is_coarse, rounded_in_turn, steps_and_ends
+from cptv_ao.search.proposals.sequential_rounding import input_rows, is_roundable, rounded_in_turn, steps_and_ends
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 # What is added to the diagonal of a Gram matrix before a regression, in its mean, beside the columns per row: the fewer
 # rows, the less they say about how a weight should move.
@@ -40,7 +39,8 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> As
         batch: search images.
     """
     runs = Counter(layer.weight.site.name for layer in twin.layers)
-    layers = [layer for layer in twin.layers if runs[layer.weight.site.name] == 1 and _changes(twin, names, layer)]
+    once = [layer for layer in twin.layers if runs[layer.weight.site.name] == 1 and layer.weight.site.name in names]
+    layers = [one for one in once if one.weight.site.axis in (None, 0) and is_roundable(twin, one.weight.site)]
     with twin.in_float(twin.names):
         wanted = layer_inputs(twin, batch)
     found: Assignment = {}
@@ -60,12 +60,6 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> As
         for name, state in before.items():
             twin.sites.restore(name, state)
     return found
-
-
-def _changes(twin: Twin, names: Collection[str], layer: WeightedLayer) -> bool:
-    site = layer.weight.site
-    chosen = site.name in names and is_coarse(site) and site.axis in (None, 0)
-    return chosen and twin.sites.shiftable_weight(site.name) is not None
 
 
 def _compensating(quantizer: WeightQuantizer, given: Tensor, in_float: Tensor, now: QParams) -> QParams:

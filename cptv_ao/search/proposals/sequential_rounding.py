@@ -33,6 +33,11 @@ def is_coarse(site: ScaleSite) -> bool:
     return site.kind == "weight" and site.qmax - site.qmin <= _CODES
 
 
+def is_roundable(twin: Twin, site: ScaleSite) -> bool:
+    """Whether it matters which of two codes a weight is rounded to, and it need not be the nearest."""
+    return is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None
+
+
 def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> Assignment:
     """The present scales, with weights that are rounded so; without those that have too many codes to gain by it.
 
@@ -47,7 +52,7 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
         for batch in batches:
             for layer, value in layer_inputs(twin, batch).items():
                 site = layer.weight.site
-                if site.name in names and is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None:
+                if site.name in names and is_roundable(twin, site):
                     rows = input_rows(layer, value)
                     if rows is not None:
                         gram = rows.transpose(1, 2) @ rows
