@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.lowered_sites import LoweredSites, Place
-from cptv_ao.backends.packed_slots import FunctionalWeightSlot, ModuleWeightSlot
+from cptv_ao.backends.packed_params import ModuleParams, RootParams
+from cptv_ao.backends.packed_slots import PackedWeightSlot
 from cptv_ao.backends.scale_slots import AttributeScaleSlot, BufferScaleSlot, ScaleSlot, ScannedGraph, WeightSlot
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.sites import output_name, weight_name
@@ -64,7 +65,7 @@ class Scanner:
         elif known.role == "lookup":
             self._weight_only.append(f"{path} ({name})")
         elif known.product:
-            self._add_weight(Place(node, weight_name(path), name, path), ModuleWeightSlot(module), known)
+            self._add_weight(Place(node, weight_name(path), name, path), PackedWeightSlot(ModuleParams(module)), known)
         if known is not None and known.role in {"static", "scaled"}:
             self._visit_output(node, module, known)
 
@@ -117,7 +118,7 @@ class Scanner:
         for source in packed:
             attribute = str(source.target)
             at = Place(node, self._scopes.name(attribute), op, self._scopes.of(node))
-            self._add_weight(at, FunctionalWeightSlot(self._model, attribute), known)
+            self._add_weight(at, PackedWeightSlot(RootParams(self._model, attribute)), known)
         return bool(packed)
 
     def _add_weight(self, at: Place, slot: WeightSlot, known: Quantized) -> None:

@@ -16,7 +16,8 @@ from torch.ao.quantization import QConfigMapping
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.backends.packed_slots import ModuleWeightSlot
+from cptv_ao.backends.packed_params import ModuleParams
+from cptv_ao.backends.packed_slots import PackedWeightSlot
 from cptv_ao.diagnosis.code_counts import count_codes
 
 
@@ -124,7 +125,7 @@ def test_scales_that_are_zero_or_not_finite_already(conv: Case, site: str, value
         zeros, axis = weight.q_per_channel_zero_points(), weight.q_per_channel_axis()
         broken = torch._make_per_channel_quantized_tensor(weight.int_repr(), scales, zeros, axis)
         model.conv1.set_weight_bias(broken, bias)
-        assert not torch.isfinite(ModuleWeightSlot(model.conv1).read().scale[5]) or value == 0
+        assert not torch.isfinite(PackedWeightSlot(ModuleParams(model.conv1)).read().scale[5]) or value == 0
     where = " in channel 5" if site == "conv1.weight" else ""
     match = rf"{site}: expected a finite scale > 0 in the model that was given, got {value:.4g}{where}; calibrate again"
     check(cptv_ao.NonFiniteError, match, model, conv.batches, float_model=conv.float_model)
