@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-import torch
-
 from cptv_ao.core.blocks import BlockPolicy
 from cptv_ao.core.contexts import check_device
 from cptv_ao.core.losses import LOSSES, Loss
 from cptv_ao.core.tensors import Select, first_floating
+from cptv_ao.core.value_kinds import is_code_range, is_device, is_integer, is_number
 
 LossName = Literal["auto", "kl", "infonce", "soft_infonce", "mse", "cosine"]
 # As in <function loss at 0x7f3a5c0>.
@@ -216,7 +215,7 @@ def _check_choices(config: RefineConfig) -> None:
         _expect(left_out or callable(one) or one in names, "loss", f"one of {names} or a function", one)
     _expect(config.search in ("evolution", "paper", "cma"), "search", "'evolution', 'paper' or 'cma'", config.search)
     _expect(config.score_on in ("kernels", "simulation"), "score_on", "'kernels' or 'simulation'", config.score_on)
-    _expect(_is_device(config.device), "device", "a device such as 'cpu' or 'cuda:1'", config.device)
+    _expect(is_device(config.device), "device", "a device such as 'cpu' or 'cuda:1'", config.device)
     _expect(config.block_order in ("forward", "backward"), "block_order", "'forward' or 'backward'", config.block_order)
     named = (config.output,) if isinstance(config.output, str) else config.output
     if isinstance(named, tuple):
@@ -237,22 +236,22 @@ def _check_choices(config: RefineConfig) -> None:
 def _check_numbers(config: RefineConfig) -> None:
     for name in ("temperature", "learning_rate", "activation_rate", "epsilon"):
         value = getattr(config, name)
-        _expect(_is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
+        _expect(is_number(value) and 0 < value < math.inf, name, "a finite number > 0", value)
     for name in ("rounding_rate", "feature_weight"):
         value = getattr(config, name)
-        _expect(_is_number(value) and 0 <= value < math.inf, name, "a finite number >= 0", value)
+        _expect(is_number(value) and 0 <= value < math.inf, name, "a finite number >= 0", value)
     for name, least in (("passes", 0), ("evaluations", 1), ("gradient_steps", 0), ("seed", 0), ("cache_bytes", 0)):
         value = getattr(config, name)
-        _expect(_is_integer(value) and value >= least, name, f"an integer >= {least}", value)
-    _expect(_is_number(config.holdout) and 0 <= config.holdout < 1, "holdout", "a fraction in [0, 1)", config.holdout)
+        _expect(is_integer(value) and value >= least, name, f"an integer >= {least}", value)
+    _expect(is_number(config.holdout) and 0 <= config.holdout < 1, "holdout", "a fraction in [0, 1)", config.holdout)
     _expect(
-        config.max_evaluations is None or (_is_integer(config.max_evaluations) and config.max_evaluations >= 0),
+        config.max_evaluations is None or (is_integer(config.max_evaluations) and config.max_evaluations >= 0),
         "max_evaluations",
         "an integer >= 0 or None",
         config.max_evaluations,
     )
     _expect(
-        config.max_seconds is None or (_is_number(config.max_seconds) and config.max_seconds > 0),
+        config.max_seconds is None or (is_number(config.max_seconds) and config.max_seconds > 0),
         "max_seconds",
         "a number > 0 or None",
         config.max_seconds,
@@ -278,31 +277,10 @@ def _check_tuples(config: RefineConfig) -> None:
         "a non-empty tuple of 'weight' and 'activation'",
         config.kinds,
     )
-    if config.weight_range is not None:
-        _expect(_is_range(config.weight_range), "weight_range", "(qmin, qmax) within -128..127", config.weight_range)
+    codes = config.weight_range
+    _expect(codes is None or is_code_range(codes), "weight_range", "(qmin, qmax) within -128..127", codes)
 
 
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"RefineConfig.{name}: expected {expected}, got {got!r}")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_device(value: object) -> bool:
-    try:
-        return isinstance(value, str) and bool(torch.device(value).type)
-    except RuntimeError:
-        return False
-
-
-def _is_range(value: object) -> bool:
-    if not (isinstance(value, tuple) and len(value) == 2 and all(_is_integer(v) for v in value)):
-        return False
-    return bool(-128 <= value[0] < value[1] <= 127)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from cptv_ao.core.config import RefineConfig, given_config
+from cptv_ao.core.value_kinds import is_number
 from cptv_ao.diagnosis.plan_result import Plan
 from cptv_ao.diagnosis.plan_run import IMAGES, planned
 from cptv_ao.verbs.examined import examined
@@ -63,7 +64,7 @@ def plan(
 
 
 def _check(budget: Any, quantize: Any) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+    if not is_number(budget):
         raise TypeError(f"budget: expected a number, got {type(budget).__name__}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget: expected a share of the int8 operations, above 0 and up to 1, got {budget}")
