@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.protocol import ScaleStore
 from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.image_subsets import first_images
 from cptv_ao.core.outcome import Losses, Outcome, Status
@@ -75,12 +76,12 @@ def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration
     return Baseline(given, state, tuple(done), scoring)
 
 
-def at_state(backend: Backend, state: Mapping[str, Any], measured: Callable[[], _Measured]) -> _Measured:
+def at_state(store: ScaleStore, state: Mapping[str, Any], measured: Callable[[], _Measured]) -> _Measured:
     """What is measured of a model in a state that it was in."""
-    now = backend.snapshot()
-    backend.restore_all(state)
+    now = store.snapshot()
+    store.restore_all(state)
     found = measured()
-    backend.restore_all(now)
+    store.restore_all(now)
     return found
 
 

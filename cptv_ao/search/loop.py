@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.events import STOP, Callback, Event
 from cptv_ao.core.formatting import number
 from cptv_ao.core.losses import is_known
-from cptv_ao.core.outcome import BlockResult, Losses, Point, Status
+from cptv_ao.core.outcome import BlockResult, Status
 from cptv_ao.core.qparams import Assignment
-from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.search.baseline import Baseline
+from cptv_ao.search.best_so_far import BestSoFar, with_held_out
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.initial_scales import Meanwhile, Proposal
 from cptv_ao.search.scale_space import Beside, ScaleSpace
@@ -33,10 +33,7 @@ from cptv_ao.search.strategies.protocol import Individual, Vector
 
 
 class Loop:
-    """Searches the scales of one model; leaves the best accepted state in it.
-
-    A state is accepted when neither loss is worse than the start's, and the mean of the losses on the search and on
-    the held-out images is the lowest so far; the start is the first state.
+    """Searches the scales of one model; leaves the best accepted state in it, see `BestSoFar`.
 
     Args:
         space: what is searched.
@@ -57,7 +54,7 @@ class Loop:
         given: Baseline | None = None,
     ) -> None:
         self.space, self._store, self._world = space, space.store, budget.world
-        self._search, self._holdout, self._idle_images = scoring.search, scoring.holdout, scoring.idle_images
+        self._search, self._idle_images = scoring.search, scoring.idle_images
         self._config, self._listeners = config, tuple(listeners)
         self._evolves = config.search == "evolution"
         self._rng: np.random.Generator = np.random.default_rng(config.seed)
@@ -69,60 +66,51 @@ class Loop:
         self._search.keep()
         # Where the search starts: the model that was given, or an equivalent one.
         self._first_state = self._store.snapshot()
-        self.start = _both(self.loss, self._holdout) if given is None else given.losses
-        self._given_state = self._first_state if given is None else given.state
-        self.history = [Point(0, self.budget.seconds, self.start.search, self.start.holdout, True)]
-        self.best, self._best_state = self.start, self._given_state
-        self.rejected = False
+        start = with_held_out(self.loss, scoring.holdout) if given is None else given.losses
+        given_state = self._first_state if given is None else given.state
+        self.best = BestSoFar(self._store, scoring.holdout, budget, start, given_state)
         self._position = Position()
-        self._equalized = self._keep() if given is not None else None
+        self._equalized = self.best.offer(self.loss) if given is not None else None
 
     def state(self) -> SearchState:
         """Where it is, less the descent."""
-        now, best = self._store.snapshot(), None
-        moved = self.space.moved_since(self._first_state)
-        if self._best_state is not self._given_state:
-            self._store.restore_all(self._best_state)
-            best = self.space.moved_since(self._first_state)
-            self._store.restore_all(now)
+        now = self.space.moved_since(self._first_state)
+        best = self.best.measured(lambda: self.space.moved_since(self._first_state))
         record = Record(
             position=self._position,
-            losses=SearchLosses(self.start, self.best, self.loss),
-            rejected=self.rejected,
+            losses=SearchLosses(self.best.start, self.best.losses, self.loss),
+            rejected=self.best.rejected,
             step_sizes=deepcopy(self._step_sizes),
             evaluations=self.budget.evaluations,
             seconds=self.budget.seconds,
             results=tuple(self.results),
             stages=tuple(self.stages),
-            history=tuple(self.history),
+            history=tuple(self.best.history),
             raced=self._search.raced,
         )
-        return SearchState(record, dict(self._rng.bit_generator.state), moved, best)
+        return SearchState(record, dict(self._rng.bit_generator.state), now, best)
 
     def resume(self, state: SearchState) -> None:
         """Go to where `state` says, see `cptv_ao.search.state.Resumable`."""
-        record, self._best_state = state.record, self._given_state
+        record, best = state.record, None
         if state.best is not None:
             self.space.write(state.best)
-            self._best_state = self._store.snapshot()
+            best = self._store.snapshot()
             self._store.restore_all(self._first_state)
         self.space.write(state.now)
+        self.best.resume(best, record.history, record.rejected)
         self._rng.bit_generator.state = state.random
-        self._position, self.rejected, self._step_sizes = record.position, record.rejected, deepcopy(record.step_sizes)
-        self.results, self.stages, self.history = list(record.results), list(record.stages), list(record.history)
+        self._position, self._step_sizes = record.position, deepcopy(record.step_sizes)
+        self.results, self.stages = list(record.results), list(record.stages)
         self.budget.go_on_from(record.evaluations, record.seconds)
         self._search.go_on_from(record.raced)
 
     def score_again(self) -> SearchLosses:
         """Find the losses of the scales that `resume` has brought back; all ranks together."""
-        now, self.best = self._store.snapshot(), self.start
-        if self._best_state is not self._given_state:
-            self._store.restore_all(self._best_state)
-            self.best = _both(self._search.score(), self._holdout)
-            self._store.restore_all(now)
+        self.best.score_again(self._search)
         self.loss = self._search.score()
         self._search.keep()
-        return SearchLosses(self.start, self.best, self.loss)
+        return SearchLosses(self.best.start, self.best.losses, self.loss)
 
     def begin(self) -> None:
         """Tell of the form that the search starts from, where that is another than the given one."""
@@ -149,7 +137,8 @@ class Loop:
             proposed = whole.repair(whole.from_assignment(assignment))
             proposed = self._world.from_first(torch.from_numpy(proposed)).numpy()
             whole.write(proposed, _beside(self._store, assignment, self._world))
-            loss = self._judged(proposed, meanwhile)
+            score = partial(self._score, proposed, self.loss)
+            loss = score() if meanwhile is None or self._world.size > 1 else _scored_meanwhile(score, meanwhile)
             better = loss < self.loss
             if better:
                 self.loss = loss
@@ -157,7 +146,7 @@ class Loop:
             else:
                 whole.undo()
             self._tell("proposal", name, 0, loss)
-            kept = self._keep()
+            kept = self.best.offer(self.loss)
             self.stages.append(f"{name}: {_became(better, kept)}, {_told(loss)}")
         return True
 
@@ -176,7 +165,7 @@ class Loop:
                 if not self.budget.left or self._gives_up:
                     break
                 evaluations = self._visit(*order[index], pass_index)
-                at, gained = self._position, self._keep()
+                at, gained = self._position, self.best.offer(self.loss)
                 idle = 0 if gained else at.idle + evaluations * self._search.images
                 self._position = Position(pass_index, index + 1, gained or at.gained, idle)
                 on_block()
@@ -186,7 +175,7 @@ class Loop:
             if self._evolves and not self._position.gained:
                 break  # a whole pass gained nothing that the held-out images confirm
             self._position = Position(pass_index + 1, idle=self._position.idle)
-        self._store.restore_all(self._best_state)
+        self.best.restore()
 
     @property
     def _gives_up(self) -> bool:
@@ -235,14 +224,6 @@ class Loop:
         self._tell("block", name, pass_index, self.loss)
         return count
 
-    def _judged(self, proposed: Vector, meanwhile: Meanwhile | None) -> float:
-        if meanwhile is None or self._world.size > 1:
-            return self._score(proposed, self.loss)
-        with ThreadPoolExecutor(1) as judge:  # it ends before anything is written again, whatever goes wrong meanwhile
-            judged = judge.submit(self._score, proposed, self.loss)
-            meanwhile(judged.done)
-            return judged.result()
-
     def _score(self, vector: Vector, threshold: float, race: bool = False) -> float:
         """The loss of what was just written; inf where it is rejected or no number."""
         self.budget.count()
@@ -251,20 +232,6 @@ class Loop:
         races = race and named and self._config.racing
         loss = self._search.score(threshold if named else math.inf, races, vector.tobytes())
         return loss if math.isfinite(loss) else math.inf
-
-    def _keep(self) -> bool:
-        """Remember the state that is in the model if it is the best accepted one, and say so."""
-        losses = self.best if self.loss >= self.best.search else _both(self.loss, self._holdout)
-        kept = False
-        if losses.worse_than(replace(self.start, search=math.inf)):
-            self.rejected = True
-        elif losses.mean < self.best.mean:
-            self.best = losses
-            self._best_state = self._store.snapshot()
-            kept = True
-        told = losses.holdout if losses.holdout is None or math.isfinite(losses.holdout) else None
-        self.history.append(Point(self.budget.evaluations, self.budget.seconds, self.loss, told, kept))
-        return kept
 
     def _tell(self, kind: Any, name: str, pass_index: int, loss: float, best: float | None = None) -> None:
         lowest = self.loss if best is None else best
@@ -275,8 +242,12 @@ class Loop:
                 budget.stop(Status.CALLBACK)
 
 
-def _both(search: float, holdout: Evaluator | None) -> Losses:
-    return Losses(search, None if holdout is None else holdout.score())
+def _scored_meanwhile(score: Callable[[], float], meanwhile: Meanwhile) -> float:
+    """What `score` gives, with `meanwhile` beside it."""
+    with ThreadPoolExecutor(1) as judge:  # it ends before anything is written again, whatever goes wrong meanwhile
+        judged = judge.submit(score)
+        meanwhile(judged.done)
+        return judged.result()
 
 
 def _beside(store: ScaleStore, assignment: Assignment, world: World) -> dict[str, Beside]:

@@ -27,16 +27,16 @@ def outcome_of(
         The outcome, with losses of what was searched, and no image-forwards yet.
     """
     moves = loop.space.moves(given)
-    start = unsearched(loop.start, len(given), calibration, settings, notes, loop.budget.seconds)
+    start = unsearched(loop.best.start, len(given), calibration, settings, notes, loop.budget.seconds)
     return replace(
         start,
         status=_status(loop, bool(moves)),
-        after=loop.best,
+        after=loop.best.losses,
         blocks=tuple(loop.results),
         moves=moves,
         stages=tuple(loop.stages),
         evaluations=loop.budget.evaluations,
-        history=tuple(loop.history),
+        history=tuple(loop.best.history),
     )
 
 
@@ -79,4 +79,4 @@ def _status(loop: Loop, moved: bool) -> Status:
         return Status.BUDGET
     if moved:
         return Status.IMPROVED
-    return Status.REJECTED if loop.rejected else Status.UNCHANGED
+    return Status.REJECTED if loop.best.rejected else Status.UNCHANGED

@@ -183,7 +183,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         budget.reserve(target.verdict_seconds + _told_seconds(calibration, scores))
 
         loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
-        check_losses(loop.start)
+        check_losses(loop.best.start)
         proposer = _proposer(target, space, config, budget, notes)
         with stop_on_interrupt(budget.stop):
             Search(loop, proposer, checkpoint, calibration.cost.measured).run()

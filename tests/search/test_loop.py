@@ -100,8 +100,8 @@ def test_it_leaves_the_best_scales_it_has_seen(search: Any) -> None:
     store, loop, _ = opened(near(0.1), None, None, [lambda event: seen.append(event.loss)], search=search)
     before = near(0.1)(store)
     run(loop)
-    assert near(0.1)(store) == loop.best.search == min(seen) < before
-    assert loop.history[-1].search == pytest.approx(loop.loss)
+    assert near(0.1)(store) == loop.best.losses.search == min(seen) < before
+    assert loop.best.history[-1].search == pytest.approx(loop.loss)
 
 
 def test_each_block_is_entered_planned_and_left() -> None:
@@ -133,8 +133,8 @@ def test_what_is_worse_on_the_held_out_images_is_not_kept() -> None:
     store, loop, _ = opened(near(0.1), holdout=near(0.125))
     given = store.snapshot()
     run(loop)
-    assert loop.loss < loop.start.search
-    assert loop.rejected and loop.best == loop.start
+    assert loop.loss < loop.best.start.search
+    assert loop.best.rejected and loop.best.losses == loop.best.start
     assert all(same(store.values[name], given[name]) for name in given), "the scales that were given"
 
 
@@ -142,7 +142,7 @@ def test_it_ends_after_a_pass_that_gained_nothing() -> None:
     _, loop, _ = opened(near(0.125), passes=5)
     run(loop)
     assert len(loop.results) == 2, "both blocks once"
-    assert loop.best == loop.start and not loop.rejected
+    assert loop.best.losses == loop.best.start and not loop.best.rejected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -152,7 +152,7 @@ def test_losses_that_are_no_number_change_nothing(bad: float) -> None:
     given = store.snapshot()
     run(loop)
     assert store.values.keys() == given.keys() and all(same(store.values[n], given[n]) for n in given)
-    assert loop.best.search == loop.loss == 1.0
+    assert loop.best.losses.search == loop.loss == 1.0
 
 
 def test_of_proposals_the_best_is_gone_on_from() -> None:
@@ -166,7 +166,7 @@ def test_of_proposals_the_best_is_gone_on_from() -> None:
     ]
     assert float(store.read("in").scale) == pytest.approx(0.11)
     assert loop.loss == evaluator.loss(store)
-    assert [point.kept for point in loop.history] == [True, False, True, False]
+    assert [point.kept for point in loop.best.history] == [True, False, True, False]
 
 
 def test_a_proposal_that_the_held_out_images_refuse_is_not_called_accepted() -> None:
@@ -174,7 +174,7 @@ def test_a_proposal_that_the_held_out_images_refuse_is_not_called_accepted() -> 
     proposed = {name: qparams(0.11, store.sites[name]) for name in store.sites}
     loop.propose([("lower", lambda: proposed)])
     assert loop.stages[0].startswith("lower: better on the search images, not on all, loss ")
-    assert not loop.history[-1].kept
+    assert not loop.best.history[-1].kept
     assert float(store.read("in").scale) == pytest.approx(0.11), "from there it goes on"
 
 
@@ -194,7 +194,7 @@ def test_a_listener_that_says_so_ends_it() -> None:
     run(loop)
     assert loop.budget.stopped is Status.CALLBACK
     assert loop.budget.evaluations == 5
-    assert loop.best.search == near(0.1)(store)
+    assert loop.best.losses.search == near(0.1)(store)
 
 
 def test_it_goes_on_from_its_state_to_the_same_end() -> None:
@@ -209,8 +209,8 @@ def test_it_goes_on_from_its_state_to_the_same_end() -> None:
         assert loop.score_again() == state.record.losses
         run(loop)
         assert all(same(store.values[name], whole_store.values[name]) for name in store.values)
-        assert loop.results == whole.results and loop.best == whole.best
-        assert [point.search for point in loop.history] == [point.search for point in whole.history]
+        assert loop.results == whole.results and loop.best.losses == whole.best.losses
+        assert [point.search for point in loop.best.history] == [point.search for point in whole.best.history]
 
 
 @pytest.mark.parametrize(("loss", "in_full"), [("kl", False), (lambda c, t: (c - t).square().mean(), True)])
