@@ -20,8 +20,9 @@ from cptv_ao.core.errors import NonFiniteError
 from cptv_ao.core.losses import EachLoss, JointLoss, get_exact_loss
 from cptv_ao.core.outcome import Losses
 from cptv_ao.core.tensors import Select, compared
+from cptv_ao.evaluation.batch_losses import batch_loss
 from cptv_ao.evaluation.calibration import Calibration, Images
-from cptv_ao.evaluation.evaluator import Evaluator, batch_loss
+from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.fx.running import run
 
 # What block visits may cost without a gain, in floating point operations of the float network.

@@ -81,10 +81,11 @@ class Watch:
         self.now = {"scored": 0.0, "steps": 0.0, "calls": 0.0, "bytes": 0.0}
         self.marks: list[tuple[str, float, dict[str, float]]] = []
         from cptv_ao.evaluation import scoring
+        from cptv_ao.evaluation.batch_losses import BatchLosses
         from cptv_ao.evaluation.evaluator import Evaluator
         from cptv_ao.search.proposals.gradient import GradientDescent
 
-        self._timed(Evaluator, "_output", "scored")
+        self._timed(BatchLosses, "_output", "scored")
         self._timed(Evaluator, "enter", "scored")
         self._timed(GradientDescent, "_step", "steps")
         self._timed(scoring, "teacher_outputs", "scored")
