@@ -48,7 +48,8 @@ from cptv_ao.core.events import Event
 from cptv_ao.core.losses import kl
 from cptv_ao.core.precision import gpu_products
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
+from cptv_ao.search.proposals.batch_gradient import BatchGradient
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.scale_optimizer import ScaleOptimizer
 from cptv_ao.simulation.qtensor import QTensor
@@ -144,7 +145,7 @@ def compare_steps(name: str, backend: Backend, model: nn.Module, images: Tensor,
     say(f"{name}: a step is {ratios[0]:.2f} x TF32, {ratios[1]:.2f} x bf16; the first two took {first:.1f} s")
     if images.is_cuda:
         count_launches(name, step)
-        refused = step.gradient._captured.refused if step.gradient._captured else ""
+        refused = captured.refused if (captured := step.gradient._runner.captured) else ""
         peak, held = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
         say(f"{name}: peak {peak:.1f} GiB of tensors, {held:.1f} reserved; recorded: {refused or 'yes'}")
 

@@ -210,12 +210,12 @@ def spoil_score(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def spoil_step(_: Case, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    from cptv_ao.search.proposals.batch_gradient import BatchGradient
+    from cptv_ao.search.proposals.part_runner import PartRunner
 
     def forward(*_: Any) -> Any:
         raise Killed("out of memory")
 
-    patch.setattr(BatchGradient, "_forward", forward)
+    patch.setattr(PartRunner, "forward", forward)
     return {}
 
 

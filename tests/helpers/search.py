@@ -13,7 +13,7 @@ from cptv_ao.core import losses
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.calibration import Calibration, Images
-from cptv_ao.search.proposals.batch_gradient import Objective
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import Twin

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cptv_ao.core.losses import cosine, get_loss, kl
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.search.proposals import batch_gradient, device_memory
-from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
+from cptv_ao.search.proposals import device_memory, part_runner
+from cptv_ao.search.proposals.batch_gradient import BatchGradient
+from cptv_ao.search.proposals.descent_objective import Objective
 
 
 def found(case: Case, objective: Objective, pull: float | None = None) -> tuple[float, Tensor, float, int]:
@@ -75,12 +76,12 @@ def test_features_are_balanced_once_on_the_whole_batch(conv: Case, monkeypatch: 
 def test_the_graph_of_one_part_is_held_at_a_time(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     each_image_alone(monkeypatch)
     alive: list[int] = []
-    gradient = batch_gradient._Graph.gradient
+    gradient = part_runner.PartGraph.gradient
 
     def seen(self: Any, *args: Any) -> Tensor:
-        alive.append(sum(type(one) is batch_gradient._Graph for one in gc.get_objects()))
+        alive.append(sum(type(one) is part_runner.PartGraph for one in gc.get_objects()))
         return gradient(self, *args)
 
-    monkeypatch.setattr(batch_gradient._Graph, "gradient", seen)
+    monkeypatch.setattr(part_runner.PartGraph, "gradient", seen)
     found(conv, Objective(kl, first_floating, per_image=True, feature_weight=1.0), 1.0)
     assert alive == [1] * 4

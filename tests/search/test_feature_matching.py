@@ -22,7 +22,7 @@ from cptv_ao.core.losses import Loss, kl
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.evaluation.teacher import teacher_outputs
-from cptv_ao.search.proposals.batch_gradient import Objective
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Targets, _target, distance
 from cptv_ao.search.proposals.gradient import GradientDescent, Schedule
 from cptv_ao.simulation.layer_inputs import LayerInputs, layer_inputs, seeing_inputs

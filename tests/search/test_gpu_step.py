@@ -17,9 +17,11 @@ from cptv_ao.core.losses import kl
 from cptv_ao.core.precision import gpu_products
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
+from cptv_ao.search.proposals.batch_gradient import BatchGradient
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.feature_matching import _scaled, _target
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
+from cptv_ao.search.proposals.part_runner import PartRunner
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.twin import Twin
 
@@ -50,8 +52,8 @@ def test_a_step_reads_no_number_on_the_host(name: str, request: pytest.FixtureRe
     with twin.in_float(twin.names):
         found = layer_inputs(twin, batch).items()
     wanted = {layer: _target(*_scaled(value), layer.channel_dim)[0] for layer, value in found}
-    graph = gradient._graph(batch, wanted)
-    pull = gradient._pulled(graph.outputs.detach(), teacher, True)[1]
+    graph = gradient._runner._graph(batch, wanted)
+    pull = OBJECTIVE.pull(graph.outputs, teacher)[1]
     total = graph.gradient(leaves, pull, torch.zeros((), device="meta"))
     assert total.is_meta and total.numel() == sum(leaf.numel() for leaf in leaves)
 
@@ -62,7 +64,7 @@ def test_where_the_card_is_full_parts_are_halved(conv: Case, monkeypatch: pytest
     whole = BatchGradient(twin, groups, OBJECTIVE)
     wanted = whole.of(0, batch, teacher, leaves, 2.0)[1]
     tried: list[int] = []
-    forward = BatchGradient._forward
+    forward = PartRunner.forward
 
     def full(self: Any, key: Any, part: Batch, *rest: Any) -> Any:
         tried.append(part.images)
@@ -70,7 +72,7 @@ def test_where_the_card_is_full_parts_are_halved(conv: Case, monkeypatch: pytest
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return forward(self, key, part, *rest)
 
-    monkeypatch.setattr(BatchGradient, "_forward", full)
+    monkeypatch.setattr(PartRunner, "forward", full)
     cut = BatchGradient(twin, groups, OBJECTIVE)
     cut._most = batch.images
     if fits == 0:
@@ -124,12 +126,13 @@ def test_products_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -
 def test_one_launch_is_the_step_that_was_recorded(vit_w3: Case) -> None:
     twin, groups, leaves, batch, teacher = opened(vit_w3, "cuda")
     launched, eager = (BatchGradient(twin, groups, OBJECTIVE) for _ in range(2))
-    eager._captured = None
+    eager._runner.captured = None
     for _ in range(3):
         with torch.no_grad():
             wanted = eager.of(0, batch, teacher, leaves, 2.0)[1]
             total = launched.of(0, batch, teacher, leaves, 2.0)[1]
-            assert launched._captured is not None and not launched._captured.refused
+            captured = launched._runner.captured
+            assert captured is not None and not captured.refused
             assert float((total - wanted).norm()) < 1e-4 * float(wanted.norm())
             for leaf in leaves:
                 leaf.add_(0.01)

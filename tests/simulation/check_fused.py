@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cptv_ao.core.losses import kl
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
+from cptv_ao.search.proposals.batch_gradient import BatchGradient
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.simulation import fused
 from cptv_ao.simulation.limits import Limits, Rounding
 

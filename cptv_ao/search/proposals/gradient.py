@@ -20,7 +20,8 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.plain import from_plain
 from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.search.proposals.batch_gradient import BatchGradient, Objective
+from cptv_ao.search.proposals.batch_gradient import BatchGradient
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.scale_optimizer import ScaleOptimizer, like
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule

@@ -20,9 +20,9 @@ from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
-from cptv_ao.search.proposals.batch_gradient import Objective
 from cptv_ao.search.proposals.bias_correction import BiasCorrector
 from cptv_ao.search.proposals.compensating_weights import compensating_weights
+from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.following import follow
 from cptv_ao.search.proposals.gradient import GradientDescent, State
 from cptv_ao.search.proposals.initial_scales import Meanwhile, Proposal, individuals
