@@ -195,10 +195,11 @@ def test_the_cache_saves_forwards_and_changes_nothing(vit_w2: Case) -> None:
     assert plain.image_forwards == 6 * images
     assert asking.image_forwards == 8 * images
     assert keeping.image_forwards == 7 * images
-    assert asking.assignment().keys() == keeping.assignment().keys()
-    for name, qparams in asking.assignment().items():
-        assert torch.equal(qparams.scale, keeping.assignment()[name].scale), name
-    assert any(not torch.equal(q.scale, plain.assignment()[n].scale) for n, q in asking.assignment().items())
+    scales, kept, without = (descent.scales.assignment() for descent in (asking, keeping, plain))
+    assert scales.keys() == kept.keys()
+    for name, qparams in scales.items():
+        assert torch.equal(qparams.scale, kept[name].scale), name
+    assert any(not torch.equal(qparams.scale, without[name].scale) for name, qparams in scales.items())
 
 
 @pytest.mark.parametrize(
@@ -209,8 +210,8 @@ def test_the_cache_saves_forwards_and_changes_nothing(vit_w2: Case) -> None:
     ],
 )
 def test_they_count_as_much_beside_a_loss_of_other_units(vit_w2: Case, loss: Loss) -> None:
-    wanted, plain = (descend(vit_w2, feature_weight=weight).assignment() for weight in (1.0, 0.0))
-    found = descend(vit_w2, loss, feature_weight=1.0).assignment()
+    wanted, plain = (descend(vit_w2, feature_weight=weight).scales.assignment() for weight in (1.0, 0.0))
+    found = descend(vit_w2, loss, feature_weight=1.0).scales.assignment()
 
     def far(other: Assignment) -> float:
         return sum(float((q.scale / other[name].scale).log().abs().mean()) for name, q in found.items())

@@ -102,7 +102,7 @@ def test_weights_of_many_codes_move_slower(vit: nn.Module, digits: workloads.Ima
     images_of = step_images(batches, teacher_outputs(vit, batches))
     next(iter(descent.run(images_of, Schedule(2, 0.03, marks=(0.5, 1.0)))))
     moved = {"weight": 0.0, "activation": 0.0}
-    for name, qparams in descent.assignment().items():
+    for name, qparams in descent.scales.assignment().items():
         step = (qparams.scale / backend.read(name).scale).log().abs().max()
         kind = backend.sites[name].kind
         moved[kind] = max(moved[kind], float(step))
@@ -123,7 +123,7 @@ def test_what_the_descent_sees_is_what_it_proposes(conv: Case) -> None:
     proposed = []
     marks = tuple((step + 1) / 30 for step in range(30))
     for _ in descent.run(step_images(batches, teacher), Schedule(30, 0.03, marks=marks), seen.append):
-        for name, qparams in descent.assignment().items():
+        for name, qparams in descent.scales.assignment().items():
             other.sites.set(name, qparams)
         proposed.append(float(kl(first_floating(other(images)), teacher[0])))
     assert seen[1:] == pytest.approx(proposed[:-1], rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
@@ -34,3 +35,10 @@ def test_a_proposal_is_named_after_the_steps_before_it() -> None:
     progress.steps = 7
     assert progress.proposed(1) == "gradient, 7 steps"
     assert (progress.proposals, progress.proposed_at) == (1, 7)
+
+
+def test_each_batch_comes_once_before_any_comes_again() -> None:
+    progress, rng = DescentProgress(), np.random.default_rng(0)
+    drawn = [progress.next_batch(rng, 5) for _ in range(15)]
+    assert all(sorted(drawn[first : first + 5]) == list(range(5)) for first in (0, 5, 10))
+    assert drawn[:5] != drawn[5:10], "in another order"

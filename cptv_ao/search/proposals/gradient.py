@@ -12,17 +12,15 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.plain import from_plain
-from cptv_ao.core.qparams import Assignment, QParams, rescaled
+from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.proposals.batch_gradient import BatchGradient
 from cptv_ao.search.proposals.descent_objective import Objective
-from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
+from cptv_ao.search.proposals.learnable_qparams import LearnableScales
 from cptv_ao.search.proposals.scale_optimizer import ScaleOptimizer, like
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
 from cptv_ao.search.proposals.step_images import StepImages
@@ -65,14 +63,12 @@ class GradientDescent:
         rng: np.random.Generator,
         world: World = ALONE,
     ) -> None:
-        known, shifts = set(twin.names), rounding_rate > 0
         twin.reround_weights()
-        simulated = [group for group in groups.values() if all(site.name in known for site in group)]
-        self._twin, self._rng = twin, rng
-        self._groups = [LearnableQParams.of(twin, group, shifts) for group in simulated]
-        self._gradient = BatchGradient(twin, self._groups, objective, world)
-        self._optimizer = ScaleOptimizer(self._groups, activation_rate, rounding_rate)
-        self._progress = DescentProgress()
+        #: what it moves
+        self.scales = LearnableScales(twin, groups, shifts=rounding_rate > 0)
+        self._gradient = BatchGradient(twin, self.scales.groups, objective, world)
+        self._optimizer = ScaleOptimizer(self.scales.groups, activation_rate, rounding_rate)
+        self._rng, self._progress = rng, DescentProgress()
         self._young = False
 
     @property
@@ -83,9 +79,7 @@ class GradientDescent:
     def go_back_to(self, scales: Callable[[str], QParams]) -> None:
         """Go on from other scales (by site name), at half the learning rate; or not at all, where that is the second
         time, and nothing was ever accepted."""
-        with torch.no_grad():
-            for group in self._groups:
-                group.set(scales(group.sites[0].name))
+        self.scales.set(scales)
         self._optimizer.forget_direction()
         at = self._progress
         at.caution *= _BACK_OFF
@@ -94,13 +88,6 @@ class GradientDescent:
     def go_on(self) -> None:
         """What was proposed was accepted."""
         self._progress.accepted = True
-
-    def rescale(self, factors: Mapping[str, float]) -> None:
-        """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
-        for group in self._groups:
-            if (factor := factors.get(group.sites[0].tied)) is not None:
-                site = group.sites[0]
-                group.set(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
 
     def run(
         self,
@@ -127,14 +114,14 @@ class GradientDescent:
                 told = at.proposals
             if not goes_on:
                 break
-            self._advance(images, schedule.rate(progress), on_step)
+            self._step(images, schedule.rate(progress), on_step)
             if (passed := schedule.marks_passed(at.steps)) > at.proposals:
                 self._young = schedule.progress(at.steps) < _YOUNG
-                yield at.proposed(passed), self.assignment
+                yield at.proposed(passed), self.scales.assignment
         else:
             at.over = True
         if at.steps > at.proposed_at:  # the seconds were over before
-            yield at.proposed(at.proposals + 1), self.assignment
+            yield at.proposed(at.proposals + 1), self.scales.assignment
 
     def run_ahead(
         self,
@@ -146,7 +133,7 @@ class GradientDescent:
         """Descend while what was yielded last is tried; `going` is asked before each step, by how many there were."""
         at, steps = self._progress, 0
         while not at.over and (progress := schedule.progress(at.steps)) < 1.0 and going(steps):
-            self._advance(images, schedule.rate(progress), on_step)
+            self._step(images, schedule.rate(progress), on_step)
             steps += 1
 
     @property
@@ -185,25 +172,14 @@ class GradientDescent:
             values["scale"].copy_(like(values["scale"], tensors[f"steps/{name}"]))
         self._optimizer.set_state(tensors)
 
-    def assignment(self) -> Assignment:
-        """The scales as they are now, by site name."""
-        return {s.name: g.qparams(s, self._twin.sites.get(s.name)) for g in self._groups for s in g.sites}
-
-    def _advance(self, images: StepImages, rate: float, on_step: Callable[[float], None] | None) -> None:
-        """One step on the batch that is next."""
+    def _step(self, images: StepImages, rate: float, on_step: Callable[[float], None] | None) -> None:
+        """Move the scales by what the batch that is next says."""
         at = self._progress
-        if not at.order:
-            at.order = [int(i) for i in self._rng.permutation(len(images))]
-        index = at.order.pop()
-        loss = self._step(index, *images.at(index), rate * at.caution)
+        index = at.next_batch(self._rng, len(images))
+        pull = at.feature_pull if at.steps else None
+        loss, gradient, at.feature_pull = self._gradient.of(index, *images.at(index), self._optimizer.leaves, pull)
+        self._optimizer.step(gradient, rate * at.caution)
+        at.steps += 1
+        told = float(loss)  # the same on every rank; not before, for a GPU is waited for here
         if on_step is not None:
-            on_step(loss)
-
-    def _step(self, index: int, batch: Batch, teacher: Tensor, rate: float) -> float:
-        """Move the leaves by what one batch says; its loss, the same on every rank."""
-        pull = self._progress.feature_pull if self._progress.steps else None
-        leaves = self._optimizer.leaves
-        loss, gradient, self._progress.feature_pull = self._gradient.of(index, batch, teacher, leaves, pull)
-        self._optimizer.step(gradient, rate)
-        self._progress.steps += 1
-        return float(loss)  # not before: a GPU is waited for here
+            on_step(told)

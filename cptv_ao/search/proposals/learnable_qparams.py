@@ -1,13 +1,14 @@
-"""What the gradient descent moves of a tied group, and the qparams that it stands for."""
+"""What the gradient descent moves, and the qparams that it stands for: of a tied group, and of all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cptv_ao.core.qparams import QParams
+from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.simulation.quantizers import shift_codes
 from cptv_ao.simulation.twin import Twin
@@ -77,6 +78,41 @@ class LearnableQParams:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
         return QParams(scale, zero_point, None if self.shift is None else shift_codes(self.shift), now.correction)
+
+
+class LearnableScales:
+    """All that a descent moves.
+
+    Args:
+        twin: with the scales to start from.
+        groups: the tied groups that are searched, by the name of their leader; those that the twin has are learnt.
+        shifts: whether it is also learnt how weights are rounded.
+
+    Attributes:
+        groups: the tied groups that are learnt.
+    """
+
+    def __init__(self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], shifts: bool) -> None:
+        self._twin, known = twin, set(twin.names)
+        simulated = [group for group in groups.values() if all(site.name in known for site in group)]
+        self.groups = [LearnableQParams.of(twin, group, shifts) for group in simulated]
+
+    def assignment(self) -> Assignment:
+        """The scales as they are now, by site name."""
+        return {s.name: g.qparams(s, self._twin.sites.get(s.name)) for g in self.groups for s in g.sites}
+
+    def set(self, scales: Callable[[str], QParams]) -> None:
+        """Go to other scales, by site name."""
+        with torch.no_grad():
+            for group in self.groups:
+                group.set(scales(group.sites[0].name))
+
+    def rescale(self, factors: Mapping[str, float]) -> None:
+        """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
+        for group in self.groups:
+            if (factor := factors.get(group.sites[0].tied)) is not None:
+                site = group.sites[0]
+                group.set(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
 
 
 def _steps(weight: Tensor, qparams: QParams) -> Tensor:

@@ -252,7 +252,7 @@ class Proposer:
             limited = limits.limited
             limits.limit(limited | highest.keys())
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
-            descent.rescale(narrower)
+            descent.scales.rescale(narrower)
             before = _scales(self._store, self._groups)
             corrects = biases.in_use(self._store) and not biases.dear
             yield name, partial(biases.corrected, scales, self._store) if corrects else scales

@@ -6,6 +6,8 @@ import math
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from cptv_ao.core.distributed import ALONE, World
 
 _WARM_UP = 0.1
@@ -66,6 +68,12 @@ class DescentProgress:
     feature_pull: float = 0.0
     accepted: bool = False
     over: bool = False
+
+    def next_batch(self, rng: np.random.Generator, batches: int) -> int:
+        """Which of so many batches the next step is on: each once in an order that is drawn, then in another one."""
+        if not self.order:
+            self.order = [int(index) for index in rng.permutation(batches)]
+        return self.order.pop()
 
     def proposed(self, marks: int) -> str:
         """Remember a proposal behind so many marks; its name."""
