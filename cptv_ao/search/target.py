@@ -15,7 +15,6 @@ from cptv_ao.evaluation.scoring import Shipped, SplitEvaluators, check_losses
 from cptv_ao.search.baseline import Baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.proposer import Proposer
-from cptv_ao.search.proposals.simulated import SimulatedProposer
 from cptv_ao.search.verdict import Verdict
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
@@ -63,7 +62,7 @@ class KernelTarget:
         Raises:
             UnsupportedModelError: the float twin does not know an op of it.
         """
-        return Proposer(self._backend, groups, self._calibration, budget)
+        return Proposer(self._backend, self.store, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
         """What the search has made of the model that ships."""
@@ -108,9 +107,6 @@ class SimulationTarget(KernelTarget):
     def given(self) -> None:
         """None: the losses of the model that was given are those of what ships, none of the twin's."""
         return None
-
-    def proposer(self, groups: Mapping[str, tuple[ScaleSite, ...]], budget: Budget) -> Proposer:
-        return SimulatedProposer(self._simulated, self._backend, groups, self._calibration, budget)
 
     def judged(self, found: Outcome) -> Outcome:
         report, known = self._confirmed(found), None if self._unasked else self._form

@@ -55,6 +55,14 @@ def test_it_finds_the_same_each_time_in_as_many_steps(vit_w3: Case, elsewhere: N
     assert threads == {threading.get_ident()}, "listeners are called where refine was"
 
 
+def test_a_descent_that_a_simulation_judges_waits_for_it(vit_w3: Case, elsewhere: None) -> None:
+    """Both would be on the same GPU."""
+    told: list[str] = []
+    refined(vit_w3, lambda event: told.append(event.name), score_on="simulation")
+    proposed = told.index(f"gradient, {STEPS // 4} steps")
+    assert told[:proposed].count("gradient") == STEPS // 4
+
+
 def test_the_judge_is_done_before_anything_else_is_written(
     vit_w3: Case, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,8 @@ class Proposer:
 
     Args:
         backend: of the model.
+        store: what is searched: that, or a simulation of it. Which sites the kernels saturate on is found on the
+            kernels all the same, once: what they cannot add up would be rejected.
         groups: the tied groups that are searched, by the name of their leader.
         calibration: whose search images the descent learns from.
         budget: asked before each proposal and step whether to go on.
@@ -62,11 +64,14 @@ class Proposer:
     """
 
     def __init__(
-        self, backend: Backend, groups: Mapping[str, tuple[ScaleSite, ...]], calibration: Calibration, budget: Budget
+        self,
+        backend: Backend,
+        store: ScaleStore,
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        calibration: Calibration,
+        budget: Budget,
     ) -> None:
-        self._kernels, self._groups = backend, groups
-        # What is searched: a search on the twin leaves the kernels once it knows where they saturate.
-        self._store: ScaleStore = backend
+        self._kernels, self._store, self._groups = backend, store, groups
         self._config, self._world = calibration.config, calibration.world
         self._cost = calibration.cost
         self._images = calibration.search.batches[0]
@@ -145,7 +150,6 @@ class Proposer:
         """
         self._limits.limit(state[1]["narrowed"])
         self._began = float(state[1]["began"])
-        self._enter()
         self._descent = self._new_descent()
         self._descent.set_state(state)
         batches = range(len(self._steps))
@@ -156,9 +160,8 @@ class Proposer:
         population, now = set(self._config.population), self._kernels.read
         if self._kernels.form.enforces_ranges:  # for which its observers calibrate
             population.discard("ranges")
-        limited = self._limits.on_whole_containers() if self._saturates else []
+        limited = [] if self._kernels.form.simulates_itself else self._limits.on_whole_containers()
         self._limits.limit(limited)
-        self._enter()
         worth = self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=0)
         if not worth:
             population.discard("output_error")
@@ -210,9 +213,6 @@ class Proposer:
     def _saturates(self) -> bool:
         """Whether what is searched runs on the kernels, which may saturate: the twin never does."""
         return self._store is self._kernels and not self._kernels.form.simulates_itself
-
-    def _enter(self) -> None:
-        """Go to where the search is: nowhere else, on the kernels."""
 
     def _follow(self) -> None:
         """Give the twin the scales that are in the model."""
