@@ -14,7 +14,7 @@ from helpers.cases import Case
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.evaluation import evaluator
-from cptv_ao.search.proposals import proposer
+from cptv_ao.search.proposals import confirmed_descent, population, proposer
 
 STEPS = 20
 
@@ -22,7 +22,8 @@ STEPS = 20
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proposals are made where the kernels are not."""
-    monkeypatch.setattr(proposer, "is_cpu", lambda _: False)
+    for room in (proposer, population, confirmed_descent):
+        monkeypatch.setattr(room, "is_cpu", lambda _: False)
 
 
 def refined(case: Case, callback: Any = None, **changes: Any) -> tuple[list[torch.Tensor], cptv_ao.Report]:

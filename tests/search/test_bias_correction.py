@@ -228,7 +228,7 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
     config = small_config(gradient_steps=12)
     proposer = Proposer(backend, backend, backend.movable(), Calibration(config, search), Budget())
-    twin, losses = proposer._twin, list[float]()
+    twin, losses = proposer._searched.twin, list[float]()
     wide = next(name for name in backend.movable() if backend.sites[name].affine)
     found = "cptv_ao.search.proposals.saturation_limits.saturating_inputs"
     monkeypatch.setattr(found, lambda *_: {wide: 254} if losses else {})

@@ -18,7 +18,7 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.fx.segments import Segments, storages
-from cptv_ao.search.proposals.proposer import Proposer
+from cptv_ao.search.proposals.searched_scales import SearchedScales
 from cptv_ao.simulation import kernel_agreement
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
@@ -78,14 +78,14 @@ def test_the_descent_starts_from_what_the_population_left_in_the_twin(
 ) -> None:
     """Not from the lowered model, which is written at the end only."""
     seen = []
-    follow = Proposer._follow
+    follow = SearchedScales.follow
 
-    def followed(self: Proposer) -> None:
+    def followed(self: SearchedScales) -> None:
         follow(self)
-        now = (self._twin.sites.get, self._store.read, self._kernels.read)
+        now = (self.twin.sites.get, self.store.read, self.kernels.read)
         seen.append([read("head.weight").scale for read in now])
 
-    monkeypatch.setattr(Proposer, "_follow", followed)
+    monkeypatch.setattr(SearchedScales, "follow", followed)
     population, vit_w3.batches = ("output_error",), vit_w3.batches[:1]
     report = _refined(vit_w3, _simulated("cpu", holdout=0, passes=0, population=population, gradient_steps=2))
     assert report.stages[0].startswith("weight scales of least output error: accepted")

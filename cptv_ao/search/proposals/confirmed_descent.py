@@ -1,0 +1,161 @@
+"""A descent on the twin that the kernels confirm on the way: what it has found is tried, and where it is not accepted
+the descent goes back to what is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from cptv_ao.core.contexts import is_cpu
+from cptv_ao.core.losses import get_loss, is_per_image
+from cptv_ao.core.qparams import REDUCED_QMAX
+from cptv_ao.evaluation.calibration import Calibration
+from cptv_ao.search.budget import Budget
+from cptv_ao.search.proposals.bias_correction import BiasCorrector
+from cptv_ao.search.proposals.descent_objective import Objective
+from cptv_ao.search.proposals.gradient import GradientDescent, State
+from cptv_ao.search.proposals.initial_scales import Meanwhile, Proposal
+from cptv_ao.search.proposals.saturation_limits import SaturationLimits
+from cptv_ao.search.proposals.schedule import Schedule
+from cptv_ao.search.proposals.searched_scales import SearchedScales
+from cptv_ao.search.proposals.step_images import StepImages
+
+# Share of the seconds of a limited search that the descent may take where block visits follow.
+_DESCENT_SHARE = 0.85
+# Shares of a descent after which it is tried on the kernels; where seconds are counted, also while it is young: what it
+# has by then may be all that there is time for, and is no reason to send it back.
+_MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.1,)
+# Share of a descent that it goes on for while a proposal is judged.
+_AHEAD = 0.08
+
+
+class ConfirmedDescent:
+    """Yields what is tried of a descent, which begins at the scales that are in the model by then.
+
+    Args:
+        searched: whose scales it moves.
+        calibration: for the settings, and the ranks that share the images of a step.
+        budget: asked before each proposal and step whether to go on.
+        images: of the steps.
+        limits: of the codes that kernels saturate on, to which it is held.
+        biases: corrects them in what is tried, where that is cheap.
+    """
+
+    def __init__(
+        self,
+        searched: SearchedScales,
+        calibration: Calibration,
+        budget: Budget,
+        images: StepImages,
+        limits: SaturationLimits,
+        biases: BiasCorrector,
+    ) -> None:
+        self._searched, self._budget, self._images = searched, budget, images
+        self._config, self._world = calibration.config, calibration.world
+        self._limits, self._biases = limits, biases
+        self._descent: GradientDescent | None = None
+        self._began = 0.0
+        #: images run through the twin so far by this rank; forward and backward count as three
+        self.image_forwards = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has begun, and has not come to its end."""
+        return self._descent is not None
+
+    def proposals(self, on_step: Callable[[float], None], on_pause: Callable[[bool], None]) -> Iterator[Proposal]:
+        """See `Proposer.proposals`."""
+        if self._descent is None:
+            self._began = self._world.first(self._budget.seconds)
+            self._descent = self._new()
+        searched, limits, biases, descent = self._searched, self._limits, self._biases, self._descent
+        proposals = descent.run(self._images, self._schedule(), on_step, lambda: self._budget.left, on_pause)
+        counted = descent.image_forwards
+        saturates = searched.on_kernels and not searched.kernels.form.simulates_itself  # the twin never does
+        for name, scales in proposals:
+            self.image_forwards += descent.image_forwards - counted
+            counted = descent.image_forwards
+            # Where no kernel saturates on the whole range, a dear look at each proposal is left to its score.
+            look = saturates and (limits.limited or not biases.dear)
+            highest = limits.saturating(scales()) if look else {}
+            limited = limits.limited
+            limits.limit(limited | highest.keys())
+            narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
+            descent.scales.rescale(narrower)
+            before = searched.scales()
+            corrects = biases.in_use(searched.store) and not biases.dear
+            yield name, partial(biases.corrected, scales, searched.store) if corrects else scales
+            searched.follow()
+            if not torch.equal(searched.scales(), before):
+                descent.go_on()
+            elif not descent.young:
+                descent.go_back_to(searched.store.read)
+                limits.limit(limited)
+        if descent.over:
+            self._descent = None
+
+    def beside_the_judge(self, on_step: Callable[[float], None]) -> Meanwhile | None:
+        """See `Proposer.beside_the_judge`."""
+        if is_cpu(self._config.device) or not self._searched.on_kernels:
+            return None
+
+        def descend(judged: Callable[[], bool]) -> None:
+            if self._descent is None:
+                return
+            schedule = self._schedule()
+            limited = math.isfinite(schedule.seconds)
+
+            def going(steps: int) -> bool:
+                return (not judged() if limited else steps < _AHEAD * schedule.steps) and self._budget.left
+
+            self._descent.run_ahead(self._images, schedule, on_step, going)
+
+        return descend
+
+    def state(self) -> State | None:
+        """See `Proposer.state`."""
+        if self._descent is None:
+            return None
+        tensors, data = self._descent.state()
+        return tensors, {**data, "narrowed": sorted(self._limits.limited), "began": self._began}
+
+    def resume(self, state: State) -> None:
+        """See `Proposer.resume`."""
+        self._limits.limit(state[1]["narrowed"])
+        self._began = float(state[1]["began"])
+        self._descent = self._new()
+        self._descent.set_state(state)
+        batches = range(len(self._images))
+        if not 0 <= self._began < math.inf or any(index not in batches for index in state[1]["course"]["order"]):
+            raise ValueError(f"expected seconds >= 0 and an order of {len(batches)} batches")
+
+    def _new(self) -> GradientDescent:
+        config, searched = self._config, self._searched
+        searched.follow()
+        return GradientDescent(
+            searched.twin,
+            searched.groups,
+            Objective(
+                get_loss(config.loss, config.temperature),
+                config.select,
+                is_per_image(config.loss),
+                config.feature_weight,
+                config.cache_bytes // 4,
+            ),
+            activation_rate=config.activation_rate,
+            rounding_rate=config.rounding_rate,
+            rng=np.random.default_rng(config.seed),
+            world=self._world,
+        )
+
+    def _schedule(self) -> Schedule:
+        config, limit = self._config, self._budget.search_seconds
+        share = _DESCENT_SHARE if config.passes else 1.0
+        seconds = math.inf if limit is None else share * max(limit - self._began, 1e-3)
+        started = self._budget.started + self._began
+        marks = _MARKS if limit is None else _YOUNG + _MARKS
+        return Schedule(config.gradient_steps, config.learning_rate, seconds, marks, self._world, started)
