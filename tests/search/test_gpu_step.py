@@ -18,6 +18,7 @@ from cptv_ao.core.precision import gpu_products
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.tensors import first_floating
 from cptv_ao.search.proposals.batch_gradient import BatchGradient
+from cptv_ao.search.proposals.captured import Captured
 from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.feature_matching import _scaled, _target
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
@@ -120,6 +121,18 @@ def test_products_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -
             assert torch.backends.cudnn.conv.fp32_precision == "tf32"
         assert torch.get_float32_matmul_precision() == "highest"
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+
+
+def test_what_is_recorded_is_the_step(vit_w3: Case) -> None:
+    """Where nothing can be recorded, the very computation runs as it is."""
+    twin, groups, leaves, batch, teacher = opened(vit_w3, "cpu")
+    recorded, eager = (BatchGradient(twin, groups, OBJECTIVE) for _ in range(2))
+    recorded._runner.captured = Captured()
+    recorded._runner.captured.refused = "no card"
+    with torch.no_grad():
+        found, wanted = (gradient.of(0, batch, teacher, leaves, 2.0) for gradient in (recorded, eager))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    assert recorded.image_forwards == eager.image_forwards
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
