@@ -31,9 +31,9 @@ SEEDS = (0, 1, 2)
 NOISE = 0.01
 
 
-def block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+def block(inputs: int, outputs: int, stride: int, normed: bool = True) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=not normed)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs) if normed else nn.Identity(), nn.ReLU())
 
 
 def fit(model: nn.Module, images: workloads.Images, rate: float, steps: int = 200) -> None:
@@ -45,10 +45,11 @@ def fit(model: nn.Module, images: workloads.Images, rate: float, steps: int = 20
         optimizer.step()
 
 
-def cnn(images: workloads.Images, steps: int = 200) -> nn.Module:
+def cnn(images: workloads.Images, steps: int = 200, normed: bool = True) -> nn.Module:
     """Trained on the digits, in train mode."""
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)]
-    model = nn.Sequential(block(1, 12, 1), block(12, 16, 2), block(16, 24, 2), *head).train()
+    sizes = [(1, 12, 1), (12, 16, 2), (16, 24, 2)]
+    model = nn.Sequential(*(block(*size, normed) for size in sizes), *head).train()
     fit(model, images, 4e-3, steps)
     return model
 
@@ -171,14 +172,14 @@ def prepared_for_export(model: nn.Module, images: Tensor, limit: int) -> GraphMo
         return flow.prepare_qat_pt2e(graph, XNNPACKQuantizer().set_global(config))
 
 
-def trained_for_export(images: workloads.Images, seed: int, bits: int) -> tuple[GraphModule, GraphModule]:
-    """The same of an exported graph: prepared, and converted."""
+def trained_for_export(images: workloads.Images, seed: int, bits: int, normed: bool) -> tuple[GraphModule, GraphModule]:
+    """The same of an exported graph: prepared, and converted. With batch norms torchao takes half a minute."""
     flow = pt2e.torchao()
     from torchao.quantization.pt2e import move_exported_model_to_eval
 
     with torch.random.fork_rng(), workloads.quietly():
         torch.manual_seed(seed)
-        prepared = prepared_for_export(cnn(images), images.train[:8], 2 ** (bits - 1) - 1)
+        prepared = prepared_for_export(cnn(images, normed=normed), images.train[:8], 2 ** (bits - 1) - 1)
         fit(prepared, images, 2e-3)
         move_exported_model_to_eval(prepared)
         return prepared, flow.convert_pt2e(copy.deepcopy(prepared))
@@ -254,11 +255,11 @@ def gained(
     return after - before, after - teacher, cptv_ao.report(refined)
 
 
-@pytest.mark.slow  # torchao takes half a minute to find batch norms; of lowered models above
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow  # of lowered models below
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_an_exported_model_gets_the_scales_back_that_it_was_trained_on(digits: workloads.Images, seed: int) -> None:
     """Torch's fused fake quantization takes -1..1 for -2..1, its conversion does not: .60 of .87."""
-    gain, lag, report = gained(*trained_for_export(digits, seed, 2), digits, seed)
+    gain, lag, report = gained(*trained_for_export(digits, seed, 2, normed=True), digits, seed)
     assert report.stages[0].startswith("weight scales of the fake quantization: accepted")
     assert gain > 0.1
     assert lag > -0.005, "all that converting had cost"
@@ -281,4 +282,4 @@ def test_a_lowered_model_gets_the_scales_back_that_it_was_trained_on(digits: wor
 def test_refine_does_not_undo_the_training(digits: workloads.Images, bits: int, seed: int) -> None:
     model = trained(digits, seed, bits)
     assert gained(model, convert_fx(copy.deepcopy(model)), digits, seed)[0] > -NOISE
-    assert gained(*trained_for_export(digits, seed, bits), digits, seed)[0] > -NOISE
+    assert gained(*trained_for_export(digits, seed, bits, normed=False), digits, seed)[0] > -NOISE
