@@ -22,8 +22,9 @@ from helpers.cases import Case, Copies, vit_case
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ranks are forked, which torch does not survive once a process has exported a model: their tests come first, with
-    pytest-xdist too if it leaves the order as it is (`--no-loadscope-reorder`). What lies in tests/slow is slow."""
-    items.sort(key=lambda item: item.path.stem != "test_distributed")
+    pytest-xdist too if it leaves the order as it is (`--no-loadscope-reorder`). What lies in tests/slow is slow, and
+    begins early, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: (item.path.stem != "test_distributed", item.path.parent.name != "slow"))
     for item in items:
         if item.path.parent.name == "slow":
             item.add_marker(pytest.mark.slow)

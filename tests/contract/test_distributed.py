@@ -367,18 +367,21 @@ def test_what_the_ranks_tell_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_and_one_process_print_the_same(tmp_path: Path) -> None:
+def test_torchrun_and_one_process_print_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("timm", reason="its network is of timm's blocks")
-    example = Path(__file__).parents[2] / "examples" / "distributed.py"
-    small = [str(example), "--steps", "3", "--evaluations", "1"]
+    import distributed
+
+    small = [distributed.__file__, "--steps", "3", "--evaluations", "1"]
+    monkeypatch.setattr(sys, "argv", small)
+    distributed.main()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    lines = []
-    for start in ([], torchrun):
-        done = subprocess.run([sys.executable, *start, *small], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        lines.append(sorted(line for line in done.stdout.split("\n") if line.startswith("rank ")))
-    alone, both = lines
+    done = subprocess.run([sys.executable, *torchrun, *small], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    printed = (capsys.readouterr().out, done.stdout)
+    alone, both = (sorted(line for line in text.split("\n") if line.startswith("rank ")) for text in printed)
     assert both == [alone[0], alone[0].replace("rank 0", "rank 1")]
 
 

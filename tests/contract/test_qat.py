@@ -31,9 +31,9 @@ SEEDS = (0, 1, 2)
 NOISE = 0.01
 
 
-def block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+def block(inputs: int, outputs: int, stride: int, normed: bool = True) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=not normed)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs) if normed else nn.Identity(), nn.ReLU())
 
 
 def fit(model: nn.Module, images: workloads.Images, rate: float, steps: int = 200) -> None:
@@ -45,10 +45,11 @@ def fit(model: nn.Module, images: workloads.Images, rate: float, steps: int = 20
         optimizer.step()
 
 
-def cnn(images: workloads.Images, steps: int = 200) -> nn.Module:
+def cnn(images: workloads.Images, steps: int = 200, normed: bool = True) -> nn.Module:
     """Trained on the digits, in train mode."""
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)]
-    model = nn.Sequential(block(1, 12, 1), block(12, 16, 2), block(16, 24, 2), *head).train()
+    sizes = [(1, 12, 1), (12, 16, 2), (16, 24, 2)]
+    model = nn.Sequential(*(block(*size, normed) for size in sizes), *head).train()
     fit(model, images, 4e-3, steps)
     return model
 
@@ -171,29 +172,35 @@ def prepared_for_export(model: nn.Module, images: Tensor, limit: int) -> GraphMo
         return flow.prepare_qat_pt2e(graph, XNNPACKQuantizer().set_global(config))
 
 
-def trained_for_export(images: workloads.Images, seed: int, bits: int) -> tuple[GraphModule, GraphModule]:
-    """The same of an exported graph: prepared, and converted."""
+def trained_for_export(images: workloads.Images, seed: int, bits: int, normed: bool) -> tuple[GraphModule, GraphModule]:
+    """The same of an exported graph: prepared, and converted. With batch norms torchao takes half a minute."""
     flow = pt2e.torchao()
     from torchao.quantization.pt2e import move_exported_model_to_eval
 
     with torch.random.fork_rng(), workloads.quietly():
         torch.manual_seed(seed)
-        prepared = prepared_for_export(cnn(images), images.train[:8], 2 ** (bits - 1) - 1)
+        prepared = prepared_for_export(cnn(images, normed=normed), images.train[:8], 2 ** (bits - 1) - 1)
         fit(prepared, images, 2e-3)
         move_exported_model_to_eval(prepared)
         return prepared, flow.convert_pt2e(copy.deepcopy(prepared))
 
 
 @pytest.fixture(scope="module")
-def exported(request: pytest.FixtureRequest) -> tuple[GraphModule, GraphModule]:
-    """Convolution, batch norm if asked for (torchao takes a minute to find one) and linear layer after a few steps of
-    PT2E QAT at 4 bits: prepared, and converted."""
+def normed(digits: workloads.Images) -> tuple[GraphModule, GraphModule]:
+    """A CNN with batch norms after PT2E QAT at 2 bits: prepared, and converted."""
+    return trained_for_export(digits, SEEDS[0], 2, normed=True)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[GraphModule, GraphModule]:
+    """Convolution and linear layer after a few steps of PT2E QAT at 4 bits: prepared, and converted."""
     flow = pt2e.torchao()
     from torchao.quantization.pt2e import move_exported_model_to_eval
 
-    first = (lambda: block(3, 8, 1)) if request.param == "normed" else (lambda: nn.Conv2d(3, 8, 3))
-    model = nets.seeded(lambda: nn.Sequential(first(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
-    images = nets.images(32, 3, 8, 8)
+    model = nets.seeded(
+        lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    )
+    images = nets.images(32, 1, 8, 8)
     prepared = prepared_for_export(model, images, 7)
     with workloads.quietly():
         optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
@@ -206,25 +213,26 @@ def exported(request: pytest.FixtureRequest) -> tuple[GraphModule, GraphModule]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exported", ["normed"], indirect=True)
 def test_the_weights_of_an_exported_qat_model_are_those_that_were_quantized(
-    exported: tuple[GraphModule, GraphModule],
+    normed: tuple[GraphModule, GraphModule],
 ) -> None:
-    prepared, converted = exported
+    prepared, converted = normed
     backend = Backend(converted)
     attach_float_weights(backend, prepared)
-    (name,) = [site.name for site in backend.sites.values() if site.op == "conv2d"]
-    qparams, codes = backend.read(name), backend.weight(name).int_repr()
-    steps = backend.float_weights[name] / qparams.scale.reshape(-1, 1, 1, 1)
-    assert (steps.clamp(-7, 7) - codes).abs().max() < 0.51, "fused with the batch norm, as it was quantized"
+    names = [site.name for site in backend.sites.values() if site.op == "conv2d"]
+    assert len(names) == 3
+    for name in names:
+        qparams, codes = backend.read(name), backend.weight(name).int_repr()
+        steps = backend.float_weights[name] / qparams.scale.reshape(-1, 1, 1, 1)
+        assert (steps.clamp(-1, 1) - codes).abs().max() < 0.51, "fused with the batch norm, as it was quantized"
 
 
-@pytest.mark.parametrize("exported", ["plain", pytest.param("normed", marks=pytest.mark.slow)], indirect=True)
-def test_an_exported_qat_model_is_only_read(exported: tuple[GraphModule, GraphModule]) -> None:
+@pytest.mark.parametrize("name", ["plain", pytest.param("normed", marks=pytest.mark.slow)])
+def test_an_exported_qat_model_is_only_read(name: str, request: pytest.FixtureRequest) -> None:
     """Neither its observers nor its batch norm take in what they are given as a teacher."""
     torchao = pytest.importorskip("torchao.quantization.pt2e")
-    prepared, converted = exported
-    batches = list(nets.images(64, 3, 8, 8, seed=3).split(16))
+    prepared, converted = request.getfixturevalue(name)
+    batches = list(nets.images(64, 1, 8, 8, seed=3).split(16))
     before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
     fixed = copy.deepcopy(prepared)
     for module in fixed.modules():
@@ -254,15 +262,26 @@ def gained(
     return after - before, after - teacher, cptv_ao.report(refined)
 
 
-@pytest.mark.slow  # torchao takes half a minute to find batch norms; of lowered models above
-@pytest.mark.parametrize("seed", SEEDS)
-def test_an_exported_model_gets_the_scales_back_that_it_was_trained_on(digits: workloads.Images, seed: int) -> None:
+@pytest.mark.slow  # of lowered models below
+def test_an_exported_model_gets_the_scales_back_that_it_was_trained_on(
+    digits: workloads.Images, normed: tuple[GraphModule, GraphModule]
+) -> None:
     """Torch's fused fake quantization takes -1..1 for -2..1, its conversion does not: .60 of .87."""
-    gain, lag, report = gained(*trained_for_export(digits, seed, 2), digits, seed)
+    gain, lag, report = gained(normed[0], copy.deepcopy(normed[1]), digits, SEEDS[0])
     assert report.stages[0].startswith("weight scales of the fake quantization: accepted")
     assert gain > 0.1
     assert lag > -0.005, "all that converting had cost"
     assert report.after.mean < 1e-3 * report.before.mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_batch_norms_it_gets_most_of_them_back(digits: workloads.Images, seed: int) -> None:
+    gain, lag, report = gained(*trained_for_export(digits, seed, 2, normed=False), digits, seed)
+    # Measured on five seeds: gains of .30 to .55, lags of -.07 to 0, losses of 0 to .035 of what they were.
+    assert gain > 0.1
+    assert lag > -0.15
+    assert report.after.mean < 0.1 * report.before.mean
 
 
 @pytest.mark.parametrize("seed", [SEEDS[0], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:])])
@@ -281,4 +300,4 @@ def test_a_lowered_model_gets_the_scales_back_that_it_was_trained_on(digits: wor
 def test_refine_does_not_undo_the_training(digits: workloads.Images, bits: int, seed: int) -> None:
     model = trained(digits, seed, bits)
     assert gained(model, convert_fx(copy.deepcopy(model)), digits, seed)[0] > -NOISE
-    assert gained(*trained_for_export(digits, seed, bits), digits, seed)[0] > -NOISE
+    assert gained(*trained_for_export(digits, seed, bits, normed=False), digits, seed)[0] > -NOISE

@@ -25,7 +25,7 @@ import cptv_ao
 def test_a_refined_model_loads_where_we_are_not_installed(tmp_path: Path) -> None:
     from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
-    case, path, settings = made(Linears), tmp_path / "model.pt", {"progress": False, "config": small_config()}
+    case, settings = made(Linears), {"progress": False, "config": small_config()}
     prepared = prepare_fx(copy.deepcopy(case.float_model), nets.mapping(3), (case.batches[0],))
     for batch in case.batches:
         prepared(batch)
@@ -35,12 +35,15 @@ def test_a_refined_model_loads_where_we_are_not_installed(tmp_path: Path) -> Non
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", cptv_ao.CptvWarning)
                 again = cptv_ao.refine(model, case.batches, float_model=float_model, inplace=False, **settings)
-            torch.save({"model": again, "meta": again.meta}, path)
-            code = "import sys, torch; sys.modules['cptv_ao'] = None; torch.load(sys.argv[1], weights_only=False)"
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            path = tmp_path / f"{len(list(tmp_path.iterdir()))}.pt"
             torch.save(again.meta, path)
             assert torch.load(path, weights_only=True) == again.meta, "plain values, which need no trust"
+            torch.save({"model": again, "meta": again.meta}, path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 4
+    code = "import sys, torch; sys.modules['cptv_ao'] = None; [torch.load(p, weights_only=False) for p in sys.argv[1:]]"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("settings", [{}, {"score_on": "simulation"}])

@@ -172,16 +172,19 @@ torch.set_warn_always(True)  # what torch says once per process by default
 import cptv_ao
 from helpers import nets
 from helpers.search import small_config
-model = nets.seeded(nets.{net})
-batches = list(nets.images(16, 3, 16, 16).split(4))
-_, converted = nets.quantize(model, batches, weight_bits=3)
-config = small_config(gradient_steps=4, population=("output_error", "ranges"))
 warnings.simplefilter("error")
-cptv_ao.refine(converted, batches, float_model=model, config=config, checkpoint={path!r}, progress=False)
-cptv_ao.save_scales(converted, {path!r} + ".scales")
-cptv_ao.load_scales(converted, {path!r} + ".scales")
-cptv_ao.find_sites(converted)
-cptv_ao.recipe(model, (batches[0],))
+for net in (nets.ConvNet, nets.FunctionalNet):
+    model = nets.seeded(net)
+    batches = list(nets.images(16, 3, 16, 16).split(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, converted = nets.quantize(model, batches, weight_bits=3)
+    config, path = small_config(gradient_steps=4, population=("output_error", "ranges")), {path!r} + net.__name__
+    cptv_ao.refine(converted, batches, float_model=model, config=config, checkpoint=path, progress=False)
+    cptv_ao.save_scales(converted, path + ".scales")
+    cptv_ao.load_scales(converted, path + ".scales")
+    cptv_ao.find_sites(converted)
+    cptv_ao.recipe(model, (batches[0],))
 try:
     for _ in range(3):
         torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
@@ -192,13 +195,10 @@ except UserWarning:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", ["ConvNet", "FunctionalNet"])
-def test_a_process_in_which_every_warning_is_an_error(tmp_path: Path, net: str) -> None:
+def test_a_process_in_which_every_warning_is_an_error(tmp_path: Path) -> None:
     """torch's flood (800 warnings in one refine of ConvNet, measured) is filtered inside our calls, and only there."""
     here = Path(__file__).parents[1]
-    code = SCRIPT.format(
-        tests=str(here), examples=str(here.parent / "examples"), path=str(tmp_path / "search"), net=net
-    )
+    code = SCRIPT.format(tests=str(here), examples=str(here.parent / "examples"), path=str(tmp_path / "search"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     if torch.__version__ >= "2.14":  # earlier ones do not warn

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import Case
+from helpers.quick import each_pair
 from helpers.search import learnt, leaves_of
 from torch import Tensor
 
@@ -26,13 +27,15 @@ def values(shape: tuple[int, ...]) -> Tensor:
     return found.contiguous(memory_format=torch.channels_last) if found.dim() == 4 else found
 
 
-@pytest.mark.parametrize("by_channel", [True, False])
-@pytest.mark.parametrize("shape", [(5, 7, 33), (3, 4, 6, 6), (40, 130), (4097,)])
-@pytest.mark.parametrize(("rounding", "relu"), [("round", False), ("round", True), ("clamp", False), ("none", True)])
+MODES: list[tuple[Rounding, bool]] = [("round", False), ("round", True), ("clamp", False), ("none", True)]
+SHAPES = [(5, 7, 33), (3, 4, 6, 6), (40, 130), (4097,)]
+
+
+@pytest.mark.parametrize(("mode", "shape", "by_channel"), each_pair(MODES, SHAPES, [True, False]))
 def test_codes_and_all_sums_are_those_of_plain_torch(
-    shape: tuple[int, ...], by_channel: bool, rounding: Rounding, relu: bool
+    mode: tuple[Rounding, bool], shape: tuple[int, ...], by_channel: bool
 ) -> None:
-    x, dim = values(shape), 1 if len(shape) == 4 else -1
+    (rounding, relu), x, dim = mode, values(shape), 1 if len(shape) == 4 else -1
     limits, channels = Limits.of(torch.tensor(3.0), 0, 127, rounding, relu), x.shape[dim]
     multiplier = torch.rand(channels) + 0.5 if by_channel else torch.tensor(0.7)
     offset = torch.randn(channels) if by_channel else None

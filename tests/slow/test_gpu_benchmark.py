@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "gpu.py"
 
 def test_it_runs_without_a_gpu() -> None:
     small = "--device cpu --networks digits_vit --searched digits_vit --batch 8 --images 64 --rounds 2 --steps 2"
-    command = [sys.executable, str(SCRIPT), *small.split(), "--threads", "1", "--seconds", "5"]
+    command = [sys.executable, str(SCRIPT), *small.split(), "--threads", "1", "--seconds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"codes equal the CPU's: 1\.0000000 of \d+ ops", done.stdout)

@@ -6,13 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import imagenet
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import cptv_ao
 
 CLASSES = 3
 VIT, CNN = "vit_tiny_patch16_224", "resnet10t"
@@ -32,6 +36,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(each):
                 Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search ends after one proposal, which gains."""
+    settings: dict[str, Any] = {"population": ("output_error",), "gradient_steps": 0, "passes": 0}
+    monkeypatch.setattr(cptv_ao, "RefineConfig", partial(cptv_ao.RefineConfig, **settings))
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
@@ -54,14 +65,15 @@ def test_runs_as_a_script(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert list(table(done.stdout)) == ["float", "quantized", "refined"]
     assert re.search(r"^infonce, \d+ search images", done.stdout, re.MULTILINE)  # as many as a second pays for
-    assert [path.name for path in tmp_path.iterdir()] == ["vit_tiny_patch16_224_w3"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{VIT}_w3"]
 
 
+@pytest.mark.usefixtures("_short")
 def test_saves_and_resumes(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    words = ["--data", str(data), "--seconds", "40", "--out", str(out)]
+    words = ["--data", str(data), "--seconds", "100", "--out", str(out)]
     first = run(capsys, monkeypatch, *words)
     assert sorted(path.name for path in out.iterdir()) == ["quantized.pt", "refined.pt", "results.json"]
     saved = json.loads((out / "results.json").read_text())
@@ -96,11 +108,12 @@ def test_says_what_is_missing(
         run(capsys, monkeypatch, "--data", str(data), *words)
 
 
+@pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("name", [VIT, CNN])
 def test_resumed_models_are_the_saved_ones(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", name, *COMMON, "--data", str(data), "--seconds", "30"])
+    monkeypatch.setattr(sys, "argv", ["imagenet.py", name, *COMMON, "--data", str(data), "--seconds", "100"])
     args = imagenet.arguments()
     args.out = tmp_path
     with torch.random.fork_rng():
