@@ -72,10 +72,15 @@ class Cost:
             share: of the seconds of a limited search that it may take.
             least: without which the stage says nothing.
         """
-        worth = self.stage / (forwards * self.flops)
-        if self.limit is not None and self.seconds > 0:
-            worth = min(worth, share * self.limit / (forwards * self.seconds))
+        worth = self.flops_of(share) / (forwards * self.flops)
         return max(min(most, int(worth)), min(least, most))
+
+    def flops_of(self, share: float) -> float:
+        """Floating point operations that one stage may take, where it may take such a share of the seconds of a limited
+        search."""
+        if self.limit is None or self.seconds <= 0:
+            return self.stage
+        return min(self.stage, share * self.limit / self.seconds * self.flops)
 
 
 def cost_of(

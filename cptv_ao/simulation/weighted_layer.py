@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from cptv_ao.core.weight_rounding import along_axis, nearest_codes, weight_steps
@@ -22,9 +25,24 @@ class WeightedLayer(OutOfPlace):
         """Where the channels of the input, and of the output, are."""
         return self._product.channel_dim
 
-    def weight_error(self, value: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the output per channel (C,) when a float input meets the weight rounded at a scale."""
-        return self._product.error(value, _error_at(scale, self.weight))
+    def weight_error(self, value: Tensor, most: int) -> Callable[[Tensor], Tensor]:
+        """Gives the squared error of the output per channel (C,) when a float input meets the weight rounded at a
+        scale.
+
+        Args:
+            value: the input, of which so many rows at most are looked at.
+        """
+        rows, weight = self.rows(value, most), self.weight
+        if rows is None:
+            return lambda scale: self._product.error(value, _error_at(scale, weight))
+        gram = rows.mT @ rows if rows.shape[1] > rows.shape[2] else None
+
+        def error(scale: Tensor) -> Tensor:
+            apart = torch.stack(_error_at(scale, weight).flatten(1).chunk(len(rows)))
+            squares = (apart @ rows.mT).square_() if gram is None else (apart @ gram).mul_(apart)
+            return squares.sum(2).flatten()
+
+        return error
 
     def weight_shift(self, value: Tensor) -> Tensor | None:
         """What the rounding of the weight, as it is, adds to the output for a float input; None where the float weight

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao import RefineConfig
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.qparams import QParams, same
+from cptv_ao.core.qparams import Assignment, QParams, same
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.bias_correction import corrections
@@ -240,3 +240,25 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     assert len(names) == 2, "it ends at the second time"
     assert twin.sites.modules[wide].site.qmax == backend.sites[wide].qmax == 255
     assert max(losses[3:]) < 2 * max(losses[:3])
+
+
+@torch.no_grad()
+def test_what_was_refused_is_tried_once_more_with_its_biases(vit_w2: Case) -> None:
+    """Weights and ranges whose means nobody had corrected: behind accepted biases each has those that fit it."""
+    backend = backend_of(vit_w2)
+    search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
+    config = small_config(population=("output_error", "curvature", "biases"), gradient_steps=0)
+    proposer = Proposer(backend, backend, backend.movable(), Calibration(config, search), Budget())
+    weights, ranges = "weight scales of least output error", "activation ranges of least loss"
+    tried = dict[str, Assignment]()
+    for name, scales in proposer.proposals(lambda loss: None, lambda worth: None):
+        tried[name] = scales()
+        if name == "biases corrected":
+            for site, qparams in tried[name].items():
+                backend.write(site, qparams)
+    behind = [f"{name}, biases corrected" for name in (weights, ranges)]
+    assert list(tried)[-3:] == ["biases corrected", *behind]
+    for name in tried[weights]:
+        again = tried[behind[0]][name]
+        assert torch.equal(again.scale, tried[weights][name].scale)
+        assert again.correction is not None and not same(again, tried["biases corrected"][name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -12,6 +13,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.simulation.layer_inputs import layer_inputs
+from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.simulation.weighted_layer import WeightedLayer
 
@@ -19,6 +21,8 @@ from cptv_ao.simulation.weighted_layer import WeightedLayer
 _FACTORS = tuple(float(f) for f in torch.logspace(-0.45, 0.1, 23))
 # After reduce_range half the scale uses the whole container, twice the scale leaves it.
 HALF_CONTAINER = REDUCED_QMAX / 255
+# Rows of inputs of a layer on which errors of its weight are weighed, at most and at least.
+_ROWS, _LEAST_ROWS = 16_384, 64
 
 Proposal = tuple[str, Callable[[], Assignment]]
 """What an individual is, and its scales; these are computed when they are asked for."""
@@ -33,6 +37,7 @@ def individuals(
     limited: Collection[str],
     now: Callable[[str], QParams],
     batch: Batch,
+    most_flops: float,
 ) -> Iterator[Proposal]:
     """The individuals that are worth a try: per-channel weight scales, then the ranges of the activations.
 
@@ -43,10 +48,11 @@ def individuals(
         limited: leaders of the groups whose codes must stay below 128, or kernels saturate.
         now: reads the scales that are in the model.
         batch: search images, of which 64 say enough.
+        most_flops: as of `output_error_scales`.
     """
     weights = [name for name, group in groups.items() if group[0].kind == "weight"]
     if weights and "output_error" in chosen:
-        yield "weight scales of least output error", partial(output_error_scales, twin, weights, batch)
+        yield "weight scales of least output error", partial(output_error_scales, twin, weights, batch, most_flops)
     ranges = "ranges" in chosen
     free = [site for lead, group in groups.items() if lead not in limited for site in group if site.affine]
     if ranges and free:
@@ -60,26 +66,39 @@ def _all_rescaled(sites: Sequence[ScaleSite], factor: float, now: Callable[[str]
     return {site.name: rescaled(now(site.name), factor, site) for site in sites}
 
 
-def output_error_scales(twin: Twin, names: Sequence[str], batch: Batch) -> Assignment:
+def output_error_scales(twin: Twin, names: Collection[str], batch: Batch, most_flops: float = math.inf) -> Assignment:
     """Per channel, the multiple of the weight scale that least changes the layer's output on float inputs.
 
-    The error of channel c is sum((x * (s round(w / s) - w))^2) over the inputs x that the layer sees (the Gram
-    matrix of the inputs, without forming it).
+    The error of channel c is sum((x * (s round(w / s) - w))^2) over rows x of the inputs that the layer sees.
+
+    Args:
+        twin: of the model.
+        names: of the weight sites.
+        batch: search images.
+        most_flops: floating point operations that it may take beside a forward; fewer rows are looked at for fewer.
     """
     with torch.no_grad(), twin.in_float(twin.names):
         inputs = layer_inputs(twin, batch)
-    return {
-        layer.weight.site.name: _least_error(layer, value if isinstance(value, Tensor) else value.dequantize())
-        for layer, value in inputs.items()
-        if layer.weight.site.name in names and layer.weight.weight is not None
-    }
+    layers = [one for one in inputs if one.weight.site.name in names and one.weight.weight is not None]
+    rows = _ROWS
+    while rows > _LEAST_ROWS and sum(_flops(layer.weight.codes.shape, rows) for layer in layers) > most_flops:
+        rows //= 2
+    return {layer.weight.site.name: _least_error(layer, inputs[layer], rows) for layer in layers}
 
 
-def _least_error(layer: WeightedLayer, value: Tensor) -> QParams:
+def _flops(weight: Sequence[int], rows: int) -> float:
+    """Of all factors of a weight (C, ...), where inputs have so many rows: of their Gram matrix if that is smaller."""
+    columns = math.prod(weight[1:])
+    gram = rows * columns**2 if rows > columns else 0.0
+    return 2.0 * (gram + len(_FACTORS) * weight[0] * columns * min(rows, columns))
+
+
+def _least_error(layer: WeightedLayer, value: QTensor | Tensor, rows: int) -> QParams:
     weight, scale = layer.weight, layer.weight.scale
+    error_at = layer.weight_error(value if isinstance(value, Tensor) else value.dequantize(), rows)
     best, chosen = torch.full_like(scale, torch.inf), scale.clone()
     for factor in _FACTORS:
-        error = layer.weight_error(value, scale * factor)
+        error = error_at(scale * factor)
         error = error.sum() if scale.dim() == 0 else error
         better = error < best
         best = torch.where(better, error, best)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -22,8 +22,9 @@ from cptv_ao.search.proposals.searched_scales import SearchedScales
 from cptv_ao.search.proposals.sequential_rounding import is_coarse, sequential_roundings
 from cptv_ao.search.proposals.step_images import StepImages
 
-# Images on which errors of weights are weighed, at most.
-_TOLD_BY = 64
+# Images on which errors of weights are weighed, at most; where there is no time for the least of them, they are not
+# weighed. Weights of few codes have more to gain. Share of the seconds of a limited search that each look may take.
+_TOLD_BY, _TOLD_LEAST, _TOLD_LEAST_COARSE, _SHARE = 64, 16, 4, 0.03
 
 
 class Population:
@@ -50,6 +51,7 @@ class Population:
         self._searched, self._budget, self._images = searched, budget, images
         self._config, self._cost = calibration.config, calibration.cost
         self._limits, self._biases = limits, biases
+        self._refused = list[Proposal]()
         self._ranges = LeastLossRanges(searched.twin, searched.groups, images, calibration)
         batch = calibration.search.batches[0]
         self._batch = batch if is_cpu(self._config.device) else batch.few(_TOLD_BY).to(self._config.device)
@@ -61,15 +63,26 @@ class Population:
         return self._ranges.image_forwards
 
     def proposals(self) -> Iterator[Proposal]:
-        """Its individuals, as far as there is time for them."""
+        """Its individuals, as far as there is time for them; behind corrected biases those that were refused before,
+        since the means that they move may have been all that was wrong with them."""
+        biases, store = self._biases, self._searched.store
+        yield from self._of_scales()
+        if "biases" in self._config.population and biases.worth(store) and self._budget.left:
+            yield "biases corrected", partial(biases.corrected, dict, store)
+            for name, scales in self._refused if biases.in_use(store) else ():
+                if self._budget.left:
+                    yield f"{name}, biases corrected", partial(biases.corrected, scales, store)
+
+    def _of_scales(self) -> Iterator[Proposal]:
         population, searched, biases = set(self._config.population), self._searched, self._biases
         kernels, groups = searched.kernels, searched.groups
         if kernels.form.enforces_ranges:  # for which its observers calibrate
             population.discard("ranges")
         limited = [] if kernels.form.simulates_itself else self._limits.on_whole_containers()
         self._limits.limit(limited)
-        worth = self._cost.images(_TOLD_BY, forwards=24, share=0.03, least=0)
-        if not worth:
+        coarse = [lead for lead, group in groups.items() if is_coarse(group[0])]
+        worth = self._cost.images(_TOLD_BY, forwards=2, share=_SHARE, least=0)
+        if worth < (_TOLD_LEAST_COARSE if coarse else _TOLD_LEAST):
             population.discard("output_error")
         first = searched.scales()
         if biases.dear:  # what gains most for its seconds; the whole range is no news to it
@@ -80,15 +93,23 @@ class Population:
         if trained and self._budget.left:
             yield "weight scales of the fake quantization", partial(dict, trained)
         batch = self._batch.few(max(worth, 1))
-        found = list(individuals(population, searched.twin, groups, limited, kernels.read, batch))
-        for individual in reversed(found) if biases.dear else found:  # first what costs nothing
+        most_flops = self._cost.flops_of(_SHARE)
+        found = list(individuals(population, searched.twin, groups, limited, kernels.read, batch, most_flops))
+        for individual in self._tried(reversed(found) if biases.dear else found):  # first what costs nothing
             if self._budget.left:
                 yield individual
         if not biases.dear:
             yield from self._least_loss(population)
-        yield from self._roundings(batch if worth else None)
-        if "biases" in population and biases.worth(searched.store) and self._budget.left:
-            yield "biases corrected", partial(biases.corrected, dict, searched.store)
+        if coarse:
+            yield from self._roundings(coarse)
+
+    def _tried(self, individuals: Iterable[Proposal]) -> Iterator[Proposal]:
+        """Individuals, of which those that are refused are remembered."""
+        for individual in individuals:
+            before = self._searched.scales()
+            yield individual
+            if torch.equal(before, self._searched.scales()):
+                self._refused.append(individual)
 
     def _least_loss(self, population: Collection[str]) -> Iterator[Proposal]:
         if "curvature" not in population:
@@ -98,21 +119,22 @@ class Population:
         if self._biases.dear and is_cpu(self._config.device) and self._budget.left:
             yield "activation ranges of least loss, few images", partial(found, True)
         if self._budget.left and not self._ranges.done:
-            yield "activation ranges of least loss", found
+            yield from self._tried([("activation ranges of least loss", found)])
 
-    def _roundings(self, batch: Batch | None) -> Iterator[Proposal]:
-        """Of weights of few codes; those that compensate are found on a batch, if there is time for that."""
-        coarse = [lead for lead, group in self._searched.groups.items() if is_coarse(group[0])]
+    def _roundings(self, coarse: Collection[str]) -> Iterator[Proposal]:
+        """Of weights of few codes; those that compensate, if there is time for them."""
         wanted = "output_error" in self._config.population and self._config.rounding_rate
-        if coarse and wanted and self._budget.left:
+        if wanted and self._budget.left:
             yield "weights rounded for least output error", partial(self._rounded_in_turn, coarse)
-            if batch is not None and self._budget.left:
-                yield "weights that compensate for what is before them", partial(self._compensating, coarse, batch)
+            worth = self._cost.images(_TOLD_BY, forwards=24, share=_SHARE, least=0)
+            if worth and self._budget.left:
+                few = self._batch.few(worth)
+                yield "weights that compensate for what is before them", partial(self._compensating, coarse, few)
 
     def _rounded_in_turn(self, weights: Collection[str]) -> Assignment:
         """At their present scales."""
         self._searched.follow()
-        images = self._cost.images(_TOLD_BY, forwards=2, share=0.03, least=4)
+        images = self._cost.images(_TOLD_BY, forwards=2, share=_SHARE, least=_TOLD_LEAST_COARSE)
         return sequential_roundings(self._searched.twin, weights, spread_images(self._images.batches, images))
 
     def _compensating(self, weights: Collection[str], batch: Batch) -> Assignment:
