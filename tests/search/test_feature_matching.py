@@ -225,12 +225,12 @@ def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: workloads.Images) -> N
 
     def loss(seed: int, feature_weight: float) -> float:
         case, drawn = vit_w2.copy(), digits.calibration(1000, seed=5 + seed)
-        case.batches, images = list(drawn[:600].split(100)), drawn[600:]
+        case.batches, images = list(drawn[:300].split(50)), drawn[300:]
         refined(case, gradient_steps=60, feature_weight=feature_weight, seed=seed)
         with torch.inference_mode():
             return float(kl(case.converted(images), case.float_model(images)))
 
-    # Measured on six draws: .61, .76, 1.0, .67, .48, .52; of their means .64.
+    # Measured on six draws: .62, .71, .95, .67, .96, .73; of the means of any four of them at most .82.
     assert sum(loss(seed, 1.0) for seed in range(4)) < 0.9 * sum(loss(seed, 0.0) for seed in range(4))
 
 

@@ -102,12 +102,12 @@ def test_it_is_worth_it_at_two_bits(vit_w2: Case, digits: Any) -> None:
 
     def loss(seed: int, rounding_rate: float) -> float:
         case, drawn = vit_w2.copy(), digits.calibration(1000, seed=5 + seed)
-        case.batches, images = list(drawn[:600].split(100)), drawn[600:]
+        case.batches, images = list(drawn[:300].split(50)), drawn[300:]
         model = refined(case, passes=0, rounding_rate=rounding_rate, seed=seed)
         with torch.inference_mode():
             return float(kl(model(images), case.float_model(images)))
 
-    # Measured on six draws: .91, .62, .65, .51, .94, .56; of their means .69.
+    # Measured on six draws: .45, .41, .51, .65, 1.4, .56; of the means of any four of them at most .77.
     assert sum(loss(seed, 0.1) for seed in range(4)) < 0.9 * sum(loss(seed, 0.0) for seed in range(4))
 
 
