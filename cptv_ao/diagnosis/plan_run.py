@@ -30,8 +30,8 @@ from cptv_ao.simulation.simulated_backend import SimulatedBackend
 # Images that are read, and those on which the twin is measured at least.
 IMAGES, _FEW = 128, 16
 # Groups that are measured in a step at most; steps that there may be; what a measurement costs an image, in float
-# forwards; and how many stages of a search all measurements may take together.
-_TRIES, _STEPS, _FORWARDS, _STAGES = 4, 20, 3, 20
+# forwards; and what all measurements may take together, as a share of what a search is planned for.
+_TRIES, _STEPS, _FORWARDS, _SHARE = 4, 20, 3, 0.4
 
 
 def planned(
@@ -50,8 +50,8 @@ def planned(
         batches = first_images(batches, IMAGES)
         check_negatives(config, batches)
         cost = cost_of(teacher, backend.model, batches[0], None)
-        count = cost.images(IMAGES, forwards=_FORWARDS * _STEPS / _STAGES, share=1.0, least=_FEW)
-        measurements = int(_STAGES * cost.stage / (_FORWARDS * cost.flops * count))
+        count = cost.images(IMAGES, forwards=_FORWARDS * _STEPS, share=_SHARE, least=_FEW)
+        measurements = int(cost.flops_of(_SHARE) / (_FORWARDS * cost.flops * count))
         batches = spread_images(batches, count, whole=not is_per_image(config.loss))
         images = Images.of(batches, teacher, config)
         config, told = settled_outputs(backend.model, teacher, images, replace(config, gradient_steps=0))

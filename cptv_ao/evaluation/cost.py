@@ -24,9 +24,9 @@ _FEW = 2
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
 _SCORED, SCORED_FORWARDS, _LEAST = 0.1, 3, 16
-# What one stage of a search may take where no seconds are given, in floating point operations: some 10 s of one core,
-# or some seconds of a GPU.
-_STAGE, _STAGE_ON_GPU = 5e11, 5e13
+# What a search is planned for where no seconds are given, in floating point operations: some ten minutes of one core,
+# or of a GPU minutes.
+_SEARCH, _SEARCH_ON_GPU = 2.5e13, 2.5e15
 # What scoring once may take beside a GPU, where no seconds are given: kernels have a hundredth of its speed.
 _SCORED_BESIDE_GPU = 1e13
 
@@ -47,7 +47,7 @@ class Cost:
         seconds: on this machine.
         kernel_seconds: of a forward of one image through the quantized network.
         limit: `RefineConfig.max_seconds`.
-        stage: floating point operations that one stage of a search may take.
+        search: floating point operations that a search is planned for where no seconds are given.
         scored: floating point operations that scoring all images once may take.
     """
 
@@ -55,7 +55,7 @@ class Cost:
     seconds: float = 0.0
     kernel_seconds: float = 0.0
     limit: float | None = None
-    stage: float = _STAGE
+    search: float = _SEARCH
     scored: float = math.inf
 
     @property
@@ -69,18 +69,17 @@ class Cost:
         Args:
             most: beyond which more say nothing new.
             forwards: that the stage costs an image, in those of the float network.
-            share: of the seconds of a limited search that it may take.
+            share: of the search that it may take.
             least: without which the stage says nothing.
         """
         worth = self.flops_of(share) / (forwards * self.flops)
         return max(min(most, int(worth)), min(least, most))
 
     def flops_of(self, share: float) -> float:
-        """Floating point operations that one stage may take, where it may take such a share of the seconds of a limited
-        search."""
+        """Floating point operations that a stage may take which has such a share of the search."""
         if self.limit is None or self.seconds <= 0:
-            return self.stage
-        return min(self.stage, share * self.limit / self.seconds * self.flops)
+            return share * self.search
+        return share * self.limit / self.seconds * self.flops
 
 
 def cost_of(
@@ -109,8 +108,8 @@ def cost_of(
         with torch.no_grad():
             run(model, one, 0)  # what a first run does besides
             seconds = world.first(_seconds(teacher, few)), world.first(_seconds(model, few))
-    stage, scored = (_STAGE, math.inf) if is_cpu(device) else (_STAGE_ON_GPU, _SCORED_BESIDE_GPU)
-    return Cost(max(counter.total / one.images, 1.0), *seconds, limit, stage, scored)
+    search, scored = (_SEARCH, math.inf) if is_cpu(device) else (_SEARCH_ON_GPU, _SCORED_BESIDE_GPU)
+    return Cost(max(counter.total / one.images, 1.0), *seconds, limit, search, scored)
 
 
 def _seconds(model: nn.Module, few: Batch) -> float:

@@ -43,6 +43,7 @@ def _without(individual: str) -> dict[str, Any]:
 PARTS: dict[str, dict[str, Any]] = {
     "default": {},
     "without curvature": _without("curvature"),
+    "without output error": _without("output_error"),
     "without roundings": {"rounding_rate": 0.0},
     "without features": {"feature_weight": 0.0},
     "without biases": _without("biases"),
@@ -102,7 +103,7 @@ def table(cells: Cells) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, one thread each")
-    parser.add_argument("--only", default="", help="workloads whose name holds this")
+    parser.add_argument("--only", nargs="*", default=[""], help="workloads whose name holds one of these")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument(
@@ -116,7 +117,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # torch.ao warns about its own defaults, thousands of times
     if args.unit:
         return run_unit(args.unit, args.seed, args)
-    names = [name for name in ROWS if args.only.lower() in name.lower()]
+    names = [name for name in ROWS if any(part.lower() in name.lower() for part in args.only)]
     seeds = SEEDS[: args.seeds]
     if not args.table:
         words = ["--folder", str(args.folder), "--parts", *args.parts]

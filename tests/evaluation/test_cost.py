@@ -33,12 +33,14 @@ def test_time_is_measured_only_where_it_is_limited() -> None:
 
 def test_a_stage_runs_on_what_it_may_cost() -> None:
     cheap, dear = Cost(1e6), Cost(1e11)
-    assert cheap.images(64, forwards=4, share=0.1) == 64
-    assert dear.images(64, forwards=1, share=0.1) == 5
-    assert dear.images(64, forwards=5, share=0.1) == 2, "the least, without which it says nothing"
-    assert dear.images(1, forwards=5, share=0.1) == 1
+    assert cheap.images(64, forwards=4, share=0.02) == 64
+    assert dear.images(64, forwards=1, share=0.02) == 5
+    assert dear.images(64, forwards=1, share=0.1) == 25
+    assert dear.images(64, forwards=5, share=0.02) == 2, "the least, without which it says nothing"
+    assert dear.images(1, forwards=5, share=0.02) == 1
     limited = Cost(1e6, seconds=0.1, limit=100.0)
     assert limited.images(64, forwards=4, share=0.1) == 25, "10 of 100 seconds, .4 an image"
+    assert Cost(1e11, seconds=1.0, limit=1e4).images(999, forwards=1, share=0.02) == 200, "more than without a limit"
 
 
 @pytest.mark.parametrize("fixed", [False, True])
