@@ -19,8 +19,9 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.image_subsets import Split, spread_images
 from cptv_ao.fx.running import run
 
-# Images that are timed.
-_FEW = 2
+# Images that are timed at first; and, since what a call costs beside them is shared by a batch, as many more, this many
+# times in turn, as run within these seconds.
+_FEW, _TIMES, _TIMED = 2, 4, 0.1
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
 _SCORED, SCORED_FORWARDS, _LEAST = 0.1, 3, 16
@@ -100,23 +101,28 @@ def cost_of(
         planned: seconds that were measured before, to plan by again.
         device: where the float network runs, and all proposals are made.
     """
-    counter, one, few = _Flops(), batch.few(1), batch.few(_FEW)
+    counter, one = _Flops(), batch.few(1)
     with torch.no_grad(), counter:
         run(teacher, one, 0)
     seconds = planned or (0.0, 0.0)
     if limit is not None and planned is None:
         with torch.no_grad():
             run(model, one, 0)  # what a first run does besides
-            seconds = world.first(_seconds(teacher, few)), world.first(_seconds(model, few))
+            seconds = world.first(_seconds(teacher, batch)), world.first(_seconds(model, batch))
     search, scored = (_SEARCH, math.inf) if is_cpu(device) else (_SEARCH_ON_GPU, _SCORED_BESIDE_GPU)
     return Cost(max(counter.total / one.images, 1.0), *seconds, limit, search, scored)
 
 
-def _seconds(model: nn.Module, few: Batch) -> float:
-    """Of a forward of one image among a few."""
-    started = time.monotonic()
-    run(model, few, 0)
-    return (time.monotonic() - started) / few.images
+def _seconds(model: nn.Module, batch: Batch) -> float:
+    """Of a forward of one image among others of a batch."""
+    few = batch.few(_FEW)
+    while True:
+        started = time.monotonic()
+        run(model, few, 0)
+        took = time.monotonic() - started
+        if took > _TIMED or few.images >= batch.images:
+            return took / few.images
+        few = batch.few(_TIMES * few.images)
 
 
 def affordable(split: Split, cost: Cost, whole: bool) -> Split:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.image_subsets import Split
@@ -53,3 +55,15 @@ def test_a_limited_search_scores_what_its_seconds_pay_for(fixed: bool) -> None:
     assert {b.images for b in few.search} == ({10} if fixed else {5})
     least = affordable(split, Cost(1.0, 0.1, 0.1, limit=1e-3), True)
     assert [b.images for b in (*least.search, *least.holdout)] == [10] * 4, "two whole batches of each"
+
+
+def test_what_a_call_costs_beside_its_images_is_shared_by_a_batch() -> None:
+    """A network that takes as long for one image as for many costs an image of a batch its share of that."""
+
+    class Overhead(nn.Flatten):
+        def forward(self, value: Tensor) -> Tensor:
+            time.sleep(0.01)
+            return super().forward(value)
+
+    seconds, _ = cost_of(Overhead(), Overhead(), batch(50), 60.0).measured
+    assert 0.01 / 50 <= seconds < 0.01 / 8
