@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.simulation.layer_inputs import layer_inputs
+from cptv_ao.fx.running import call
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.simulation.weighted_layer import WeightedLayer
@@ -77,13 +79,17 @@ def output_error_scales(twin: Twin, names: Collection[str], batch: Batch, most_f
         batch: search images.
         most_flops: floating point operations that it may take beside a forward; fewer rows are looked at for fewer.
     """
-    with torch.no_grad(), twin.in_float(twin.names):
-        inputs = layer_inputs(twin, batch)
-    layers = [one for one in inputs if one.weight.site.name in names and one.weight.weight is not None]
-    rows = _ROWS
+    layers = [one for one in twin.layers if one.weight.site.name in names and one.weight.weight is not None]
+    rows, found = _ROWS, dict[str, QParams]()
     while rows > _LEAST_ROWS and sum(_flops(layer.weight.codes.shape, rows) for layer in layers) > most_flops:
         rows //= 2
-    return {layer.weight.site.name: _least_error(layer, inputs[layer], rows) for layer in layers}
+
+    def see(layer: Any, args: tuple[Any, ...]) -> None:  # at once: the inputs of all layers would fill the memory
+        found[layer.weight.site.name] = _least_error(layer, args[0], rows)
+
+    with torch.no_grad(), twin.in_float(twin.names), hooked([one.register_forward_pre_hook(see) for one in layers]):
+        call(twin, batch)
+    return found
 
 
 def _flops(weight: Sequence[int], rows: int) -> float:
