@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from cptv_ao.core.tensors import copied
 from cptv_ao.fx.inplace import OutOfPlace
-from cptv_ao.simulation.qtensor import QTensor, from_kernel, to_kernel
+from cptv_ao.simulation.qtensor import QTensor, dequantize, from_kernel, to_kernel
 from cptv_ao.simulation.quantizers import Quantizer
 
 #: What the gradient of an op is: that of its float form, straight through, or none.
@@ -91,7 +91,7 @@ class ByKernel(OutOfPlace):
     def _floats(self, args: Any, kwargs: Any, count: int, given: list[Any], leaves: list[Any]) -> list[Any]:
         """What the outputs are in float, with their gradient; None where that is not known."""
         if self.float_form is not None:
-            args, kwargs = tree_map(_float, (args, kwargs))
+            args, kwargs = tree_map(dequantize, (args, kwargs))
             try:
                 found = tree_leaves(self.float_form(*args, **kwargs))
             except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError):
@@ -103,7 +103,7 @@ class ByKernel(OutOfPlace):
         first = next((leaf for leaf in given if _is_real(leaf)), None)
         straight = [first if first is not None and _alike(first, leaf) else None for leaf in leaves]
         self.gradient = "straight" if any(leaf is not None for leaf in straight) else "none"
-        return [None if leaf is None else _float(leaf) for leaf in straight]
+        return [None if leaf is None else dequantize(leaf) for leaf in straight]
 
     def _passed(self, found: Any, value: Any, given: list[Any], rounds: bool) -> Any:
         """What the kernel found, with the gradient of the same in float; that itself where nothing is rounded."""
@@ -152,10 +152,6 @@ def _device(values: list[Any]) -> torch.device:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, QTensor) or (isinstance(value, Tensor) and value.is_floating_point())
-
-
-def _float(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, QTensor) else value
 
 
 def _shape(value: Any) -> Any:

@@ -18,7 +18,7 @@ from cptv_ao.simulation.autograd_ops import Add, QuantizedProduct
 from cptv_ao.simulation.layer_norm import LayerNorm
 from cptv_ao.simulation.limits import Limits
 from cptv_ao.simulation.products import Product
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.qtensor import QTensor, dequantize
 from cptv_ao.simulation.quantizers import Quantizer, WeightQuantizer
 from cptv_ao.simulation.weighted_layer import WeightedLayer
 
@@ -136,7 +136,7 @@ class Pointwise(OutOfPlace):
         self.output, self._op = output, op
 
     def forward(self, *values: QTensor, **settings: Any) -> QTensor:
-        named = {name: part.dequantize() if isinstance(part, QTensor) else part for name, part in settings.items()}
+        named = {name: dequantize(part) for name, part in settings.items()}
         result: QTensor = self.output(self._op(*(value.dequantize() for value in values), **named))
         return result
 

@@ -143,6 +143,11 @@ class Apart(torch.autograd.Function):
         return weighted * (twice * scale) if ctx.needs_input_grad[0] else None, d_scale, None, None, None
 
 
+def dequantize(value: Any) -> Any:
+    """The real numbers of one of the twin's tensors; anything else as it is."""
+    return value.dequantize() if isinstance(value, QTensor) else value
+
+
 def real(value: Any) -> Tensor | None:
     """The real numbers of a quantized tensor, of one of the twin, or of a floating one, as a copy; None of others."""
     if isinstance(value, QTensor):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.simulation.activations import Pull, followed
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.qtensor import QTensor, dequantize
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.simulation.weighted_layer import WeightedLayer
 
@@ -55,7 +55,7 @@ def _see_weight(
     seen: list[tuple[str, Tensor, Tensor]],
 ) -> None:
     with torch.no_grad():
-        shift = layer.weight_shift(value.dequantize() if isinstance(value, QTensor) else value)
+        shift = layer.weight_shift(dequantize(value))
         if shift is None:
             return
         if isinstance(output, QTensor):  # where a ReLU is fused, nothing passes that it cut off

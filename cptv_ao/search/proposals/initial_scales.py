@@ -15,7 +15,7 @@ from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.running import call
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.qtensor import QTensor, dequantize
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.simulation.weighted_layer import WeightedLayer
 
@@ -101,7 +101,7 @@ def _flops(weight: Sequence[int], rows: int) -> float:
 
 def _least_error(layer: WeightedLayer, value: QTensor | Tensor, rows: int) -> QParams:
     weight, scale = layer.weight, layer.weight.scale
-    error_at = layer.weight_error(value if isinstance(value, Tensor) else value.dequantize(), rows)
+    error_at = layer.weight_error(dequantize(value), rows)
     best, chosen = torch.full_like(scale, torch.inf), scale.clone()
     for factor in _FACTORS:
         error = error_at(scale * factor)

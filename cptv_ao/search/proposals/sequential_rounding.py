@@ -15,7 +15,7 @@ from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
 from cptv_ao.simulation.layer_inputs import layer_inputs
-from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.qtensor import QTensor, dequantize
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.simulation.weighted_layer import WeightedLayer
@@ -62,7 +62,7 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
 
 def input_rows(layer: WeightedLayer, value: QTensor | Tensor) -> Tensor | None:
     """At most so many rows of what a layer is given, (groups, n, K); None where it has none."""
-    return layer.rows(value if isinstance(value, Tensor) else value.dequantize(), _ROWS)
+    return layer.rows(dequantize(value), _ROWS)
 
 
 def _rounded(quantizer: WeightQuantizer, grams: Tensor, now: QParams) -> QParams:
