@@ -26,7 +26,7 @@ _FEW, _TIMES, _TIMED = 2, 4, 0.1
 # quantized one as it is, in another form, and with the first proposal; and images without which no loss says anything.
 _SCORED, SCORED_FORWARDS, _LEAST = 0.1, 3, 16
 # What a search is planned for where no seconds are given, in floating point operations: some ten minutes of one core,
-# or of a GPU minutes.
+# or minutes of a GPU.
 _SEARCH, _SEARCH_ON_GPU = 2.5e13, 2.5e15
 # What scoring once may take beside a GPU, where no seconds are given: kernels have a hundredth of its speed.
 _SCORED_BESIDE_GPU = 1e13

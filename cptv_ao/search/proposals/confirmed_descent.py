@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-import torch
 
 from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.losses import get_loss, is_per_image
@@ -90,7 +89,7 @@ class ConfirmedDescent:
             corrects = biases.in_use(searched.store) and not biases.dear
             yield name, partial(biases.corrected, scales, searched.store) if corrects else scales
             searched.follow()
-            if not torch.equal(searched.scales(), before):
+            if searched.moved_since(before):
                 descent.go_on()
             elif not descent.young:
                 descent.go_back_to(searched.store.read)

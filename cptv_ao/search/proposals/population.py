@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
-import torch
-
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.image_subsets import spread_images
@@ -87,7 +85,7 @@ class Population:
         first = searched.scales()
         if biases.dear:  # what gains most for its seconds; the whole range is no news to it
             yield from self._least_loss(population)
-            if not torch.equal(first, searched.scales()):
+            if searched.moved_since(first):
                 population.discard("ranges")
         trained = {name: qparams for name, qparams in kernels.weights.trained.items() if name in groups}
         if trained and self._budget.left:
@@ -108,7 +106,7 @@ class Population:
         for individual in individuals:
             before = self._searched.scales()
             yield individual
-            if torch.equal(before, self._searched.scales()):
+            if not self._searched.moved_since(before):
                 self._refused.append(individual)
 
     def _least_loss(self, population: Collection[str]) -> Iterator[Proposal]:

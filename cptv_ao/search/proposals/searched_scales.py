@@ -41,5 +41,9 @@ class SearchedScales:
         follow(self.twin, self.store)
 
     def scales(self) -> Tensor:
-        """All that are there, one after another: a copy, from which it shows whether one was written since."""
+        """All that are there, one after another: a copy, for `moved_since`."""
         return torch.cat([self.store.read(lead).scale.reshape(-1) for lead in self.groups])
+
+    def moved_since(self, before: Tensor) -> bool:
+        """Whether any is another than it was: something that was proposed was kept."""
+        return not torch.equal(self.scales(), before)
