@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_constants import float_tensors, rearranged
 from cptv_ao.backends.trained_weights import fused_weights, trained_scales
-from cptv_ao.core.channel_scaling import LEAST_EXPONENT, fold_factors
+from cptv_ao.core.channel_scaling import fold_factors, scaled_by_powers
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
@@ -125,6 +125,7 @@ class _Nearest:
 def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, before: _Nearest | None = None) -> _Nearest:
     """The first that is within half a step of the codes, else the nearest; with columns as `cptv_ao.transforms` scales
     them where none is within a whole step."""
+    candidates = list(candidates)
     steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
     for candidate in candidates:
         shapes.add(tuple(candidate.shape))
@@ -134,9 +135,12 @@ def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, befo
                 steps, found = apart, candidate
             if apart <= HALF_STEP:
                 break
-    if steps > 2 * HALF_STEP and weight.dim() == 2 and found is not weight:
-        found = _smoothed(found, weight)
-        steps = _distance(found, weight, site)
+    for candidate in candidates if steps > 2 * HALF_STEP else ():
+        if candidate.numel() == weight.numel():
+            scaled = _scaled(candidate, weight)
+            apart = _distance(scaled, weight, site)
+            if apart < steps:
+                steps, found = apart, scaled
     return _Nearest(steps, found, frozenset(shapes))
 
 
@@ -221,13 +225,9 @@ def _by_channel(module: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
     return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
 
 
-def _smoothed(weight: Tensor, quantized: Tensor) -> Tensor:
-    """What `cptv_ao.transforms.smooth_quant` made of a linear layer's weight: columns times powers of two, found by its
-    codes."""
-    weight, made = weight.detach().float().cpu().reshape(quantized.shape), quantized.dequantize()
-    ratio = (weight * made).sum(0) / weight.square().sum(0)
-    exponents = torch.log2(ratio).round()
-    return weight * torch.exp2(torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0))
+def _scaled(weight: Tensor, quantized: Tensor) -> Tensor:
+    """What `cptv_ao.transforms` made of a weight whose channels it scaled, found by its codes."""
+    return scaled_by_powers(weight.detach().float().cpu().reshape(quantized.shape), quantized.dequantize())
 
 
 def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:

@@ -19,10 +19,9 @@ from cptv_ao.core.sites import output_name, weight_name
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.ops import op_name, op_of
 from cptv_ao.fx.paths import ModulePaths, fetch, is_scalar
-from cptv_ao.fx.quantized_ops import Quantized, is_quantized_op, of_module, of_node, quantized_inside
+from cptv_ao.fx.quantized_ops import SUMS, Quantized, is_quantized_op, of_module, of_node, quantized_inside
 
 _DYNAMIC = "dynamic quantization computes its scales at run time"
-_SUMS = {torch.ops.quantized.add, torch.ops.quantized.add_relu}
 
 
 class Scanner:
@@ -99,7 +98,7 @@ class Scanner:
 
     def _visit_known(self, node: Node, op: str, known: Quantized) -> None:
         """Add the sites of a quantized function."""
-        if packet_of(node.target) in _SUMS:
+        if packet_of(node.target) in SUMS:
             self._sites.sums.append(node)
         understood = known.role in {"inherits", "dynamic"}
         if known.product:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.
 _LEAST_GAIN = 1e-4
+# In which powers of rows and of columns are told apart.
+_ROUNDS = 8
 
 
 def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -41,3 +45,33 @@ def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
 
 #: A channel is an outlier where its largest value is this many times that of the median channel.
 OUTLIER = 4.0
+
+
+def scaled_by_powers(weight: Tensor, made: Tensor) -> Tensor:
+    """A float weight (O, K, ...), rows and columns times the powers of two that bring it near to what was made of it.
+
+    Args:
+        made: dequantized codes, of the same shape.
+
+    Returns:
+        The scaled weight; as it is where all factors are the same.
+    """
+    rows, others = (part.flatten(2) if part.dim() > 2 else part.unsqueeze(2) for part in (weight, made))
+    shared, counts = (rows * others).sum(2), rows.square().sum(2)
+    known = (shared > 0) & (counts > 0)
+    powers = torch.where(known, torch.log2(shared / counts), 0.0).nan_to_num(0.0)
+    trust = torch.where(known, shared, 0.0)
+    of_rows, of_columns = torch.zeros(len(powers)), torch.zeros(powers.shape[1])
+    for _ in range(_ROUNDS):
+        of_columns = _mean(powers - of_rows[:, None], trust, 0)
+        of_rows = _mean(powers - of_columns, trust, 1)
+    turns = torch.exp(2j * math.pi * of_rows).mean()  # what both share is a whole number only together
+    part = float(turns.angle()) / (2 * math.pi)
+    exponents = (of_rows - part).round()[:, None] + (of_columns + part).round()
+    if bool((exponents == exponents[0, 0]).all()):  # another weight: channels are scaled to differ less
+        return weight
+    return weight * torch.exp2(exponents).reshape(*exponents.shape, *[1] * (weight.dim() - 2))
+
+
+def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
+    return (values * weights).sum(dim) / weights.sum(dim).clamp_min(torch.finfo(values.dtype).tiny)

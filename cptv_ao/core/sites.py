@@ -14,6 +14,9 @@ from cptv_ao.core.formatting import table
 
 SiteKind = Literal["weight", "activation"]
 
+# Weights of more codes lose so little by the nearest ones that nothing is to be had.
+_CODES = 127
+
 
 @dataclass(frozen=True)
 class ScaleSite:
@@ -55,6 +58,11 @@ class ScaleSite:
     def numel(self) -> int:
         """Number of scales: 1 per tensor, C per channel."""
         return self.shape[0] if self.shape else 1
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it is of a weight that has so few codes that it matters which of two it is rounded to."""
+        return self.kind == "weight" and self.qmax - self.qmin <= _CODES
 
 
 class SiteTable(Mapping[str, ScaleSite]):

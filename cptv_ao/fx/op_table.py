@@ -88,6 +88,8 @@ DROPOUT = Op(
     ("dropout",),
 )
 IDENTITY = Op("identity", "moves", (), (), (nn.Identity,))
+FLATTEN = Op("flatten", "moves", (torch.flatten,), ("flatten",), (nn.Flatten,), ("flatten",))
+MEAN = Op("mean", "mean", (torch.mean,), ("mean",), (), ("mean",))
 RESIZE = Op("resize", "moves", (), ("resize_",))
 RELU = Op(
     "relu", "moves", (functional.relu, torch.relu, torch.relu_), ("relu", "relu_"), (nn.ReLU,), ("relu",), computes=True
@@ -148,7 +150,7 @@ OPS = (
     Op("detach", "moves", (torch.detach, torch.detach_), ("detach", "detach_"), (), ("detach",)),
     DROPOUT,
     Op("expand", "moves", (), ("expand", "expand_as"), (), ("expand", "expand_as")),
-    Op("flatten", "moves", (torch.flatten,), ("flatten",), (nn.Flatten,), ("flatten",)),
+    FLATTEN,
     Op("getitem", "moves", (operator.getitem,), (), (), ("slice", "select")),
     IDENTITY,
     Op("narrow", "moves", (torch.narrow,), ("narrow",), (), ("narrow",)),
@@ -206,7 +208,7 @@ OPS = (
         ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     ),
     Op("interpolate", "averages", (functional.interpolate,), (), (nn.Upsample,)),
-    Op("mean", "mean", (torch.mean,), ("mean",), (), ("mean",)),
+    MEAN,
     RELU6,
     HARDTANH,
     CLAMP,

@@ -117,6 +117,9 @@ _OPS: dict[Any, Quantized] = {
     **_rows(torch.ops.quantized, "dropout", Quantized("inherits")),
 }
 
+#: Of two values, on a scale of its own.
+SUMS = {torch.ops.quantized.add, torch.ops.quantized.add_relu}
+
 # Namespaces of torch.ops that compute with quantized values, and functions that make such.
 _NAMESPACES = (
     torch.ops.quantized,

@@ -11,6 +11,8 @@ Factors by channel behind a layer (LayerScale) become part of it: see `cptv_ao.t
 
 Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and say nothing.
 
+Channels of different size from layer to layer: see `cptv_ao.transforms.cross_layer`.
+
 Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
 
 In PT2E graphs also the middle of each channel of what linear layers read: see `cptv_ao.transforms.channel_shift`.
@@ -30,7 +32,9 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.bn_folding import _fold, is_folded
+from cptv_ao.transforms.channel_groups import ChannelGroup, ChannelGroups
 from cptv_ao.transforms.channel_shift import centre
+from cptv_ao.transforms.cross_layer import equalizable, equalized
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
 from cptv_ao.transforms.layer_scale import fold_scale
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
@@ -46,8 +50,8 @@ _FOLDED = 1e-2
 def equalize(
     backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
 ) -> list[str]:
-    """Fold unfused batch norms and layer scales, cut ranges that functions clip, and smooth outliers of layer
-    norms; in a PT2E graph smooth outliers, and centre what linear layers read.
+    """Fold unfused batch norms and layer scales, cut ranges that functions clip, bring channels to like ranges across
+    layers, and smooth outliers of layer norms; in a PT2E graph smooth outliers, and centre what linear layers read.
 
     Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
@@ -67,14 +71,15 @@ def equalize(
     norms, read = patterns.unfused_norms(), _smoothable(backend, patterns.read_norms())
     scaled = patterns.scaled_layers()
     norms = _with_channels_first(backend, norms, batches[0])
-    if not (norms or scaled or read or patterns.clipped_sites()):
+    if not (norms or scaled or read or patterns.clipped_sites() or _groups(backend, norms)):
         return []
     check = Equivalence(backend, batches, world, confirmed)
     folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
     scales = sum(check.used(scaled, partial(fold_scale, backend), _FOLDED))
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
-    codes = _codes(backend, batches[0], world) if clipped or read else 0
+    groups = _groups(backend, [norm for norm in norms if is_folded(backend, norm)])
+    codes = _codes(backend, batches[0], world) if clipped or read or groups else 0
     cut = sum(check.used(clipped, partial(_cut, backend, codes=codes)))
     notes = []
     if folded:
@@ -83,6 +88,7 @@ def equalize(
         notes.append(f"{scales} layer scales folded into the layers before them")
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
+    notes += equalized(backend, groups, batches, codes, check, world)
     return notes + _smoothed(backend, batches, read, codes, check, world)
 
 
@@ -122,6 +128,11 @@ def replaceable(backend: Backend) -> dict[str, str]:
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
     tensors |= {scaled.path: scaled.weight for scaled in patterns.scaled_layers()}
     return tensors | {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
+
+
+def _groups(backend: Backend, folded: Sequence[UnfusedNorm]) -> list[ChannelGroup]:
+    """Values whose channels can be scaled, where these norms are the identity."""
+    return equalizable(backend, ChannelGroups(backend, {norm.node for norm in folded}).find())
 
 
 def _with_channels_first(backend: Backend, norms: Sequence[UnfusedNorm], batch: Batch) -> list[UnfusedNorm]:

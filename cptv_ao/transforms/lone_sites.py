@@ -21,7 +21,7 @@ from cptv_ao.fx.readers import own_path, read_once, reads
 
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")
 # What functions let through above 0; nothing below.
-_CLIPS = {RELU: math.inf, RELU6: 6.0}
+CLIPS = {RELU: math.inf, RELU6: 6.0}
 
 
 class LoneSites:
@@ -107,8 +107,8 @@ class LoneSites:
                 if not behind:
                     return None
                 highs += behind
-            elif op in _CLIPS:
-                highs.append(_CLIPS[op])
+            elif op in CLIPS:
+                highs.append(CLIPS[op])
             elif reads(user):
                 return None
         return highs

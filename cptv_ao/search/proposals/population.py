@@ -17,7 +17,7 @@ from cptv_ao.search.proposals.initial_scales import Proposal, individuals
 from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges
 from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.searched_scales import SearchedScales
-from cptv_ao.search.proposals.sequential_rounding import is_coarse, sequential_roundings
+from cptv_ao.search.proposals.sequential_rounding import sequential_roundings
 from cptv_ao.search.proposals.step_images import StepImages
 
 # Images on which errors of weights are weighed, at most; where there is no time for the least of them, they are not
@@ -78,7 +78,7 @@ class Population:
             population.discard("ranges")
         limited = [] if kernels.form.simulates_itself else self._limits.on_whole_containers()
         self._limits.limit(limited)
-        coarse = [lead for lead, group in groups.items() if is_coarse(group[0])]
+        coarse = [lead for lead, group in groups.items() if group[0].is_coarse]
         worth = self._cost.images(_TOLD_BY, forwards=2, share=_SHARE, least=0)
         if worth < (_TOLD_LEAST_COARSE if coarse else _TOLD_LEAST):
             population.discard("output_error")

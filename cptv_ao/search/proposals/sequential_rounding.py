@@ -24,18 +24,11 @@ from cptv_ao.simulation.weighted_layer import WeightedLayer
 _ROWS, _DAMPING = 16_384, 0.01
 # Columns whose errors are handed on to the columns behind them at once.
 _BLOCK = 128
-# Weights of more codes lose so little by the nearest ones that nothing is to be had.
-_CODES = 127
-
-
-def is_coarse(site: ScaleSite) -> bool:
-    """Whether a weight has so few codes that it matters which of two it is rounded to."""
-    return site.kind == "weight" and site.qmax - site.qmin <= _CODES
 
 
 def is_roundable(twin: Twin, site: ScaleSite) -> bool:
     """Whether it matters which of two codes a weight is rounded to, and it need not be the nearest."""
-    return is_coarse(site) and twin.sites.shiftable_weight(site.name) is not None
+    return site.is_coarse and twin.sites.shiftable_weight(site.name) is not None
 
 
 def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> Assignment:

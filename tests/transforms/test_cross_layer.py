@@ -1,0 +1,204 @@
+"""Channels brought to like ranges from layer to layer: the same function in float, less rounding, found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import nets
+from helpers.cases import Case
+from helpers.search import small_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+import cptv_ao
+from cptv_ao.backends.float_weights import attach_float_weights
+from cptv_ao.backends.open import open_backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.channel_scaling import scaled_by_powers
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.twin import unquantized
+from cptv_ao.transforms.channel_groups import ChannelGroups, columns_of
+from cptv_ao.transforms.equalize import equalize
+
+
+class Chain(nn.Module):
+    """Convolutions with ReLU6, a depthwise one; a residual sum; a pool; linear layers behind a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.narrow = nn.Conv2d(8, 8, 1)
+        self.wide, self.thin = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+        self.fc1, self.fc2 = nn.Linear(8 * 4, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu6(self.stem(x))
+        x = self.narrow(functional.relu(self.depthwise(x)))
+        x = x + self.thin(functional.relu(self.wide(x)))
+        x = functional.adaptive_avg_pool2d(functional.relu(x), 2).flatten(1)
+        return self.fc2(functional.relu(self.fc1(x)))
+
+
+def chain() -> nn.Module:
+    """Its channels lie apart: those of each layer by up to a factor of 20, given back in the one behind it."""
+    model: Any = nets.seeded(Chain)
+    with torch.no_grad():
+        for layer in model.children():
+            layer.weight.mul_(2.5)
+        for layer, factors in (
+            (model.stem, torch.logspace(-1.3, 0, 8)),
+            (model.depthwise, torch.logspace(0, -1.3, 8)),
+            (model.wide, torch.logspace(-1.3, 0, 16)),
+            (model.fc1, torch.logspace(0, -1.3, 12)),
+        ):
+            layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+            layer.bias.mul_(factors)
+        model.depthwise.weight.div_(torch.logspace(-1.3, 0, 8).reshape(8, 1, 1, 1))
+        model.narrow.weight.div_(torch.logspace(0, -1.3, 8).reshape(1, 8, 1, 1))
+        model.fc2.weight.div_(torch.logspace(0, -1.3, 12))
+        model.thin.weight.div_(torch.logspace(-1.3, 0, 16).reshape(1, 16, 1, 1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def _case() -> Case:
+    model, batches = chain(), list(nets.images(24, 3, 8, 8).split(6))
+    return Case(model, *nets.quantize(model, batches), batches)
+
+
+@pytest.fixture
+def case(_case: Case) -> Case:
+    return _case.copy()
+
+
+def opened(case: Case) -> Any:
+    backend = open_backend(case.converted, case.float_model, cptv_ao.RefineConfig())
+    attach_float_weights(backend, case.float_model)
+    return backend
+
+
+def in_float(backend: Any, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = unquantized(backend)(image)
+    return found.dequantize() if isinstance(found, QTensor) else found
+
+
+@torch.no_grad()
+def error(case: Case) -> float:
+    return float(torch.cat([case.converted(b) - case.float_model(b) for b in case.batches]).square().mean())
+
+
+def batches_of(case: Case) -> list[Batch]:
+    return [Batch((images,), {}, len(images)) for images in case.batches]
+
+
+def test_which_values_are_scaled_as_one(case: Case) -> None:
+    groups = ChannelGroups(opened(case)).find()
+    assert [(group.count, set(group.writers), [name for name, _ in group.readers]) for group in groups] == [
+        (8, {"stem.weight"}, ["depthwise.weight"]),
+        (8, {"depthwise.weight"}, ["narrow.weight"]),
+        (8, {"narrow.weight", "thin.weight"}, ["wide.weight", "fc1.weight"]),
+        (16, {"wide.weight"}, ["thin.weight"]),
+        (12, {"fc1.weight"}, ["fc2.weight"]),
+    ]
+    assert groups[0].outputs[0].high == 6.0
+
+
+@torch.no_grad()
+def test_the_function_in_float_stays_and_roundings_are_less(case: Case) -> None:
+    backend, image = opened(case), case.batches[0]
+    before, given = in_float(backend, image), error(case)
+    *_, told = equalize(backend, batches_of(case))
+    assert told.endswith("layers brought to like ranges with the layers behind them")
+    torch.testing.assert_close(in_float(backend, image), before, rtol=1e-4, atol=1e-5)
+    assert error(case) < 0.6 * given
+    torch.testing.assert_close(in_float(opened(case), image), before, rtol=1e-4, atol=1e-5), "found again by its codes"
+
+
+@torch.no_grad()
+def test_a_depthwise_layer_and_what_is_before_it_keep_their_codes(case: Case) -> None:
+    backend = opened(case)
+    names = ("stem.weight", "depthwise.weight", "wide.weight")
+    before = {name: (backend.weight(name).int_repr(), backend.read(name).scale) for name in names}
+    equalize(backend, batches_of(case))
+    for name in names[:2]:
+        assert torch.equal(backend.weight(name).int_repr(), before[name][0])
+    assert not torch.equal(backend.read("stem.weight").scale, before["stem.weight"][1])
+
+
+@torch.no_grad()
+def test_what_reaches_the_end_of_a_relu6_is_left() -> None:
+    """Six stays six."""
+    model: Any = chain()
+    model.stem.weight.mul_(40)
+    batches = list(nets.images(24, 3, 8, 8).split(6))
+    case = Case(model, *nets.quantize(model, batches), batches)
+    backend = opened(case)
+    before = backend.read("stem.weight").scale
+    reached = torch.cat([functional.relu(model.stem(b)).amax((0, 2, 3))[None] for b in batches]).amax(0)
+    equalize(backend, batches_of(case))
+    assert bool((reached > 6).any())
+    assert torch.equal(backend.read("stem.weight").scale[reached > 6], before[reached > 6])
+    assert bool((backend.read("stem.weight").scale >= before).all())
+
+
+class Read(nn.Module):
+    """A value that somebody else sees."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x))
+        return self.second(x).sum((2, 3)) + self.other(x).mean((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize("other", [torch.sigmoid, functional.hardswish, lambda x: x * x, lambda x: x + 1.0])
+def test_what_others_read_is_left(other: Any) -> None:
+    model, batches = nets.seeded(lambda: Read(other)), list(nets.images(8, 3, 8, 8).split(4))
+    assert ChannelGroups(opened(Case(model, *nets.quantize(model, batches), batches))).find() == []
+
+
+def test_without_float_weights_only_depthwise_readers_are_scaled(case: Case) -> None:
+    with pytest.warns(cptv_ao.CptvWarning, match="without float_model"):
+        cptv_ao.refine(case.converted, case.batches, config=small_config(), progress=False)
+    notes = " ".join(cptv_ao.report(case.converted).notes)
+    assert "of 1 layers brought to like ranges" in notes
+
+
+def test_it_is_refined_saved_loaded_and_refined_again(case: Case, tmp_path: Path) -> None:
+    config, fresh, given = small_config(gradient_steps=4, loss="mse"), case.copy().converted, error(case)
+    cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
+    assert "brought to like ranges" in " ".join(cptv_ao.report(case.converted).notes)
+    first = error(case)
+    assert first < given
+    cptv_ao.save_scales(case.converted, tmp_path / "scales")
+    cptv_ao.load_scales(fresh, tmp_path / "scales")
+    assert torch.equal(fresh(case.batches[0]), case.converted(case.batches[0]))
+    cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
+    assert error(case) <= first * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("shape", "bits"), [((8, 6), 8), ((8, 4, 3, 3), 8), ((12, 1, 3, 3), 3), ((16, 16), 8)])
+def test_powers_of_two_are_found_in_codes(shape: tuple[int, ...], bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    tail = [1] * (len(shape) - 2)
+    rows = torch.randint(-4, 5, (shape[0], 1, *tail), generator=generator)
+    columns = torch.randint(-3, 4, (1, shape[1], *tail), generator=generator)
+    scaled = weight * torch.exp2((rows + columns).float())
+    steps = scaled.abs().flatten(1).amax(1).reshape(-1, 1, *tail) / (2 ** (bits - 1) - 1)
+    assert torch.equal(scaled_by_powers(weight, (scaled / steps).round() * steps), scaled)
+
+
+def test_columns_of_depthwise_layers_and_of_flattened_values() -> None:
+    columns = columns_of(2, (4, 1, 3, 3))
+    assert columns is not None and columns.tolist() == [[0], [0], [1], [1]]
+    flat = columns_of(2, (1, 6))
+    assert flat is not None and flat.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert columns_of(4, (2, 2, 3, 3)) is None and columns_of(4, (3, 1, 3, 3)) is None
