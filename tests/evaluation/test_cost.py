@@ -57,6 +57,13 @@ def test_a_limited_search_scores_what_its_seconds_pay_for(fixed: bool) -> None:
     assert [b.images for b in (*least.search, *least.holdout)] == [10] * 4, "two whole batches of each"
 
 
+@pytest.mark.parametrize(("limit", "images"), [(100.0, 50), (160.0, 64), (260.0, 65), (300.0, 75)])
+def test_images_beyond_enough_get_a_smaller_share(limit: float, images: int) -> None:
+    """A tenth of the seconds for up to 64, and a twentieth where that buys more."""
+    split = Split((batch(160),), (batch(40),))
+    assert affordable(split, Cost(1.0, 0.05, 0.05, limit=limit), False).images == images
+
+
 def test_what_a_call_costs_beside_its_images_is_shared_by_a_batch() -> None:
     """A network that takes as long for one image as for many costs an image of a batch its share of that."""
 
