@@ -25,8 +25,9 @@ from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.evaluator import Evaluator
 from cptv_ao.fx.running import run
 
-# What block visits may cost without a gain, in floating point operations of the float network.
-_IDLE = 2e14
+# What block visits may cost without a gain, and in all where neither seconds nor evaluations are given, in floating
+# point operations of the float network.
+_IDLE, _VISITS = 2e14, 6e14
 
 
 class SplitEvaluators:
@@ -42,6 +43,9 @@ class SplitEvaluators:
         #: images that visits may score on without a gain before they are given up; none behind the descent of a GPU,
         #: which makes some ten steps where the kernels score once
         self.idle_images = _IDLE / calibration.cost.flops
+        #: images that visits may score on in all
+        limited = config.max_seconds is not None or config.max_evaluations is not None
+        self.visit_images = math.inf if limited else _VISITS / calibration.cost.flops
         if config.gradient_steps and not is_cpu(config.device):
             self.idle_images = 0.0
         self.search = _evaluator(model, calibration.search, config, world)

@@ -54,7 +54,7 @@ class Loop:
         given: Baseline | None = None,
     ) -> None:
         self.space, self._store, self._world = space, space.store, budget.world
-        self._search, self._idle_images = scoring.search, scoring.idle_images
+        self._search, self._scoring = scoring.search, scoring
         self._config, self._listeners = config, tuple(listeners)
         self._evolves = config.search == "evolution"
         self._rng: np.random.Generator = np.random.default_rng(config.seed)
@@ -179,8 +179,10 @@ class Loop:
 
     @property
     def _gives_up(self) -> bool:
-        """Whether the visits have cost too much since they last gained something."""
-        return self._evolves and self._position.idle >= self._idle_images
+        """Whether the visits have cost too much since they last gained something, or in all."""
+        visited = sum(result.evaluations for result in self.results) * self._search.images
+        dear = self._position.idle >= self._scoring.idle_images or visited >= self._scoring.visit_images
+        return self._evolves and dear
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> int:
         """One visit: the strategy proposes, the kernels decide; the best scales stay in the model.

@@ -73,6 +73,7 @@ def opened(
     budget: Budget | None = None,
     listeners: Any = (),
     idle_images: float = math.inf,
+    visit_images: float = math.inf,
     **changes: Any,
 ) -> tuple[FakeStore, Loop, FakeEvaluator]:
     store = FakeStore.of(activation("in"), weight("w", 3), activation("out"))
@@ -83,8 +84,9 @@ def opened(
     }
     config = RefineConfig(**(settings | changes))
     evaluator = FakeEvaluator(store, scored)
+    held_out = holdout and FakeEvaluator(store, holdout)
     scoring: Any = SimpleNamespace(
-        search=evaluator, holdout=holdout and FakeEvaluator(store, holdout), idle_images=idle_images
+        search=evaluator, holdout=held_out, idle_images=idle_images, visit_images=visit_images
     )
     loop = Loop(SearchSpace.of(store, config), scoring, config, budget or Budget(None, None), listeners)
     return store, loop, evaluator
@@ -233,6 +235,15 @@ def test_visits_that_gain_nothing_for_long_are_given_up() -> None:
     _, paper, _ = opened(lambda _: 1.0, idle_images=39, search="paper", **still)
     run(paper)
     assert len(paper.results) == 6, "which says how often it visits"
+
+
+def test_visits_that_gain_end_where_they_have_cost_enough() -> None:
+    _, loop, _ = opened(near(0.1), visit_images=1, passes=2)
+    run(loop)
+    assert len(loop.results) == 1 and loop.results[0].after < loop.results[0].before
+    _, paper, _ = opened(near(0.1), visit_images=1, passes=2, search="paper")
+    run(paper)
+    assert len(paper.results) == 4, "which says how often it visits"
 
 
 def test_a_gain_begins_the_count_anew() -> None:
