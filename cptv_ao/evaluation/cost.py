@@ -23,8 +23,8 @@ from cptv_ao.fx.running import run
 # times in turn, as run within these seconds.
 _FEW, _TIMES, _TIMED = 2, 4, 0.1
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
-# quantized one as it is, in another form, and with the first proposal; the share that may go into as many of them as are
-# enough; and images without which no loss says anything.
+# quantized one as it is, in another form, and with the first proposal; the share that may go into as many of them as
+# are enough; and images without which no loss says anything.
 _SCORED, SCORED_FORWARDS, _SCORED_FEW, _ENOUGH, _LEAST = 0.05, 3, 0.1, 64, 16
 # What a search is planned for where no seconds are given, in floating point operations: some ten minutes of one core,
 # or minutes of a GPU.
