@@ -164,6 +164,30 @@ def test_what_others_read_is_left(other: Any) -> None:
     assert ChannelGroups(opened(Case(model, *nets.quantize(model, batches), batches))).find() == []
 
 
+class Mixed(nn.Module):
+    """A mean over the channels: what is behind it has as many columns as two channels would, and no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(functional.relu(self.conv(x)).mean(1).flatten(1))
+
+
+@torch.no_grad()
+def test_what_only_looks_like_channels_is_left() -> None:
+    model: Any = nets.seeded(Mixed)
+    model.conv.weight.mul_(torch.logspace(-1.3, 0, 8).reshape(8, 1, 1, 1))
+    batches = list(nets.images(8, 3, 4, 4).split(4))
+    case = Case(model, *nets.quantize(model, batches), batches)
+    backend = opened(case)
+    assert len(ChannelGroups(backend).find()) == 1
+    before = in_float(backend, batches[0])
+    assert not [told for told in equalize(backend, batches_of(case)) if "like ranges" in told]
+    torch.testing.assert_close(in_float(backend, batches[0]), before)
+
+
 def test_without_float_weights_only_depthwise_readers_are_scaled(case: Case) -> None:
     with pytest.warns(cptv_ao.CptvWarning, match="without float_model"):
         cptv_ao.refine(case.converted, case.batches, config=small_config(), progress=False)
