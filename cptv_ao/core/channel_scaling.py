@@ -23,8 +23,8 @@ def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: fl
     return torch.where(gamma.abs() > _LEAST_GAIN * largest, gamma * factor, 0.0)
 
 
-#: Less is not worth it, and could not be told from roundings.
-LEAST_EXPONENT = 2
+# Less is not worth it.
+_LEAST_EXPONENT = 2
 
 
 def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
     wanted, most = torch.log2(peaks / usual).round(), torch.log2(columns.max() / columns).floor()
     outliers = (peaks > OUTLIER * usual) & torch.isfinite(peaks) & (usual > 0)
     exponents = torch.where(outliers, torch.minimum(wanted, most), 0.0)
-    return torch.where(exponents >= LEAST_EXPONENT, exponents, 0.0)
+    return torch.where(exponents >= _LEAST_EXPONENT, exponents, 0.0)
 
 
 #: A channel is an outlier where its largest value is this many times that of the median channel.

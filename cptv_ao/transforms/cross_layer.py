@@ -24,7 +24,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.image_subsets import first_images
-from cptv_ao.core.qparams import QParams, qparams_for_range
+from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
@@ -32,7 +32,7 @@ from cptv_ao.transforms.bn_folding import scale_channels
 from cptv_ao.transforms.channel_groups import ChannelGroup, Output, columns_of
 from cptv_ao.transforms.equalization_factors import ChannelValues, ReaderColumns, factor_exponents
 from cptv_ao.transforms.equivalence import Equivalence
-from cptv_ao.transforms.smooth_quant import _peak
+from cptv_ao.transforms.smooth_quant import replace_weight
 
 # Images on which values are looked at.
 _IMAGES = 64
@@ -182,8 +182,5 @@ def _divide(backend: Backend, name: str, factors: Tensor) -> None:
     if _has_a_scale_each(backend, name):
         scale_channels(backend, name, 1 / factors[channel[:, 0]], bias)
         return
-    weight, site, qparams = backend.float_weights[name], backend.sites[name], backend.read(name)
-    divided = weight / factors[channel].reshape(*channel.shape, *[1] * (len(shape) - 2))
-    wider = _peak(divided, site) / _peak(weight, site)
-    backend.weights.set_float(name, divided)
-    backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
+    divisors = factors[channel].reshape(*channel.shape, *[1] * (len(shape) - 2))
+    replace_weight(backend, name, backend.float_weights[name] / divisors)

@@ -67,11 +67,16 @@ def _smooth(backend: Backend, norm: ReadNorm, ends: ChannelRange, codes: int | N
     for name in norm.outputs:
         backend.write(name, qparams_for_range(low, high, backend.sites[name], codes))
     for name, weight in weights.items():
-        qparams, site = backend.read(name), backend.sites[name]
-        wider = _peak(weight * factors, site) / _peak(weight, site)
-        backend.weights.set_float(name, weight * factors)
-        backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
+        replace_weight(backend, name, weight * factors)
     return int((exponents > 0).sum())
+
+
+def replace_weight(backend: Backend, name: str, weight: Tensor) -> None:
+    """Give a layer another float weight in the place of the one that is known, and scales that are wider by as much."""
+    qparams, site = backend.read(name), backend.sites[name]
+    wider = _peak(weight, site) / _peak(backend.float_weights[name], site)
+    backend.weights.set_float(name, weight)
+    backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
 
 
 def _peak(weight: Tensor, site: ScaleSite) -> Tensor:
