@@ -15,6 +15,8 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights, weight_ranges
+from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.twin import unquantized
 from helpers import nets
 
 
@@ -68,3 +70,15 @@ def backend_of(case: Case) -> Backend:
     backend = Backend(case.converted, weight_ranges(case.float_model))
     attach_float_weights(backend, case.float_model)
     return backend
+
+
+def in_float(backend: Backend, image: Tensor) -> Tensor:
+    """What the model computes in float."""
+    with torch.no_grad():
+        found = unquantized(backend)(image)
+    return found.dequantize() if isinstance(found, QTensor) else found
+
+
+def error(model: GraphModule, case: Case) -> float:
+    """Mean square of what a model's outputs are apart from those of the float one."""
+    return float((torch.cat([model(b) - case.float_model(b) for b in case.batches])).square().mean())

@@ -8,18 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets
-from helpers.cases import Case
+from helpers.cases import Case, backend_of, error, in_float
 from helpers.search import small_config
 from torch import Tensor, nn
 from torch.nn import functional
 
 import cptv_ao
-from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.backends.open import open_backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.channel_scaling import scaled_by_powers
-from cptv_ao.simulation.qtensor import QTensor
-from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.channel_groups import ChannelGroups, columns_of
 from cptv_ao.transforms.equalize import equalize
 
@@ -75,29 +71,12 @@ def case(_case: Case) -> Case:
     return _case.copy()
 
 
-def opened(case: Case) -> Any:
-    backend = open_backend(case.converted, case.float_model, cptv_ao.RefineConfig())
-    attach_float_weights(backend, case.float_model)
-    return backend
-
-
-def in_float(backend: Any, image: Tensor) -> Tensor:
-    with torch.no_grad():
-        found = unquantized(backend)(image)
-    return found.dequantize() if isinstance(found, QTensor) else found
-
-
-@torch.no_grad()
-def error(case: Case) -> float:
-    return float(torch.cat([case.converted(b) - case.float_model(b) for b in case.batches]).square().mean())
-
-
 def batches_of(case: Case) -> list[Batch]:
     return [Batch((images,), {}, len(images)) for images in case.batches]
 
 
 def test_which_values_are_scaled_as_one(case: Case) -> None:
-    groups = ChannelGroups(opened(case)).find()
+    groups = ChannelGroups(backend_of(case)).find()
     assert [(group.count, set(group.writers), [name for name, _ in group.readers]) for group in groups] == [
         (8, {"stem.weight"}, ["depthwise.weight"]),
         (8, {"depthwise.weight"}, ["narrow.weight"]),
@@ -110,18 +89,19 @@ def test_which_values_are_scaled_as_one(case: Case) -> None:
 
 @torch.no_grad()
 def test_the_function_in_float_stays_and_roundings_are_less(case: Case) -> None:
-    backend, image = opened(case), case.batches[0]
-    before, given = in_float(backend, image), error(case)
+    backend, image = backend_of(case), case.batches[0]
+    before, given = in_float(backend, image), error(case.converted, case)
     *_, told = equalize(backend, batches_of(case))
     assert told.endswith("layers brought to like ranges with the layers behind them")
     torch.testing.assert_close(in_float(backend, image), before, rtol=1e-4, atol=1e-5)
-    assert error(case) < 0.6 * given
-    torch.testing.assert_close(in_float(opened(case), image), before, rtol=1e-4, atol=1e-5), "found again by its codes"
+    assert error(case.converted, case) < 0.6 * given
+    again = in_float(backend_of(case), image)  # weights are found again by their codes
+    torch.testing.assert_close(again, before, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_depthwise_layer_and_what_is_before_it_keep_their_codes(case: Case) -> None:
-    backend = opened(case)
+    backend = backend_of(case)
     names = ("stem.weight", "depthwise.weight", "wide.weight")
     before = {name: (backend.weight(name).int_repr(), backend.read(name).scale) for name in names}
     equalize(backend, batches_of(case))
@@ -137,7 +117,7 @@ def test_what_reaches_the_end_of_a_relu6_is_left() -> None:
     model.stem.weight.mul_(40)
     batches = list(nets.images(24, 3, 8, 8).split(6))
     case = Case(model, *nets.quantize(model, batches), batches)
-    backend = opened(case)
+    backend = backend_of(case)
     before = backend.read("stem.weight").scale
     reached = torch.cat([functional.relu(model.stem(b)).amax((0, 2, 3))[None] for b in batches]).amax(0)
     equalize(backend, batches_of(case))
@@ -161,7 +141,7 @@ class Read(nn.Module):
 @pytest.mark.parametrize("other", [torch.sigmoid, functional.hardswish, lambda x: x * x, lambda x: x + 1.0])
 def test_what_others_read_is_left(other: Any) -> None:
     model, batches = nets.seeded(lambda: Read(other)), list(nets.images(8, 3, 8, 8).split(4))
-    assert ChannelGroups(opened(Case(model, *nets.quantize(model, batches), batches))).find() == []
+    assert ChannelGroups(backend_of(Case(model, *nets.quantize(model, batches), batches))).find() == []
 
 
 class Mixed(nn.Module):
@@ -181,7 +161,7 @@ def test_what_only_looks_like_channels_is_left() -> None:
     model.conv.weight.mul_(torch.logspace(-1.3, 0, 8).reshape(8, 1, 1, 1))
     batches = list(nets.images(8, 3, 4, 4).split(4))
     case = Case(model, *nets.quantize(model, batches), batches)
-    backend = opened(case)
+    backend = backend_of(case)
     assert len(ChannelGroups(backend).find()) == 1
     before = in_float(backend, batches[0])
     assert not [told for told in equalize(backend, batches_of(case)) if "like ranges" in told]
@@ -196,16 +176,20 @@ def test_without_float_weights_only_depthwise_readers_are_scaled(case: Case) -> 
 
 
 def test_it_is_refined_saved_loaded_and_refined_again(case: Case, tmp_path: Path) -> None:
-    config, fresh, given = small_config(gradient_steps=4, loss="mse"), case.copy().converted, error(case)
+    config, fresh, given = (
+        small_config(gradient_steps=4, loss="mse"),
+        case.copy().converted,
+        error(case.converted, case),
+    )
     cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
     assert "brought to like ranges" in " ".join(cptv_ao.report(case.converted).notes)
-    first = error(case)
+    first = error(case.converted, case)
     assert first < given
     cptv_ao.save_scales(case.converted, tmp_path / "scales")
     cptv_ao.load_scales(fresh, tmp_path / "scales")
     assert torch.equal(fresh(case.batches[0]), case.converted(case.batches[0]))
     cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
-    assert error(case) <= first * (1 + 1e-6)
+    assert error(case.converted, case) <= first * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(("shape", "bits"), [((8, 6), 8), ((8, 4, 3, 3), 8), ((12, 1, 3, 3), 3), ((16, 16), 8)])

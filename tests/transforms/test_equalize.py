@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import nets
-from helpers.cases import Case
+from helpers.cases import Case, backend_of, error, in_float
 from helpers.quick import some
 from helpers.search import small_config
 from helpers.state import everything, weights
@@ -20,13 +20,9 @@ from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
 from torch.fx import GraphModule
 
 import cptv_ao
-from cptv_ao.backends.float_weights import attach_float_weights
-from cptv_ao.backends.open import open_backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import kl
 from cptv_ao.search import baseline
-from cptv_ao.simulation.qtensor import QTensor
-from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.equalize import equalize
 from cptv_ao.transforms.lowered_patterns import Patterns
 
@@ -42,22 +38,6 @@ def _unfused() -> Case:
 @pytest.fixture
 def unfused(_unfused: Case) -> Case:
     return _unfused.copy()
-
-
-def opened(case: Case) -> Any:
-    backend = open_backend(case.converted, case.float_model, cptv_ao.RefineConfig())
-    attach_float_weights(backend, case.float_model)
-    return backend
-
-
-def in_float(backend: Any, image: Tensor) -> Tensor:
-    with torch.no_grad():
-        found = unquantized(backend)(image)
-    return found.dequantize() if isinstance(found, QTensor) else found
-
-
-def error(model: GraphModule, case: Case) -> float:
-    return float((torch.cat([model(b) - case.float_model(b) for b in case.batches])).square().mean())
 
 
 def first_values(model: GraphModule, nodes: tuple[str, ...], image: Tensor) -> dict[str, Tensor]:
@@ -85,7 +65,7 @@ def refine(case: Case, **changes: Any) -> GraphModule:
 
 @torch.no_grad()
 def test_the_function_in_float_stays_and_the_float_model_too(unfused: Case) -> None:
-    backend = opened(unfused)
+    backend = backend_of(unfused)
     float_state = copy.deepcopy(unfused.float_model.state_dict())
     before = in_float(backend, unfused.batches[0])
     assert [norm.weight for norm in Patterns(backend).unfused_norms()] == ["conv1.weight", "conv2.weight"]
@@ -97,15 +77,15 @@ def test_the_function_in_float_stays_and_the_float_model_too(unfused: Case) -> N
         "1 outlier channels of 1 norms moved into the weights that read them",
     ]
     torch.testing.assert_close(in_float(backend, unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(in_float(opened(unfused), unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_float(backend_of(unfused), unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, float_state[name]) for name, value in unfused.float_model.state_dict().items())
-    assert equalize(opened(unfused), [Batch((unfused.batches[0],), {}, 6)]) == [], "it is equalized already"
+    assert equalize(backend_of(unfused), [Batch((unfused.batches[0],), {}, 6)]) == [], "it is equalized already"
 
 
 @torch.no_grad()
 def test_a_folded_norm_rounds_nothing_anew(unfused: Case) -> None:
     """What the convolution gives is on the very scale behind the norm, and the norm is the identity."""
-    backend = opened(unfused)
+    backend = backend_of(unfused)
     first = Patterns(backend).unfused_norms()[0]
     equalize(backend, [Batch((unfused.batches[0],), {}, 6)])
     conv, after = backend.read(first.output), backend.read(first.after)
@@ -124,7 +104,7 @@ def test_equal_codes_where_no_weight_changes_its_sign() -> None:
     batches = list(nets.images(8, 3, 8, 8).split(4))
     case = Case(model, *nets.quantize(model, batches), batches)
     with torch.no_grad():
-        backend = opened(case)
+        backend = backend_of(case)
         before = backend.weight("conv1.weight").int_repr()
         equalize(backend, [Batch((batches[0],), {}, 4)])
     still = [channel for channel in range(8) if channel not in (3, 4)]  # these hardly vary
@@ -154,7 +134,7 @@ def test_ranges_are_cut_to_as_many_codes_as_the_observers_use(reduced: bool) -> 
     activation = MinMaxObserver.with_args(reduce_range=reduced)
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=observed.weight))
     case = Case(model, *nets.quantize(model, batches, mapping=mapping), batches)
-    backend = opened(case)
+    backend = backend_of(case)
     site = Patterns(backend).unfused_norms()[0].after
     before = backend.read(site)
     equalize(backend, [Batch((batches[0],), {}, 4)])
