@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from cptv_ao.simulation.twin import Twin
 _IMAGES = 64
 
 
+#: Gives the values of a node by channel, (C, N); None where they have none.
+ByChannel = Callable[[Tensor], Tensor | None]
+
+
 @dataclass(frozen=True)
 class ChannelRange:
-    """Least and greatest values, by channel (C,) each."""
+    """Least and greatest values, and mean squares, by channel (C,) each."""
 
     low: Tensor
     high: Tensor
+    square: Tensor
 
     @property
     def span(self) -> float:
@@ -34,20 +40,30 @@ class ChannelRange:
         return max(0.0, float(self.high.max())) - min(0.0, float(self.low.min()))
 
 
-def channel_ends(twin: Twin, nodes: Sequence[str], batches: Sequence[Batch], world: World) -> dict[str, ChannelRange]:
-    """Ends of what nodes of a twin give, by node, over their last dimension, as rank 0 sees them."""
-    wanted, seen = set(nodes), dict[str, ChannelRange]()
+def last_dimension(values: Tensor) -> Tensor:
+    """Values by channel, where these are the last dimension."""
+    return values.reshape(-1, values.shape[-1]).T
 
-    def see(node: Node, value: Any) -> Any:
+
+def channel_ends(
+    twin: Twin, wanted: Mapping[str, ByChannel], batches: Sequence[Batch], world: World
+) -> dict[str, ChannelRange]:
+    """Of what nodes of a twin give, by node, as rank 0 sees them; without those that have no channels."""
+    seen, batches = dict[str, ChannelRange](), first_images(batches, _IMAGES)
+    images = sum(batch.images for batch in batches)
+
+    def see(node: Node, value: Any, share: float) -> Any:
         if node.name in wanted and (numbers := real(value)) is not None:
-            rows = numbers.reshape(-1, numbers.shape[-1])
-            low, high = rows.amin(0), rows.amax(0)
-            if (known := seen.get(node.name)) is not None:
-                low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
-            seen[node.name] = ChannelRange(low, high)
+            rows = wanted[node.name](numbers)
+            if rows is not None:
+                low, high, square = rows.amin(1), rows.amax(1), rows.square().mean(1) * share
+                if (known := seen.get(node.name)) is not None:
+                    low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
+                    square = square + known.square
+                seen[node.name] = ChannelRange(low, high, square)
         return value
 
     watcher = Watcher(twin.module)
-    for batch in first_images(batches, _IMAGES):
-        watcher.watch(batch, see)
-    return {name: ChannelRange(world.from_first(ends.low), world.from_first(ends.high)) for name, ends in seen.items()}
+    for batch in batches:
+        watcher.watch(batch, partial(see, share=batch.images / images))
+    return {name: ChannelRange(*map(world.from_first, (one.low, one.high, one.square))) for name, one in seen.items()}

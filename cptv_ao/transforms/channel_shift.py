@@ -25,7 +25,7 @@ from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.pt2e_patterns import SharedInput
 
@@ -53,7 +53,7 @@ def centre(
     shared = [part for part in shared if all(reader.bias for reader in part.readers)]
     if not shared or check.twin is None:
         return 0
-    ends = channel_ends(check.twin, [part.value for part in shared], batches, world)
+    ends = channel_ends(check.twin, {part.value: last_dimension for part in shared}, batches, world)
     worth = [part for part in shared if part.value in ends and _narrower(ends[part.value])]
     if not worth:
         return 0

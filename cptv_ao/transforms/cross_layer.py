@@ -14,28 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.core.image_subsets import first_images
 from cptv_ao.core.qparams import qparams_for_range
-from cptv_ao.fx.node_runner import Watcher
-from cptv_ao.simulation.qtensor import real
-from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.bn_folding import scale_channels
 from cptv_ao.transforms.channel_groups import ChannelGroup, Output, columns_of
-from cptv_ao.transforms.equalization_factors import ChannelValues, ReaderColumns, factor_exponents
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends
+from cptv_ao.transforms.equalization_factors import ReaderColumns, factor_exponents
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.smooth_quant import replace_weight
 
-# Images on which values are looked at.
-_IMAGES = 64
 # How far below the end that a ReLU6 clips channels stay that did not reach it.
 _ROOM = 2.0
 # Powers of two that a factor is, at most.
@@ -73,37 +66,14 @@ def equalized(
     """
     if not groups or check.twin is None:
         return []
-    seen = _channels(check.twin, groups, batches, world)
+    wanted = {node: partial(_by_channel, group=group) for group in groups for node in _nodes(group)}
+    seen = channel_ends(check.twin, wanted, batches, world)
     fitting = [group for group in groups if all(node in seen for node in _nodes(group))]
     counts = check.used(fitting, lambda group: _equalize(backend, group, seen, codes))
     told = (
         f"{sum(counts)} channels of {sum(map(bool, counts))} layers brought to like ranges with the layers behind them"
     )
     return [told] if any(counts) else []
-
-
-def _channels(
-    twin: Twin, groups: Sequence[ChannelGroup], batches: Sequence[Batch], world: World
-) -> dict[str, ChannelValues]:
-    """Of all values of these groups that are looked at, as far as they are what weights say, by node, as rank 0 sees
-    them."""
-    wanted = {node: group for group in groups for node in _nodes(group)}
-    seen, batches = dict[str, ChannelValues](), first_images(batches, _IMAGES)
-    share = 1 / sum(batch.images for batch in batches)
-
-    def see(node: Node, value: Any, weight: float) -> Any:
-        if node.name in wanted and (numbers := real(value)) is not None:
-            rows = _by_channel(numbers, wanted[node.name])
-            if rows is not None:
-                found = ChannelValues(rows.amin(1), rows.amax(1), rows.square().mean(1) * weight)
-                known = seen.get(node.name)
-                seen[node.name] = found if known is None else known.beside(found)
-        return value
-
-    watcher = Watcher(twin.module)
-    for batch in batches:
-        watcher.watch(batch, partial(see, weight=share * batch.images))
-    return {name: ChannelValues(*map(world.from_first, (one.low, one.high, one.square))) for name, one in seen.items()}
 
 
 def _nodes(group: ChannelGroup) -> list[str]:
@@ -120,7 +90,7 @@ def _by_channel(values: Tensor, group: ChannelGroup) -> Tensor | None:
     return values.movedim(group.dim, 0).flatten(1) if values.shape[group.dim] == group.count else None
 
 
-def _equalize(backend: Backend, group: ChannelGroup, seen: Mapping[str, ChannelValues], codes: int) -> int:
+def _equalize(backend: Backend, group: ChannelGroup, seen: Mapping[str, ChannelRange], codes: int) -> int:
     """Scale the channels of one group; returns how many."""
     ends = [_clipped(seen[output.node], output) for output in group.outputs]
     readers = [_columns(backend, name, seen[node]) for name, node in group.readers]
@@ -140,13 +110,13 @@ def _equalize(backend: Backend, group: ChannelGroup, seen: Mapping[str, ChannelV
     return int((exponents != 0).sum())
 
 
-def _clipped(ends: ChannelValues, output: Output) -> ChannelValues:
+def _clipped(ends: ChannelRange, output: Output) -> ChannelRange:
     """What is let through of values."""
     low, high = (part.clamp(output.low, output.high) for part in (ends.low, ends.high))
-    return ChannelValues(low, high, ends.square)
+    return ChannelRange(low, high, ends.square)
 
 
-def _room(group: ChannelGroup, seen: Mapping[str, ChannelValues]) -> tuple[Tensor, Tensor]:
+def _room(group: ChannelGroup, seen: Mapping[str, ChannelRange]) -> tuple[Tensor, Tensor]:
     """The least and the greatest exponent of each channel: what a ReLU6 lets through must stay what it is."""
     least, most = torch.tensor(-_FURTHEST), torch.tensor(_FURTHEST)
     for output in group.outputs:
@@ -157,7 +127,7 @@ def _room(group: ChannelGroup, seen: Mapping[str, ChannelValues]) -> tuple[Tenso
     return least, most
 
 
-def _columns(backend: Backend, name: str, read: ChannelValues) -> ReaderColumns:
+def _columns(backend: Backend, name: str, read: ChannelRange) -> ReaderColumns:
     """Of one reader."""
     weight = backend.float_weights.get(name)
     weight = backend.weight(name).dequantize() if weight is None else weight

@@ -17,24 +17,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from cptv_ao.transforms.channel_ranges import ChannelRange
+
 # Powers of the ranges of values and of columns of weights that factors are made of.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # What is predicted to be left of the roundings, at most, for it to be worth it.
 _WORTH = 0.75
-
-
-@dataclass(frozen=True)
-class ChannelValues:
-    """Least and greatest values, and mean squares, by channel (C,) each."""
-
-    low: Tensor
-    high: Tensor
-    square: Tensor
-
-    def beside(self, other: ChannelValues) -> ChannelValues:
-        """Of both, whose squares are shares of one mean."""
-        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
-        return ChannelValues(low, high, self.square + other.square)
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class ReaderColumns:
 
 
 def factor_exponents(
-    ends: Sequence[ChannelValues], readers: Sequence[ReaderColumns], room: tuple[Tensor, Tensor], codes: int
+    ends: Sequence[ChannelRange], readers: Sequence[ReaderColumns], room: tuple[Tensor, Tensor], codes: int
 ) -> Tensor | None:
     """By which powers of two channels should be multiplied, for what is left of the roundings to be least.
 
@@ -98,7 +86,7 @@ def _largest(reader: ReaderColumns, channels: int) -> Tensor:
     return found / found.max().clamp_min(torch.finfo(found.dtype).tiny)
 
 
-def _noise(ends: Sequence[ChannelValues], readers: Sequence[ReaderColumns], factors: Tensor, codes: int) -> float:
+def _noise(ends: Sequence[ChannelRange], readers: Sequence[ReaderColumns], factors: Tensor, codes: int) -> float:
     """Mean square of what roundings do to the products of the readers, beside that of these."""
     spans = [float((one.high * factors).max().clamp_min(0) - (one.low * factors).min().clamp_max(0)) for one in ends]
     values, found = sum((span / codes) ** 2 for span in spans) / 12, 0.0

@@ -14,7 +14,7 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.qparams import QParams, qparams_for_range
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.lowered_patterns import ReadNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInput
@@ -46,7 +46,7 @@ def _smoothed(
     does not know an op."""
     if not norms or check.twin is None:
         return []
-    ends = channel_ends(check.twin, [norm.node for norm in norms], batches, world)
+    ends = channel_ends(check.twin, {norm.node: last_dimension for norm in norms}, batches, world)
     seen = [norm for norm in norms if norm.node in ends]
     counts = check.used(seen, lambda norm: _smooth(backend, norm, ends[norm.node], codes))
     moved = f"{sum(counts)} outlier channels of {sum(map(bool, counts))} norms moved into the weights that read them"
