@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,8 @@ from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
 
-# Images on which values are looked at.
-_IMAGES = 64
+# Images on which values are looked at, and how many values of each channel are kept.
+_IMAGES, _KEPT = 64, 128
 
 
 #: Gives the values of a node by channel, (C, N); None where they have none.
@@ -28,16 +29,22 @@ ByChannel = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class ChannelRange:
-    """Least and greatest values, and mean squares, by channel (C,) each."""
+    """Least and greatest values, and mean squares, by channel (C,) each; and some of the values (C, N)."""
 
     low: Tensor
     high: Tensor
     square: Tensor
+    some: Tensor
 
     @property
     def span(self) -> float:
         """Width of the range that holds all channels, and 0."""
         return max(0.0, float(self.high.max())) - min(0.0, float(self.low.min()))
+
+    def times(self, factors: Tensor) -> ChannelRange:
+        """Of channels that are multiplied by positive factors (C,)."""
+        low, high, some = self.low * factors, self.high * factors, self.some * factors[:, None]
+        return ChannelRange(low, high, self.square * factors.square(), some)
 
 
 def last_dimension(values: Tensor) -> Tensor:
@@ -57,13 +64,26 @@ def channel_ends(
             rows = wanted[node.name](numbers)
             if rows is not None:
                 low, high, square = rows.amin(1), rows.amax(1), rows.square().mean(1) * share
+                some = rows[:, _spread(rows.shape[1], math.ceil(share * _KEPT))]
                 if (known := seen.get(node.name)) is not None:
                     low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
-                    square = square + known.square
-                seen[node.name] = ChannelRange(low, high, square)
+                    square, some = square + known.square, torch.cat([known.some, some], 1)
+                seen[node.name] = ChannelRange(low, high, square, some)
         return value
 
     watcher = Watcher(twin.module)
     for batch in batches:
         watcher.watch(batch, partial(see, share=batch.images / images))
-    return {name: ChannelRange(*map(world.from_first, (one.low, one.high, one.square))) for name, one in seen.items()}
+    some = world.share([one.some if world.rank == 0 else None for one in seen.values()])
+    return {
+        name: ChannelRange(*_of_first(world, one), kept) for (name, one), kept in zip(seen.items(), some, strict=True)
+    }
+
+
+def _of_first(world: World, one: ChannelRange) -> tuple[Tensor, Tensor, Tensor]:
+    return world.from_first(one.low), world.from_first(one.high), world.from_first(one.square)
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Which of so many places are kept."""
+    return torch.linspace(0, count - 1, min(count, most)).long()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -113,7 +114,7 @@ def _equalize(backend: Backend, group: ChannelGroup, seen: Mapping[str, ChannelR
 def _clipped(ends: ChannelRange, output: Output) -> ChannelRange:
     """What is let through of values."""
     low, high = (part.clamp(output.low, output.high) for part in (ends.low, ends.high))
-    return ChannelRange(low, high, ends.square)
+    return replace(ends, low=low, high=high)
 
 
 def _room(group: ChannelGroup, seen: Mapping[str, ChannelRange]) -> tuple[Tensor, Tensor]:

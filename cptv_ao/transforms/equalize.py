@@ -15,7 +15,7 @@ Channels of different size from layer to layer: see `cptv_ao.transforms.cross_la
 
 Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
 
-In PT2E graphs also the middle of each channel of what linear layers read: see `cptv_ao.transforms.channel_shift`.
+In PT2E graphs all channels that linear layers read, behind norms and attention: see `cptv_ao.transforms.linear_inputs`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.bn_folding import _fold, is_folded
 from cptv_ao.transforms.channel_groups import ChannelGroup, ChannelGroups
-from cptv_ao.transforms.channel_shift import centre
 from cptv_ao.transforms.cross_layer import equalizable, equalized
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
 from cptv_ao.transforms.layer_scale import fold_scale
+from cptv_ao.transforms.linear_inputs import even_out, scalable
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
 from cptv_ao.transforms.range_clipping import _codes, _cut
-from cptv_ao.transforms.smooth_quant import _norms, _shiftable, _smoothable, _smoothed
+from cptv_ao.transforms.smooth_quant import _shiftable, _smoothable, _smoothed
 
 # How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
 # that hardly varies is given as if it did not.
@@ -51,12 +51,13 @@ def equalize(
     backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
 ) -> list[str]:
     """Fold unfused batch norms and layer scales, cut ranges that functions clip, bring channels to like ranges across
-    layers, and smooth outliers of layer norms; in a PT2E graph smooth outliers, and centre what linear layers read.
+    layers, and smooth outliers of layer norms; in a PT2E graph even out and centre what linear layers read.
 
     Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
     Args:
-        backend: of the model, which is written. Outliers are smoothed where the readers' float weights are known.
+        backend: of the model, which is written. Outliers are smoothed, and channels evened out, where the readers'
+            float weights are known.
         batches: calibration images.
         world: the ranks that all do so.
         confirmed: says whether the model as it is now will do, where the float twin does not know an op of it; without
@@ -97,19 +98,15 @@ def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World)
     shared = SharedInputs(backend).find()
     if not shared:
         return []
-    check = Equivalence(backend, batches, world)
-    notes = _smoothed(backend, batches, _smoothable(backend, _norms(shared)), None, check, world)
-    if centred := centre(backend, shared, batches, check, world):
-        notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
-    return notes
+    return even_out(backend, shared, batches, Equivalence(backend, batches, world), world)
 
 
 def smoothable(backend: Backend) -> set[str]:
     """Names of the activation sites whose outlier channels `equalize` moves, where their readers' float weights are
     known."""
-    in_float = backend.form.simulates_itself
-    norms = _norms(SharedInputs(backend).find()) if in_float else Patterns(backend).read_norms()
-    return {name for norm in _shiftable(backend, norms) for name in norm.outputs}
+    if backend.form.simulates_itself:
+        return {name for part in SharedInputs(backend).find() if scalable(backend, part) for name in part.sites}
+    return {name for norm in _shiftable(backend, Patterns(backend).read_norms()) for name in norm.outputs}
 
 
 def foldable(backend: Backend, batch: Batch) -> list[str]:

@@ -22,7 +22,6 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.readers import own_path, read_once, reads
-from cptv_ao.transforms.lowered_patterns import ReadNorm
 
 _aten = torch.ops.aten
 # Ops that move values of channels about, or pick some.
@@ -62,14 +61,6 @@ class SharedInput:
     weight: str | None
     bias: str
     readers: tuple[Reader, ...]
-
-    @property
-    def as_norm(self) -> ReadNorm | None:
-        """What a norm gives, and nothing else reads; None where it is of attention."""
-        if self.weight is None:
-            return None
-        weights = tuple(reader.weight for reader in self.readers)
-        return ReadNorm(self.sites, self.value, (self.weight, self.bias), weights)
 
     @property
     def tensors(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Outlier channels of norms in a converted model, moved into the weights that read them (arXiv 2211.10438)."""
+"""Outlier channels of norms in a lowered model, moved into the weights that read them (arXiv 2211.10438)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.lowered_patterns import ReadNorm
-from cptv_ao.transforms.pt2e_patterns import SharedInput
 
 
 def _smoothable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
@@ -30,17 +29,8 @@ def _shiftable(backend: Backend, norms: Sequence[ReadNorm]) -> list[ReadNorm]:
     return [norm for norm in norms if all(map(backend.weights.shiftable, norm.readers))]
 
 
-def _norms(shared: Sequence[SharedInput]) -> list[ReadNorm]:
-    return [norm for part in shared if (norm := part.as_norm) is not None]
-
-
 def _smoothed(
-    backend: Backend,
-    batches: Sequence[Batch],
-    norms: Sequence[ReadNorm],
-    codes: int | None,
-    check: Equivalence,
-    world: World,
+    backend: Backend, batches: Sequence[Batch], norms: Sequence[ReadNorm], codes: int, check: Equivalence, world: World
 ) -> list[str]:
     """Move the outlier channels of norms into the weights that read them, and tell of it; nothing where the float twin
     does not know an op."""
@@ -53,8 +43,8 @@ def _smoothed(
     return [moved] if any(counts) else []
 
 
-def _smooth(backend: Backend, norm: ReadNorm, ends: ChannelRange, codes: int | None) -> int:
-    """Move the outlier channels of one norm; returns their number. Without a number of codes all are used."""
+def _smooth(backend: Backend, norm: ReadNorm, ends: ChannelRange, codes: int) -> int:
+    """Move the outlier channels of one norm; returns their number."""
     weights = {name: backend.float_weights[name] for name in norm.readers}
     columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
     exponents = outlier_exponents(torch.maximum(-ends.low, ends.high), columns)
