@@ -125,9 +125,10 @@ class _Nearest:
 def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, before: _Nearest | None = None) -> _Nearest:
     """The first that is within half a step of the codes, else the nearest; with columns as `cptv_ao.transforms` scales
     them where none is within a whole step."""
-    candidates = list(candidates)
     steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
+    seen = list[Tensor]()  # one after another: the first is it, most often, and others are made for it
     for candidate in candidates:
+        seen.append(candidate)
         shapes.add(tuple(candidate.shape))
         if candidate.numel() == weight.numel():
             apart = _distance(candidate.detach(), weight, site)
@@ -135,7 +136,7 @@ def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, befo
                 steps, found = apart, candidate
             if apart <= HALF_STEP:
                 break
-    for candidate in candidates if steps > 2 * HALF_STEP else ():
+    for candidate in seen if steps > 2 * HALF_STEP else ():
         if candidate.numel() == weight.numel():
             scaled = _scaled(candidate, weight)
             apart = _distance(scaled, weight, site)

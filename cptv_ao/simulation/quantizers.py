@@ -84,7 +84,10 @@ class WeightQuantizer(SiteModule):
     ) -> None:
         super().__init__(site, qparams)
         self._symmetric = not site.affine and not bool(self.zero_point.any())
-        self.register_buffer("codes", codes.to(torch.float32) - along_axis(self.zero_point, site.axis, codes.dim()))
+        centred = codes.to(torch.float32, copy=True)
+        if not self._symmetric:
+            centred -= along_axis(self.zero_point, site.axis, codes.dim())
+        self.register_buffer("codes", centred)
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
         #: in steps, -0.5 to 0.5; see `QParams`
         self.register_buffer("shift", None)
