@@ -19,8 +19,8 @@ from cptv_ao.backends.backend import Backend
 
 # Powers of the sizes of channels and of columns that factors are made of.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Shares of the range that are tried: with few codes it is worth it to clip.
-_CLIPPED = (1.0, 0.7, 0.5, 0.35)
+# Shares of the range that are tried, the last ones where there are so few codes that clipping is worth it.
+_CLIPPED, _CLIPPED_FURTHER, _FEW_CODES = (1.0, 0.7), (0.5, 0.35), 100
 # What roundings of weights cost beside those to the nearest code: they are chosen for the least error later.
 _CHOSEN = 0.4
 # What is left of the roundings, at most, for factors to be worth it.
@@ -90,7 +90,7 @@ def _rounded(values: Tensor, counts: Tensor, codes: int) -> float:
     """What rounding values (N, C) costs, where a squared error of a channel counts so much."""
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     found = []
-    for clipped in _CLIPPED:
+    for clipped in _CLIPPED + (_CLIPPED_FURTHER if codes < _FEW_CODES else ()):
         scale = max(clipped * (high - low) / codes, torch.finfo(values.dtype).tiny)
         first = max(-codes, round(clipped * low / scale))
         made = (values / scale).round_().clamp_(first, first + codes).mul_(scale)
