@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
 from cptv_ao.backends.backend import Backend
@@ -28,13 +28,18 @@ class Baseline:
     Attributes:
         losses, state: of the model that was given.
         done: to it since, one line each.
-        scoring: scores the form that is there now, whose tensors are others.
+        score: makes what scores the form that is there now, whose tensors are others.
     """
 
     losses: Losses
     state: Mapping[str, Any]
     done: tuple[str, ...]
-    scoring: SplitEvaluators
+    score: Callable[[], SplitEvaluators]
+
+    @cached_property
+    def scoring(self) -> SplitEvaluators:
+        """Scores the form that is there now; it is run as soon as this is asked for."""
+        return self.score()
 
     def judge(self, report: Outcome, backend: Backend) -> Outcome:
         """What a search on the simulation made of the equivalent form; it goes if it is worse than what was given."""
@@ -44,13 +49,14 @@ class Baseline:
         return replace(report, status=Status.REJECTED, before=self.losses, after=self.losses, moves=())
 
 
-def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration) -> Baseline | None:
+def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration, scored: bool) -> Baseline | None:
     """Make an equivalent form of a model.
 
     Args:
         backend: of the model, which is written.
         given: its losses, those that count.
         calibration: as for `SplitEvaluators`.
+        scored: whether the form is scored at once.
 
     Returns:
         The model that was given; None where there is no other form, or none that computes numbers.
@@ -69,11 +75,13 @@ def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration
     done = equalize(backend, few, calibration.world, confirmed)
     if not done:
         return None
+    if not scored:
+        return Baseline(given, state, tuple(done), partial(SplitEvaluators, backend.model, calibration))
     scoring = _scoring(backend, calibration)
     if scoring is None:
         backend.restore_all(state)
         return None
-    return Baseline(given, state, tuple(done), scoring)
+    return Baseline(given, state, tuple(done), lambda: scoring)
 
 
 def at_state(store: ScaleStore, state: Mapping[str, Any], measured: Callable[[], _Measured]) -> _Measured:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 from cptv_ao.evaluation.cost import Seconds
 from cptv_ao.search.checkpoint import Checkpoint
@@ -16,16 +18,30 @@ class Search:
 
     Args:
         loop: scores, and keeps what is best.
-        proposer: what is proposed; None: nothing.
+        make_proposer: gives what is proposed, once that is asked for; None: nothing.
         checkpoint: where it is saved, and gone on from; None: nowhere.
         image_seconds: see `SearchState`.
     """
 
     def __init__(
-        self, loop: Loop, proposer: Proposer | None, checkpoint: Checkpoint | None, image_seconds: Seconds = (0.0, 0.0)
+        self,
+        loop: Loop,
+        make_proposer: Callable[[], Proposer | None],
+        checkpoint: Checkpoint | None,
+        image_seconds: Seconds = (0.0, 0.0),
     ) -> None:
-        self._loop, self._proposer, self._checkpoint = loop, proposer, checkpoint
+        self._loop, self._make_proposer, self._checkpoint = loop, make_proposer, checkpoint
         self._image_seconds = image_seconds
+
+    @cached_property
+    def proposer(self) -> Proposer | None:
+        """What is proposed; it is made behind the first gain, where there is one without it."""
+        return self._make_proposer()
+
+    @property
+    def image_forwards(self) -> int:
+        """Images run through the twin for proposals so far by this rank; forward and backward count as three."""
+        return 0 if self.proposer is None else self.proposer.image_forwards
 
     def run(self) -> None:
         """Leave the best scales in the model.
@@ -35,9 +51,10 @@ class Search:
             OSError: the checkpoint cannot be written.
         """
         found = None if self._checkpoint is None else self._checkpoint.resume(self)
-        loop, proposer = self._loop, self._proposer
+        loop = self._loop
         if found is None:
             loop.begin()
+        proposer = self.proposer
         if found is None or (found.descent is not None and proposer is not None):
             proposals = () if proposer is None else proposer.proposals(loop.step, self._pause)
             if loop.propose(proposals, None if proposer is None else proposer.beside_the_judge(loop.step)):
@@ -46,14 +63,14 @@ class Search:
 
     def state(self) -> SearchState:
         """Where it is."""
-        descent = None if self._proposer is None else self._proposer.state()
+        descent = None if self.proposer is None else self.proposer.state()
         return replace(self._loop.state(), descent=descent, image_seconds=self._image_seconds)
 
     def resume(self, state: SearchState) -> None:
         """Go to where it was, see `cptv_ao.search.state.Resumable`."""
         self._loop.resume(state)
-        if state.descent is not None and self._proposer is not None:
-            self._proposer.resume(state.descent)
+        if state.descent is not None and self.proposer is not None:
+            self.proposer.resume(state.descent)
 
     def score_again(self) -> SearchLosses:
         """Of the scales that `resume` has brought back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
@@ -30,7 +31,6 @@ class KernelTarget:
 
     Attributes:
         store: what the search writes its candidates into.
-        scoring: what it scores them with.
     """
 
     def __init__(
@@ -38,8 +38,20 @@ class KernelTarget:
     ) -> None:
         self._backend, self._form, self._calibration = backend, form, calibration
         self.store: ScaleStore = backend
-        self.scoring = kernels if form is None else form.scoring
-        self._scorings = [kernels] if form is None else [kernels, form.scoring]
+        self._scorings = [kernels]
+
+    @cached_property
+    def _kernels(self) -> SplitEvaluators:
+        """Score the model as it is now."""
+        if self._form is None:
+            return self._scorings[0]
+        self._scorings.append(self._form.scoring)
+        return self._form.scoring
+
+    @property
+    def scoring(self) -> SplitEvaluators:
+        """What the search scores its candidates with."""
+        return self._kernels
 
     @property
     def given(self) -> Baseline | None:
@@ -87,14 +99,16 @@ class SimulationTarget(KernelTarget):
         verdict: Verdict,
     ) -> None:
         super().__init__(backend, kernels, form, calibration)
-        self._verdict, self._kernels = verdict, self.scoring
+        self._verdict = verdict
         simulated = SimulatedBackend(backend, calibration.config.device)
         self.store = self._simulated = simulated.checked(calibration.search.batches[0])
         search, holdout = (on_device(self._simulated, part) for part in (calibration.search, calibration.holdout))
-        self.scoring = SplitEvaluators(self.store.model, replace(calibration, search=search, holdout=holdout))
-        self._scorings.append(self.scoring)
-        # The other form that is searched, where asking what it ships as takes too much of the seconds.
-        self._unasked = form if verdict.dear else None
+        self._simulation = SplitEvaluators(self.store.model, replace(calibration, search=search, holdout=holdout))
+        self._scorings.append(self._simulation)
+        self._exact = is_exact(backend, verdict)
+        # The other form that is searched, where what it ships as is not asked: the simulation says it, or it takes too
+        # much of the seconds.
+        self._unasked = form if verdict.dear or self._exact else None
         asks = form is not None and self._unasked is None
         # What is found must not be worse than this: what is searched, or what was given.
         self._before = check_losses(verdict.losses(self._kernels)) if asks else verdict.given
@@ -104,9 +118,16 @@ class SimulationTarget(KernelTarget):
         return self._verdict.seconds
 
     @property
-    def given(self) -> None:
-        """None: the losses of the model that was given are those of what ships, none of the twin's."""
-        return None
+    def scoring(self) -> SplitEvaluators:
+        return self._simulation
+
+    @property
+    def given(self) -> Baseline | None:
+        """The losses of the model that was given, where those of the simulation are like them; the state is that of the
+        form that is searched."""
+        if self._form is None or not self._exact:
+            return None
+        return replace(self._form, state=self.store.snapshot())
 
     def judged(self, found: Outcome) -> Outcome:
         report, known = self._confirmed(found), None if self._unasked else self._form
@@ -157,6 +178,11 @@ def verdict_of(backend: Backend, kernels: SplitEvaluators, calibration: Calibrat
             raise ValueError("accept_on: a search on the kernels is accepted there; add score_on='simulation'")
         shipped = Shipped(backend.model, accept_on, calibration)
     return Verdict(shipped, kernels, budget, calibration.images * calibration.cost.kernel_seconds)
+
+
+def is_exact(backend: Backend, verdict: Verdict) -> bool:
+    """Whether a search on the simulation of a model finds the losses of what ships."""
+    return backend.form.simulates_itself and verdict.shipped is None
 
 
 def open_target(

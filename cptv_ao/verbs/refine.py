@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from cptv_ao.search.progress import SearchProgress, bar_total
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
-from cptv_ao.search.target import KernelTarget, open_target, verdict_of
+from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
 from cptv_ao.verbs.calibrated import calibrated
 
@@ -177,21 +178,23 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         # Another form rounds its weights anew, as they were not trained (QAT).
         equalizes = config.equalize and config.searches_all and not backend.weights.trained
         progress.stage("equal forms")
-        form = equalized_baseline(backend, verdict.given, calibration) if equalizes else None  # better to quantize
+        scored = not is_exact(backend, verdict)
+        form = equalized_baseline(backend, verdict.given, calibration, scored) if equalizes else None
         target = open_target(backend, kernels, form, calibration, verdict)
         space = SearchSpace.of(target.store, config)
         budget.reserve(target.verdict_seconds + _told_seconds(calibration, scores))
 
         loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
         check_losses(loop.best.start)
-        proposer = _proposer(target, space, config, budget, notes)
+        make_proposer = partial(_proposer, target, space, config, budget, notes)
+        search = Search(loop, make_proposer, checkpoint, calibration.cost.measured)
         with stop_on_interrupt(budget.stop):
-            Search(loop, proposer, checkpoint, calibration.cost.measured).run()
+            search.run()
 
     notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
     report = replace(report, outputs=scores.told(report))
-    forwards = target.image_forwards + scores.image_forwards + (0 if proposer is None else proposer.image_forwards)
+    forwards = target.image_forwards + scores.image_forwards + search.image_forwards
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.events import Callback
 from helpers import nets
 from helpers.search import small_config
 
@@ -88,5 +89,6 @@ def steps(backend: Backend) -> dict[str, float]:
 NOTE = "the channels of 3 inputs of linear layers moved to the middle of their ranges"
 
 
-def refine(graph: GraphModule, model: nn.Module, **changes: Any) -> None:
-    cptv_ao.refine(graph, BATCHES, float_model=model, config=small_config(**changes), progress=False)
+def refine(graph: GraphModule, model: nn.Module, callback: Callback | None = None, **changes: Any) -> None:
+    config = small_config(**changes)
+    cptv_ao.refine(graph, BATCHES, float_model=model, config=config, callback=callback, progress=False)

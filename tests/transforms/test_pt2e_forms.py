@@ -19,6 +19,7 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.events import Event
 from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.equalize import equalize
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
@@ -168,6 +169,19 @@ def test_a_search_starts_there_and_keeps_its_word(tmp_path: Path) -> None:
     refine(graph, model, **config)
     assert error(graph, model) <= found * (1 + 1e-6)
     assert NOTE not in cptv_ao.report(graph).notes
+
+
+def test_the_form_is_the_first_gain_and_told_as_one() -> None:
+    """The simulation says what the graph would: the form is scored there alone, and at once."""
+    model = apart(outlier=60)
+    graph = quantized(model)
+    events = list[Event]()
+    refine(graph, model, gradient_steps=0, evaluations=2, loss="mse", callback=events.append)
+    report = cptv_ao.report(graph)
+    first = next(event for event in events if event.kind == "proposal")
+    assert report.stages[0].startswith("equal forms: accepted")
+    assert report.after.search <= first.loss < report.before.search
+    assert report.history[1].search == first.loss and report.history[1].kept
 
 
 def test_what_was_given_comes_back_where_it_is_better() -> None:
