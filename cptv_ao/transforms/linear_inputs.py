@@ -67,7 +67,7 @@ def even_out(
         check: of it.
         world: the ranks that all do so.
     """
-    shared = [part for part in shared if _centred(part) or _scalable(backend, part)]
+    shared = [part for part in shared if _centrable(part) or _scalable(backend, part)]
     if not shared or check.twin is None:
         return []
     ends = channel_ends(check.twin, {part.value: last_dimension for part in shared}, batches, world)
@@ -87,7 +87,7 @@ def even_out(
     return notes
 
 
-def _centred(shared: SharedInput) -> bool:
+def _centrable(shared: SharedInput) -> bool:
     """Whether what is subtracted can be given back."""
     return all(reader.bias for reader in shared.readers)
 
@@ -106,7 +106,7 @@ def _scalable(backend: Backend, shared: SharedInput) -> bool:
 
 def _form(backend: Backend, shared: SharedInput, ends: ChannelRange) -> _Form:
     """What is worth it."""
-    middle = (ends.low + ends.high) / 2 if _centred(shared) else torch.zeros_like(ends.low)
+    middle = (ends.low + ends.high) / 2 if _centrable(shared) else torch.zeros_like(ends.low)
     exponents = None
     if _scalable(backend, shared) and bool((ends.high > ends.low).any()):
         site, weights = backend.sites[shared.sites[0]], [reader.weight for reader in shared.readers]
@@ -114,7 +114,7 @@ def _form(backend: Backend, shared: SharedInput, ends: ChannelRange) -> _Form:
         exponents = input_exponents(values, middle, ReadWeights.read(backend, weights), site.qmax - site.qmin)
     factors = None if exponents is None else torch.exp2(exponents)
     scaled = ends if factors is None else ends.times(factors)
-    moves = _centred(shared) and _narrower(scaled)
+    moves = _centrable(shared) and _narrower(scaled)
     return _Form(shared, ends, factors, (scaled.low + scaled.high) / 2 if moves else None)
 
 
