@@ -52,6 +52,11 @@ class _Form:
     factors: Tensor | None
     middle: Tensor | None
 
+    @property
+    def scaled(self) -> int:
+        """How many channels get another factor than 1."""
+        return 0 if self.factors is None else int((self.factors != 1).sum())
+
 
 def even_out(
     backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Batch], check: Equivalence, world: World
@@ -76,12 +81,12 @@ def even_out(
     entries = _entries(check.twin, [form.shared for form in forms], check.few) if forms else {}
     found = [form for form in forms if form.shared.value in entries]
     done = check.used(found, lambda form: _use(backend, form, entries[form.shared.value]))
-    counts = [0 if factors is None else int((factors != 1).sum()) for form in done for factors in (form.factors,)]
+    counts = [form.scaled for form in done]
     centred = sum(form.middle is not None for form in done)
     notes = []
     if any(counts):
-        scaled = sum(map(bool, counts))
-        notes.append(f"{sum(counts)} channels of {scaled} inputs of linear layers evened out with the weights there")
+        inputs = sum(map(bool, counts))
+        notes.append(f"{sum(counts)} channels of {inputs} inputs of linear layers evened out with the weights there")
     if centred:
         notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
     return notes
