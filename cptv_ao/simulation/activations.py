@@ -12,6 +12,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import hooked
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.simulation.qtensor import QTensor
+from cptv_ao.simulation.qtensor_ops import Requantizer
 from cptv_ao.simulation.twin import Twin
 
 Pull = Callable[[Any], Tensor]
@@ -27,15 +28,23 @@ def followed(twin: Twin, scales: Mapping[str, Tensor], batch: Batch, pull: Pull,
 
     Args:
         scales: of sites, by name, in whose steps values are held.
-        see: is shown each module that runs. Of a site it is told at the first module that makes its values: others
-            hand on what that one has put on the scale.
+        see: is shown each module that runs. Of a site it is told at the first module that makes its values, and where
+            values of other scales join them (torch.cat): other modules hand on what these have put on the scale.
     """
     own = {name: scale.float().to(twin.device).requires_grad_() for name, scale in scales.items()}
     owners, makers = {id(scale): name for name, scale in own.items()}, dict[str, nn.Module]()
+    ties = {name: module.site.tied for name, module in twin.sites.modules.items()}
+
+    def site(value: Any) -> str | None:
+        return owners.get(id(value.scale)) if isinstance(value, QTensor) else None
 
     def show(module: nn.Module, args: Any, output: Any) -> None:
-        name = owners.get(id(output.scale)) if isinstance(output, QTensor) else None
-        makes = name is not None and makers.setdefault(name, module) is module
+        name = site(output)
+        if name is not None and isinstance(module, Requantizer):
+            before = site(args[0])
+            makes = before is None or ties[before] != ties[name]
+        else:
+            makes = name is not None and makers.setdefault(name, module) is module
         see(module, args, output, name if makes else None)
 
     args, kwargs = own_inputs(batch)

@@ -45,6 +45,13 @@ _FIXED: dict[Op, tuple[Callable[[Tensor], Tensor], float, int]] = {
 _ATTRIBUTES = {"shape", "ndim", "device"}
 
 
+class Requantizer(OutOfPlace):
+    """Puts a quantized value on the scale of another one."""
+
+    def forward(self, value: QTensor, like: QTensor) -> QTensor:
+        return value.requantized(like)
+
+
 class OnCodes(OutOfPlace):
     """A float function or module on values that may be quantized.
 
@@ -60,6 +67,7 @@ class OnCodes(OutOfPlace):
         super().__init__()
         self._name, self._op, self.function = name, op, function
         self.kernel: ByKernel | None = None
+        self.requantizer = Requantizer() if op is not None and op.effect == "joins" else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not any(map(_is_quantized, (*args, *kwargs.values()))):
@@ -80,7 +88,16 @@ class OnCodes(OutOfPlace):
         if not args:  # by its name, as torch has it
             first = "tensors" if "tensors" in kwargs else "input"
             args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
+        if self.requantizer is not None:
+            args = (self._on_scale_of_first(args[0]), *args[1:])
         return lifted(self._op, self.function, *args, **kwargs)
+
+    def _on_scale_of_first(self, values: Any) -> list[QTensor]:
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, QTensor) for value in values):
+            raise UnsupportedModelError("it is known on a list of quantized values alone")
+        assert self.requantizer is not None
+        first = values[0]
+        return [value if value.scale is first.scale else self.requantizer(value, first) for value in values]
 
     def extra_repr(self) -> str:
         return self._name
@@ -200,13 +217,9 @@ def _mean(
     return value.with_codes(straight_through_round(codes + value.zero_point) - value.zero_point)
 
 
-def _joined(op: Op, function: Callable[..., Tensor], values: Any = None, *args: Any, **kwargs: Any) -> QTensor:
-    """What is put onto the qparams of the first of several values."""
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, QTensor) for value in values):
-        raise UnsupportedModelError("it is known on a list of quantized values alone")
-    first: QTensor = values[0]
-    same = [v.codes if v.scale is first.scale else v.requantized(first).codes for v in values]
-    return first.with_codes(function(same, *args, **kwargs))
+def _joined(op: Op, function: Callable[..., Tensor], values: list[QTensor], *args: Any, **kwargs: Any) -> QTensor:
+    """Of values that are on one scale."""
+    return values[0].with_codes(function([value.codes for value in values], *args, **kwargs))
 
 
 def _codes(value: Any) -> Any:

@@ -13,6 +13,7 @@ from helpers.search import small_config
 from torch import Tensor, nn
 
 import cptv_ao
+from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
@@ -221,3 +222,35 @@ def test_directions_of_one_run_are_those_of_runs_of_their_own(vit_w3: Case, monk
         return sum(abs(float(a / b) - 1) < 0.01 for a, b in pairs) / len(pairs)
 
     assert alike("together") > 0.9 > alike("in common")
+
+
+class Joined(nn.Module):
+    """A small value, and beside it, on its scale, large ones: a class token and the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.full((1, 1, 8), 0.01))
+        self.patches, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.patches(x)
+        return self.head(torch.cat([self.token.expand(rows.shape[0], -1, -1), rows], 1))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01], ids=["moving together", "moving alone"])
+def test_a_range_holds_what_joins_it(factor: float) -> None:
+    """torch.cat puts everything on the scale of its first input: one for that alone would clip all others."""
+    model, images = nets.seeded(Joined), nets.images(16, 6, 8)
+    _, converted = nets.quantize(model, [images])
+    given = Backend(converted)
+    given.write("patches.output", rescaled(given.read("patches.output"), factor, given.sites["patches.output"]))
+    backend, largest = Backend(converted), float(model.get_submodule("patches")(images).abs().max())
+    twin, groups = Twin(backend), {lead: group for lead, group in backend.movable().items() if group[0].affine}
+    assert ("scale_0" in groups) == (factor != 1)
+    found = _ranges(twin, groups, [(Batch((part,), {}, 2), 1) for part in images.split(2)])
+    for name in ("patches.output", "scale_0"):
+        assert 0.4 * largest < float(found[name].scale) * 255 / 2 < 1.3 * largest
+    scales = {name: twin.sites.get(name).scale for name in ("patches.output", "scale_0")}
+    seen = steps_and_gradients(twin, scales, Batch((images[:2],), {}, 2), lambda output: output.sum())
+    rows = {name: sum(len(steps.flatten()) for steps, _ in parts) // 8 for name, parts in seen.items()}
+    assert rows == {"patches.output": 12, "scale_0": 2 if factor == 1 else 14}, "each value once"
