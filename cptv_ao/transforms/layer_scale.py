@@ -21,24 +21,24 @@ _ONE = 64
 
 
 def fold_scale(backend: Backend, scaled: ScaledLayer) -> bool:
-    """Move the factors into the layer, and let the scales on both sides of the product move as one; False where there
-    was nothing to move."""
+    """Move the factors into the layer, and let the scales on both sides of the product move as one; False where that
+    was so."""
     given = fetch(backend.model, scaled.path).detach().float()
     factors = given.flatten()
     if len(factors) != len(backend.weight(scaled.weight)) or not bool(torch.isfinite(factors).all()):
         return False
-    ones = bool((factors == 1).all())
-    if not ones:
-        bias = backend.weights.biases.given(scaled.weight)
+    one = _exactly_one(backend.read(scaled.factors))
+    done = same(backend.read(scaled.factors), one) and same(backend.read(scaled.output), backend.read(scaled.product))
+    if not bool((factors == 1).all()):
+        done, bias = False, backend.weights.biases.given(scaled.weight)
         scale_channels(backend, scaled.weight, factors, None if bias is None else bias * factors)
         backend.rewrites.put(scaled.weight, scaled.path, torch.ones_like(given))
-        backend.write(scaled.factors, _exactly_one(backend.read(scaled.factors)))
+    if not done:
+        backend.write(scaled.factors, one)
         backend.write(scaled.output, backend.read(scaled.product))
-    held = same(backend.read(scaled.factors), _exactly_one(backend.read(scaled.factors)))
-    if held and same(backend.read(scaled.output), backend.read(scaled.product)):
-        backend.rewrites.fix([scaled.factors], "holds ones: its factors are in the layer before it")
-        backend.rewrites.tie(scaled.output, scaled.product)
-    return not ones
+    backend.rewrites.fix([scaled.factors], "holds ones: its factors are in the layer before it")
+    backend.rewrites.tie(scaled.output, scaled.product)
+    return not done
 
 
 def _exactly_one(like: QParams) -> QParams:

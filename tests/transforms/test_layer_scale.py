@@ -112,6 +112,24 @@ def test_the_product_changes_no_code(scaled: Case) -> None:
         assert len(given.int_repr().unique()) > 10
 
 
+def test_factors_of_one_change_no_code_either() -> None:
+    """As a recipe leaves them in a float model that it rotates."""
+
+    def ones() -> Scaled:
+        model = Scaled()
+        for gamma in (model.gamma1, model.gamma2):
+            nn.init.ones_(gamma)
+        return model
+
+    model, batches = nets.seeded(ones), list(nets.images(24, 3, 8, 8).split(6))
+    found = Case(model, *nets.quantize(model, batches), batches)
+    before = error(found)
+    assert folded(found) == ["2 layer scales folded into the layers before them"]
+    assert error(found) <= before
+    assert folded(found) == []
+    test_the_product_changes_no_code(found)
+
+
 def test_a_search_moves_both_sides_as_one_and_leaves_the_ones(scaled: Case) -> None:
     places = Patterns(opened(scaled)).scaled_layers()
     config = small_config(gradient_steps=20, population=("curvature", "output_error"))
