@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,11 +18,15 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
 from cptv_ao.transforms.float_model.obstacles import innermost, not_convertible
+from cptv_ao.transforms.float_model.residual_streams import ResidualStreams
+from cptv_ao.transforms.float_model.rotation import peak_ratio, rotate, rotation
 from cptv_ao.transforms.float_model.smooth_quant import smooth
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What FX fuses with a ReLU behind it.
 _FUSED = (*_CONVOLUTIONS, nn.Linear, nn.BatchNorm2d)
+# By how much the largest values of a residual stream must become smaller to be worth a rotation.
+_ROTATED = 1.5
 _RELUS = {torch.relu, nn.functional.relu, "relu", "relu_"}
 
 
@@ -71,7 +77,8 @@ class Rewriter:
             if not reason or path in self._rewritten:
                 self._leave_integers_out(run, tracer)
                 self._open_fusions(graph)
-                self._smooth(run)
+                self._rotate(run)
+                self._smooth(graph)
                 return
             self._adapt(path, reason)
 
@@ -96,20 +103,45 @@ class Rewriter:
             if isinstance(before, _FUSED) and (isinstance(after, nn.ReLU) or after in _RELUS):
                 self._replace(str(node.target), Through())
 
-    def _smooth(self, run: ExampleRun) -> None:
+    def _rotate(self, run: ExampleRun) -> None:
+        """Rotate the residual streams of which a few channels are far larger than the others, as the example shows."""
+        for index, stream in enumerate(ResidualStreams(self.model, run.graph, run.env).find()):
+            turn = rotation(stream.width)
+            ratio = peak_ratio(stream, run.env, turn)
+            if ratio < _ROTATED:
+                continue
+            before, self.model = self.model, self._copy()
+            own = ResidualStreams(self.model, run.graph, run.env).find()[index]
+            if self._holds(before, partial(rotate, self.model, own, turn)):
+                ends = [reader.end for reader in own.readers if reader.end]
+                back = f"; a linear layer at {', '.join(ends)} rotates back" if ends else ""
+                self.notes.append(
+                    f"a residual stream of {len(own.sums)} sums rotated: its largest values are {ratio:.1f} times "
+                    f"smaller so{back}"
+                )
+
+    def _smooth(self, graph: Graph) -> None:
         """Move the outliers of norms into the weights that read them, as the example shows them."""
+        run, counts = ExampleRun(self._copy(), graph), list[int]()
+        run.run(*self._expected[0][0])
         before, self.model = self.model, self._copy()
-        count = smooth(self.model, run.graph, run.env)
+        done = self._holds(before, lambda: counts.append(smooth(self.model, graph, run.env)))
+        if done and any(counts):
+            self.notes.append(
+                f"{counts[0]} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
+            )
+
+    def _holds(self, before: nn.Module, change: Callable[[], object]) -> bool:
+        """Change the model; where it is another one then, as a float model may be that its own roundings change, put
+        back the one before."""
         try:
+            change()
             for inputs, outputs in self._expected:
                 compare(self._copy(), inputs, outputs)
-        except RuntimeError:  # a float model that its own roundings would change
+        except RuntimeError:
             self.model = before
-            return
-        if count:
-            self.notes.append(
-                f"{count} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
-            )
+            return False
+        return True
 
     def _leave_integers_out(self, run: ExampleRun, tracer: QuantizationTracer) -> None:
         """Keep prepare_fx from quantizing what is done to integers, masks and what is no tensor."""

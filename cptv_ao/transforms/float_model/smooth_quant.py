@@ -34,7 +34,7 @@ def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
     found = 0
     with torch.no_grad():
         for node in graph.nodes:
-            norm = _parameters(node, model, modules, once)
+            norm = norm_parameters(node, model, modules, once)
             layers = _readers(node, modules, once, values)
             value = values.get(node)
             if norm is not None and layers and isinstance(value, Tensor) and norm[0].shape == value.shape[-1:]:
@@ -55,7 +55,7 @@ def _divide(norm: tuple[Tensor, Tensor | None], layers: list[nn.Linear], value: 
     return int((factors > 1).sum())
 
 
-def _parameters(
+def norm_parameters(
     node: Node, model: nn.Module, modules: Mapping[str, nn.Module], once: Container[str]
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a norm over the last dimension, where nothing else uses them."""
@@ -85,7 +85,12 @@ def _readers(
         layer = modules.get(str(user.target)) if user.op == "call_module" else None
         if type(layer) is not nn.Linear or str(user.target) not in once:
             return []
-        if sum(module is layer or getattr(module, "weight", None) is layer.weight for module in modules.values()) > 1:
-            return []  # shared
+        if shared(layer, modules):
+            return []
         layers.append(layer)
     return layers
+
+
+def shared(layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer, or its weight, is at more than one place among the modules of a model."""
+    return sum(one is layer or getattr(one, "weight", None) is layer.weight for one in modules.values()) > 1
