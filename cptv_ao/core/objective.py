@@ -20,8 +20,8 @@ _AUTO: dict[OutputKind, tuple[LossName, str]] = {
     "logits": ("kl", ""),
     "embedding": (
         "cosine",
-        "loss: cosine, for the output comes out of no layer with a weight, as embeddings do; loss='kl' if these are "
-        "the logits of classes",
+        "loss: cosine, for the output comes out of no layer with a weight (or of one that only turns it), as "
+        "embeddings do; loss='kl' if these are the logits of classes",
     ),
     "map": (
         "mse",

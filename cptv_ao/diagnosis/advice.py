@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
 
 from cptv_ao.core.formatting import percent, some
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess
@@ -57,7 +56,7 @@ def _within(found: Diagnosis, block: BlockDiagnosis) -> str:
     sites = [site for site in found.sites if site.block == block.name and site.share is not None]
     if not sites or not sites[0].share or sites[0].share <= 0:
         return ""
-    part, why = sites[0].share / block.share, _why(sites[0], found.findings.smoothable)
+    part, why = sites[0].share / block.share, _why(sites[0], found.findings)
     if part >= _NEARLY_ALL:
         return f", nearly all of it from {sites[0].name}{why}"
     if part >= _MOST:
@@ -65,14 +64,17 @@ def _within(found: Diagnosis, block: BlockDiagnosis) -> str:
     return f", most from {sites[0].name} ({percent(sites[0].share)}){why}"
 
 
-def _why(site: SiteDiagnosis, smoothable: Container[str]) -> str:
+def _why(site: SiteDiagnosis, findings: Findings) -> str:
     outliers = site.outlier_channels or 0
     if site.clipped is not None and site.clipped > _CLIPS:
         return f", which clips {percent(site.clipped)} of its values"
     if site.kind == "activation" and 0 < outliers <= 8:
         told = f", whose range is set by {outliers} outlier channel{'s' if outliers > 1 else ''} ({site.outlier:.0f}x)"
-        moved = site.name in smoothable
-        return told + (", which refine, given float_model, moves into the layers behind it" if moved else "")
+        if site.name in findings.smoothable:
+            return f"{told}, which refine, given float_model, moves into the layers behind it"
+        if site.name in findings.rotatable:
+            return f"{told}, which cptv_ao.recipe, before prepare_fx, spreads over all if the layers allow it"
+        return told
     if site.kind == "activation" and site.used is not None and site.used < _NARROW:
         return f", which uses {percent(site.used)} of its code range"
     if site.sqnr is not None and site.sqnr < _COARSE:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.turning_layers import turns
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.image_subsets import first_images, spread_images
@@ -54,7 +56,9 @@ def planned(
         measurements = int(cost.flops_of(_SHARE) / (_FORWARDS * cost.flops * count))
         batches = spread_images(batches, count, whole=not is_per_image(config.loss))
         images = Images.of(batches, teacher, config)
-        config, told = settled_outputs(backend.model, teacher, images, replace(config, gradient_steps=0))
+        config, told = settled_outputs(
+            backend.model, teacher, images, replace(config, gradient_steps=0), turns=partial(turns, backend)
+        )
     loss = SplitEvaluators(backend.model, Calibration(config, images)).search.score()
     simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
     notes += told

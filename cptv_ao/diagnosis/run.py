@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.turning_layers import turns
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.blocks import Block, find_blocks
 from cptv_ao.core.config import RefineConfig
@@ -30,7 +32,7 @@ from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.simulation.kernel_agreement import broken_kernels, disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
-from cptv_ao.transforms.equalize import foldable, smoothable
+from cptv_ao.transforms.equalize import foldable, rotatable, smoothable
 
 _IMAGES = 128
 # Those on which kernels are compared with exact arithmetic.
@@ -60,7 +62,9 @@ def _diagnosis(
         batches = _few(batches)
         check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
-        config, told = settled_outputs(backend.model, teacher, images, replace(config, gradient_steps=0))
+        config, told = settled_outputs(
+            backend.model, teacher, images, replace(config, gradient_steps=0), turns=partial(turns, backend)
+        )
         kernels = SplitEvaluators(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)
@@ -162,6 +166,7 @@ def _findings(backend: Backend, survey: Survey, compared: Comparison, batch: Bat
         float_ops=ops,
         unknown=backend.sites.unknown,
         smoothable=tuple(sorted(smoothable(backend))),
+        rotatable=tuple(sorted(rotatable(backend))),
         wide_weights=survey.wide_weights(),
         saturating=saturating,
         broken_kernels=tuple(broken),

@@ -17,7 +17,7 @@ from cptv_ao.core.output_losses import OutputLosses, OutputTerm, is_constant, me
 from cptv_ao.core.packed_outputs import HINT, PackedOutputs, told
 from cptv_ao.evaluation.calibration import Images
 from cptv_ao.evaluation.compared_outputs import OneOutput
-from cptv_ao.fx.output_layer import end_of, output_nodes
+from cptv_ao.fx.output_layer import Turns, end_of, output_nodes
 from cptv_ao.fx.running import run
 
 # How far the mean of logits varies between images, at most, beside what it would if they were independent numbers: the
@@ -27,7 +27,12 @@ _LEVEL, _EVEN = 0.4, 0.25
 
 
 def settled_outputs(
-    model: GraphModule, teacher: nn.Module, images: Images, config: RefineConfig, world: World = ALONE
+    model: GraphModule,
+    teacher: nn.Module,
+    images: Images,
+    config: RefineConfig,
+    world: World = ALONE,
+    turns: Turns = lambda _: False,
 ) -> tuple[RefineConfig, list[str]]:
     """With what loss they are compared.
 
@@ -37,6 +42,7 @@ def settled_outputs(
         images: with the teacher's outputs, as `chosen_outputs` picks them.
         config: what `chosen_outputs` returned.
         world: the ranks that have run the teacher.
+        turns: tells which layers of the graph only turn what they read.
 
     Returns:
         The config with that loss, and what is to be said of it.
@@ -47,9 +53,9 @@ def settled_outputs(
     """
     packing = config.output
     if not isinstance(packing, PackedOutputs):
-        return settled(config, images.targets[0], _only_kind(model, teacher, images, config))
+        return settled(config, images.targets[0], _only_kind(model, teacher, images, config, turns))
     _learn(packing, images, world)
-    suited = _Suited(model, packing, images.targets, config)
+    suited = _Suited(model, packing, images.targets, config, turns)
     notes, constant, parts = list[str](), list[str](), list[OutputTerm | None]()
     for index, output in enumerate(packing.outputs):
         if is_constant(packing, index, images.targets):
@@ -81,9 +87,14 @@ class _Suited:
     """
 
     def __init__(
-        self, model: GraphModule, packing: PackedOutputs, targets: Sequence[Tensor], config: RefineConfig
+        self,
+        model: GraphModule,
+        packing: PackedOutputs,
+        targets: Sequence[Tensor],
+        config: RefineConfig,
+        turns: Turns,
     ) -> None:
-        self._model, self._packing, self._targets, self._config = model, packing, targets, config
+        self._model, self._packing, self._targets, self._config, self._turns = model, packing, targets, config, turns
         self._nodes = {} if packing.pick is not None else output_nodes(model)
 
     def part(self, index: int) -> tuple[OutputTerm, list[str]]:
@@ -119,7 +130,7 @@ class _Suited:
         several = len(self._packing.outputs) > 1
         if self._packing.pick is not None:  # of any node
             return "kl" if not several or _is_level(rows) else "mse"
-        end = end_of(self._model, self._node(index))
+        end = end_of(self._model, self._node(index), self._turns)
         if end == "layer":
             return "kl" if not several or _is_level(rows) else "mse"
         lengths = rows.norm(dim=1)
@@ -148,7 +159,9 @@ def _learn(packing: PackedOutputs, images: Images, world: World) -> None:
         packing.learn_table(table)
 
 
-def _only_kind(model: GraphModule, teacher: nn.Module, images: Images, config: RefineConfig) -> OutputKind:
+def _only_kind(
+    model: GraphModule, teacher: nn.Module, images: Images, config: RefineConfig, turns: Turns
+) -> OutputKind:
     """Of the only output; asked only where a loss has to be chosen."""
     if config.loss != "auto":
         return "logits"
@@ -163,7 +176,7 @@ def _only_kind(model: GraphModule, teacher: nn.Module, images: Images, config: R
         node = _named(nodes, only.name, only.index)
     else:
         return "logits"  # what the user's own function picks may be of any node
-    return "logits" if end_of(model, node) == "layer" else "embedding"
+    return "logits" if end_of(model, node, turns) == "layer" else "embedding"
 
 
 def _named(nodes: Mapping[str, Node], name: str, index: int) -> Node | None:

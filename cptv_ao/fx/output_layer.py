@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
@@ -49,16 +49,22 @@ def _opened(value: Any) -> Any:
     return value if parts is None else {name: _opened(part) for name, part in parts}
 
 
-def end_of(model: GraphModule, node: Node | None) -> End:
-    """What computes a node's value, moved, rounded or averaged at most."""
+Turns = Callable[[str], bool]
+"""Whether the layer of a node, by its name, only turns what it reads."""
+
+
+def end_of(model: GraphModule, node: Node | None, turns: Turns = lambda _: False) -> End:
+    """What computes a node's value, moved, rounded, averaged or turned at most."""
     modules = dict(model.named_modules())
     while node is not None:
-        quantized = quantized_ops.of_node(node, modules)
-        if quantized is not None and quantized.product:
-            return "other" if quantized.after else "layer"
-        op = ops.op_of(node, modules)
-        if op is not None and op.effect == "layer":
-            return "layer"
+        quantized, op = quantized_ops.of_node(node, modules), ops.op_of(node, modules)
+        if quantized is not None and quantized.product and quantized.after:
+            return "other"
+        if (quantized is not None and quantized.product) or (op is not None and op.effect == "layer"):
+            if not turns(node.name):
+                return "layer"
+            node = node.all_input_nodes[0]
+            continue
         if op is not None and op.effect == "fixed":
             return "bounded"
         dequantizes = quantized is not None and quantized.role == "dequantizes"

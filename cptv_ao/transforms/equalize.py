@@ -109,6 +109,12 @@ def smoothable(backend: Backend) -> set[str]:
     return {name for norm in _shiftable(backend, Patterns(backend).read_norms()) for name in norm.outputs}
 
 
+def rotatable(backend: Backend) -> set[str]:
+    """Names of the activation sites of residual streams, whose outlier channels a rotation of the float model spreads
+    (see `cptv_ao.transforms.float_model.rotation`), if its layers allow one."""
+    return set() if backend.form.simulates_itself else set(Patterns(backend).normed_sums())
+
+
 def foldable(backend: Backend, batch: Batch) -> list[str]:
     """Names of the nodes of the batch norms that `equalize` folds."""
     if backend.form.simulates_itself:  # norms are float there

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.fx.decomposed_ops import packet_of
-from cptv_ao.fx.quantized_ops import of_node
+from cptv_ao.fx.quantized_ops import SUMS, of_node
 from cptv_ao.fx.readers import reads
 from cptv_ao.transforms.lone_sites import LoneSites
 
@@ -115,6 +115,12 @@ class Patterns:
     def clipped_sites(self) -> list[ClippedSite]:
         """In graph order."""
         return self._all(self._clipped)
+
+    def normed_sums(self) -> list[str]:
+        """Sites of sums that a layer norm reads: of residual streams."""
+        sums = {node for node in self._graph.nodes if packet_of(node.target) in SUMS}
+        read = [node for node in sums if any(self._lone.layer_norm(user) for user in node.users)]
+        return [self._lone.outputs[node.name].name for node in read if node.name in self._lone.outputs]
 
     def _all(self, pattern: Callable[[Node], _Found | None]) -> list[_Found]:
         return [found for node in self._graph.nodes if (found := pattern(node)) is not None]

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.backends.turning_layers import turns
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import is_cpu
@@ -45,7 +46,7 @@ def calibrated(
         split = affordable(whole, cost, not is_per_image(config.loss))
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-        config, said = settled_outputs(backend.model, teacher, images, config, world)
+        config, said = settled_outputs(backend.model, teacher, images, config, world, partial(turns, backend))
     notes += said + told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")

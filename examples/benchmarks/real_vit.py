@@ -5,8 +5,7 @@ photographs, which choose nothing. Each cell is a file in `results/real_vit`, wr
 interrupted run goes on where it stopped; the table and the curves come from them. `--only` picks rows, `--seconds`
 limits. Rows of *recipe* are of the same float network after `cptv_ao.recipe`. Two of the limits are rivals: `gradient`
 is Adam on all scales for 300 seconds (as in `recovery.py`), and `nncf` is NNCF's quantization of the same float network
-at its own pace (extra `rivals`), which leaves norms, GELU, softmax and the residual stream in float. Run it alone on the
-machine.
+at its own pace (extra `rivals`), which leaves norms, GELU, softmax and the residual stream in float. Run it alone.
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ def main() -> None:
     data = photographs()
     for limit in args.seconds:
         for row in args.only:
-            path = CELLS / f"{row.replace(' ', '_')}_{limit}.json"
+            path = CELLS / f"{row.replace(',', '').replace(' ', '_')}_{limit}.json"
             if path.exists() or (limit == "nncf" and row != "W8A8"):
                 continue
             with quietly():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cptv_ao
+from cptv_ao.backends.open import open_model
+from cptv_ao.transforms.equalize import rotatable
 from cptv_ao.transforms.float_model.rotation import rotation
 
 WIDTH, OUTLIER, OUTLIERS = 64, 40.0, [2, 9]
@@ -60,6 +62,14 @@ class Stream(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.head(self.neck(self.norm(self.rows(images))[:, 0]))
+
+
+class SquareHead(Stream):
+    """Has as many classes as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
 
 
 class Headless(Stream):
@@ -269,6 +279,15 @@ def test_without_outliers_nothing_is_rotated() -> None:
     assert not done
 
 
+def test_what_a_rotation_may_help_is_told_of_a_quantized_model() -> None:
+    _, converted = nets.quantize(nets.seeded(Rows), [images()])
+    backend = open_model(converted)
+    sums = {node.name for node in converted.graph.nodes if node.target is torch.ops.quantized.add}
+    assert {backend.sites[name].nodes[0] for name in rotatable(backend)} == sums and len(sums) == 3
+    _, converted = nets.quantize(nets.seeded(nets.ConvNet), [nets.images(4, 3, 16, 16)])
+    assert not rotatable(open_model(converted))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_quantized_stream_loses_less(seed: int) -> None:
     model, calibration, test = nets.seeded(Rows, seed), images(64, seed), images(64, seed + 10)
@@ -278,3 +297,12 @@ def test_a_quantized_stream_loses_less(seed: int) -> None:
         cptv_ao.refine(converted, [calibration], float_model=one, config=cptv_ao.RefineConfig(passes=0), progress=False)
         errors.append(float((converted(test) - wanted).square().mean()))
     assert errors[1] < 0.5 * errors[0], errors
+
+
+@pytest.mark.parametrize(("make", "loss"), [(Headless, "cosine"), (Stream, "kl"), (SquareHead, "kl")])
+def test_what_rotates_back_makes_no_logits(make: Any, loss: str) -> None:
+    ready, _ = rotated(nets.seeded(make))
+    _, converted = nets.quantize(ready.model, [images(32)])
+    config = cptv_ao.RefineConfig(max_evaluations=1, gradient_steps=0, passes=0)
+    cptv_ao.refine(converted, [images(32)] * 2, float_model=ready.model, config=config, progress=False)
+    assert cptv_ao.report(converted).loss == loss

@@ -86,8 +86,12 @@ def recipe(
     bias in its forward, is rewritten into its own graph for inputs like `example_inputs` (of any batch size, of this
     image size); where that fails it stays float. Where a few channels of a norm are far larger than the others on these
     inputs, they are divided in the norm and multiplied in the linear layers that read it (SmoothQuant, arXiv
-    2211.10438), which costs nothing and leaves the others more codes. At the end prepare_fx, one batch and convert_fx
-    are run on a copy: what they break on is found, named and left in float.
+    2211.10438), which costs nothing and leaves the others more codes. Where a few channels of a residual stream are,
+    the whole stream is rotated (QuaRot, arXiv 2404.00456), if its values are sums of what linear layers, convolutions
+    and tensors of the model give, and only layer norms before linear layers, or such layers, read them: its largest
+    values become several times smaller. Where the model returns the last norm itself, a linear layer of that width is
+    put behind it, which rotates back. At the end prepare_fx, one batch and convert_fx are run on a copy: what they
+    break on is found, named and left in float.
 
     Args:
         model: the float model; it is not changed.
