@@ -105,6 +105,16 @@ class Functions(Stream):
         return functional.linear(self.norm(self.rows(images)), self.head.weight, self.head.bias)
 
 
+class Sized(Stream):
+    """Its rows are put together by sizes that it computes."""
+
+    def forward(self, images: Tensor) -> Any:
+        rows = self.rows(images)
+        count, places, width = rows.shape
+        rows = rows.reshape(count * places, width).reshape(count, places, 2 * width // 2)
+        return self.head(self.norm(rows))
+
+
 class NoBias(Stream):
     """Its head has no bias, though its norm has one."""
 
@@ -193,6 +203,13 @@ class Scaled(Stream):
         return self.head(y * y)
 
 
+class Constant(Stream):
+    """The stream is multiplied by a number that tracing keeps as a tensor of its own."""
+
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self.norm(torch.tensor(0.5) * self.rows(images)))
+
+
 class Cut(Stream):
     """Half of the channels alone are read."""
 
@@ -229,7 +246,7 @@ def test_the_rotation_is_one_and_leaves_the_mean(width: int) -> None:
     assert torch.equal(turn, rotation(width))
 
 
-@pytest.mark.parametrize("make", [Stream, Headless, Bare, Pooled, Functions, NoBias])
+@pytest.mark.parametrize("make", [Stream, Headless, Bare, Pooled, Functions, Sized, NoBias])
 def test_the_function_stays_and_the_outliers_go(make: Any) -> None:
     model = nets.seeded(make)
     state, test = copy.deepcopy(model.state_dict()), images(5, seed=3)
@@ -255,7 +272,7 @@ def test_where_the_norm_is_returned_a_layer_rotates_back() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [WithRelu, Returned, NormTwice, SharedLayer, SharedTensor, Scaled, Cut, Crossed],
+    [WithRelu, Returned, NormTwice, SharedLayer, SharedTensor, Scaled, Constant, Cut, Crossed],
     ids=lambda make: make.__name__,
 )
 def test_what_is_read_or_written_otherwise_stays(make: Any) -> None:

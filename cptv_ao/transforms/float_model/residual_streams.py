@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn import functional
 
 from cptv_ao.fx.op_table import IDENTITY
 from cptv_ao.fx.ops import op_of
-from cptv_ao.fx.paths import fetch
 from cptv_ao.fx.readers import own_path, read_once, reads
+from cptv_ao.transforms.float_model.example_runs import tensors_of
 from cptv_ao.transforms.float_model.smooth_quant import norm_parameters, shared
 
 _SUMS = {operator.add, operator.iadd, torch.add}
@@ -115,6 +116,9 @@ class ResidualStreams:
         self._model, self._graph, self._shown = model, graph, shown
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._once = read_once(graph.nodes)
+        # Of the model itself; constants that tracing has made are not.
+        held = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        self._tensors: dict[str | None, Tensor] = dict(held)
         self._values: dict[Node, _Values] = {}
 
     def find(self) -> list[ResidualStream]:
@@ -145,7 +149,8 @@ class ResidualStreams:
         elif self._keeps_channels(node):
             own.sums += [node] if node.target in _SUMS else []
             for value in inputs:
-                self._unite(value, node)
+                if tensors_of(self._shown.get(value)):  # not a size
+                    self._unite(value, node)
         elif node.op == "output":
             for value in inputs:
                 self._values[value].returned = True
@@ -164,10 +169,10 @@ class ResidualStreams:
         if node.target is not functional.linear:
             return None
         given = dict(zip(_LINEAR, node.args, strict=False)) | node.kwargs
-        weight, bias = (own_path(given.get(name), self._once) for name in ("weight", "bias"))
+        weight, bias = (self._own(given.get(name)) for name in ("weight", "bias"))
         if weight is None or (bias is None and given.get("bias") is not None):
             return None
-        return Layer(fetch(self._model, weight), None if bias is None else fetch(self._model, bias), None)
+        return Layer(weight, bias, None)
 
     def _tensor(self, node: Node) -> Tensor | None:
         """The tensor of the model that a node is, or has its rows from, and nothing else has."""
@@ -175,19 +180,22 @@ class ResidualStreams:
             module: Any = self._modules[str(node.target)]
             rows = type(module) is nn.Embedding and module.max_norm is None and str(node.target) in self._once
             return module.weight if rows and not shared(module, self._modules) else None
-        path = own_path(node, self._once)
-        held = None if path is None else fetch(self._model, path)
-        return held if isinstance(held, Tensor) and held.is_floating_point() else None
+        held = self._own(node)
+        return held if held is not None and held.is_floating_point() else None
+
+    def _own(self, value: Any) -> Tensor | None:
+        """The tensor of the model that an argument is, and nothing else reads."""
+        return self._tensors.get(own_path(value, self._once))
 
     def _scaled(self, node: Node, inputs: list[Node]) -> Writer | None:
         """The layer and the tensor of the model whose product a node is, where nothing else reads the layer."""
         if node.target not in _PRODUCTS or len(inputs) != 2:
             return None
         for value, factors in (inputs, inputs[::-1]):
-            path, made = own_path(factors, self._once), self._values[value]
-            if path is None or len(made.writers) != 1 or made.writers[0].factors is not None or made.closed:
+            held, made = self._own(factors), self._values[value]
+            if held is None or len(made.writers) != 1 or made.writers[0].factors is not None or made.closed:
                 continue
-            layer, held = made.writers[0].layer, fetch(self._model, path)
+            layer = made.writers[0].layer
             alone = not (made.tensors or made.norms or made.sums or made.layers or made.readers)
             if alone and layer.is_linear and held.shape == layer.weight.shape[:1]:
                 made.closed = True

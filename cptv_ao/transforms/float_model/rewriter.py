@@ -77,8 +77,9 @@ class Rewriter:
             if not reason or path in self._rewritten:
                 self._leave_integers_out(run, tracer)
                 self._open_fusions(graph)
-                self._rotate(run)
-                self._smooth(graph)
+                if self._rotate(run):
+                    run = self._run_again()
+                self._smooth(run)
                 return
             self._adapt(path, reason)
 
@@ -103,8 +104,17 @@ class Rewriter:
             if isinstance(before, _FUSED) and (isinstance(after, nn.ReLU) or after in _RELUS):
                 self._replace(str(node.target), Through())
 
-    def _rotate(self, run: ExampleRun) -> None:
-        """Rotate the residual streams of which a few channels are far larger than the others, as the example shows."""
+    def _run_again(self) -> ExampleRun:
+        """The model as it is now, on the example."""
+        traced = self._copy()
+        run = ExampleRun(traced, QuantizationTracer([], list(self.leaves)).trace(traced))
+        run.run(*self._expected[0][0])
+        return run
+
+    def _rotate(self, run: ExampleRun) -> bool:
+        """Rotate the residual streams of which a few channels are far larger than the others, as the example shows;
+        whether there were any."""
+        done = False
         for index, stream in enumerate(ResidualStreams(self.model, run.graph, run.env).find()):
             turn = rotation(stream.width)
             ratio = peak_ratio(stream, run.env, turn)
@@ -113,19 +123,20 @@ class Rewriter:
             before, self.model = self.model, self._copy()
             own = ResidualStreams(self.model, run.graph, run.env).find()[index]
             if self._holds(before, partial(rotate, self.model, own, turn)):
+                done = True
                 ends = [reader.end for reader in own.readers if reader.end]
                 back = f"; a linear layer at {', '.join(ends)} rotates back" if ends else ""
                 self.notes.append(
                     f"a residual stream of {len(own.sums)} sums rotated: its largest values are {ratio:.1f} times "
                     f"smaller so{back}"
                 )
+        return done
 
-    def _smooth(self, graph: Graph) -> None:
+    def _smooth(self, run: ExampleRun) -> None:
         """Move the outliers of norms into the weights that read them, as the example shows them."""
-        run, counts = ExampleRun(self._copy(), graph), list[int]()
-        run.run(*self._expected[0][0])
+        counts = list[int]()
         before, self.model = self.model, self._copy()
-        done = self._holds(before, lambda: counts.append(smooth(self.model, graph, run.env)))
+        done = self._holds(before, lambda: counts.append(smooth(self.model, run.graph, run.env)))
         if done and any(counts):
             self.notes.append(
                 f"{counts[0]} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
