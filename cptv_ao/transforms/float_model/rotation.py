@@ -72,30 +72,34 @@ def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> None:
         for writer in stream.writers:
             _turn_written(writer, turn)
         for tensor in stream.tensors:
-            tensor.copy_(tensor.double() @ turn.T)
+            tensor.copy_(_wide(tensor) @ turn.T)
         for reader in stream.readers:
-            layers = reader.layers or (_appended(model, reader.end, stream.width),)
+            layers = reader.layers or (_appended(model, reader),)
             _turn_read(reader, layers, turn)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _turn_written(writer: Writer, turn: Tensor) -> None:
     layer, factors = writer.layer, writer.factors
     if factors is not None:
-        turn = turn * factors.double()
+        turn = turn * _wide(factors)
         factors.fill_(1.0)
-    layer.weight.copy_((turn @ layer.weight.double().flatten(1)).reshape(layer.weight.shape))
+    layer.weight.copy_((turn @ _wide(layer.weight).flatten(1)).reshape(layer.weight.shape))
     if layer.bias is not None:
-        layer.bias.copy_(turn @ layer.bias.double())
+        layer.bias.copy_(turn @ _wide(layer.bias))
 
 
 def _turn_read(reader: Reader, layers: tuple[Layer, ...], turn: Tensor) -> None:
     for layer in layers:
-        weight = layer.weight.double()
+        weight = _wide(layer.weight)
         if reader.norm is not None:
             gain, offset = reader.norm
             if offset is not None:
-                _add_to_bias(layer, weight @ offset.double())
-            weight = weight * gain.double()
+                _add_to_bias(layer, weight @ _wide(offset))
+            weight = weight * _wide(gain)
         layer.weight.copy_(weight @ turn.T)
     for tensor, neutral in zip(reader.norm or (), (1.0, 0.0), strict=False):
         if tensor is not None:
@@ -111,11 +115,13 @@ def _add_to_bias(layer: Layer, added: Tensor) -> None:
         raise RuntimeError("a function without a bias cannot be given one")
 
 
-def _appended(model: nn.Module, path: str, width: int) -> Layer:
-    """A linear layer that gives what it is given, behind a module."""
-    layer, before = nn.Linear(width, width), model.get_submodule(path)
-    layer.weight.copy_(torch.eye(width))
-    layer.bias.zero_()
-    owner, _, name = path.rpartition(".")
+def _appended(model: nn.Module, reader: Reader) -> Layer:
+    """A linear layer that gives what it is given, at the end behind a norm."""
+    assert reader.norm is not None
+    width, before = len(reader.norm[0]), model.get_submodule(reader.end)
+    layer = nn.Linear(width, width).to(reader.norm[0])
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    owner, _, name = reader.end.rpartition(".")
     setattr(model.get_submodule(owner), name, layer if type(before) is nn.Identity else nn.Sequential(before, layer))
     return Layer(layer.weight, layer.bias, layer)
