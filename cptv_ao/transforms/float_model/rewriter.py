@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
 from cptv_ao.transforms.float_model.obstacles import innermost, not_convertible
-from cptv_ao.transforms.float_model.residual_streams import ResidualStreams
+from cptv_ao.transforms.float_model.residual_streams import ResidualStream, ResidualStreams
 from cptv_ao.transforms.float_model.rotation import peak_ratio, rotate, rotation
 from cptv_ao.transforms.float_model.smooth_quant import smooth
 
@@ -28,6 +28,8 @@ _FUSED = (*_CONVOLUTIONS, nn.Linear, nn.BatchNorm2d)
 # By how much the largest values of a residual stream must become smaller to be worth a rotation.
 _ROTATED = 1.5
 _RELUS = {torch.relu, nn.functional.relu, "relu", "relu_"}
+
+_Told = TypeVar("_Told")
 
 
 class Rewriter:
@@ -114,45 +116,48 @@ class Rewriter:
     def _rotate(self, run: ExampleRun) -> bool:
         """Rotate the residual streams of which a few channels are far larger than the others, as the example shows;
         whether there were any."""
+
+        def streams(model: nn.Module) -> list[ResidualStream]:
+            return ResidualStreams(model, run.graph, run.env).find()
+
+        def turned(model: nn.Module, index: int, turn: Tensor) -> list[str]:
+            return rotate(model, streams(model)[index], turn)
+
         done = False
-        for index, stream in enumerate(ResidualStreams(self.model, run.graph, run.env).find()):
+        for index, stream in enumerate(streams(self.model)):
             turn = rotation(stream.width)
             ratio = peak_ratio(stream, run.env, turn)
             if ratio < _ROTATED:
                 continue
-            before, self.model = self.model, self._copy()
-            own = ResidualStreams(self.model, run.graph, run.env).find()[index]
-            if self._holds(before, partial(rotate, self.model, own, turn)):
+            ends = self._changed(partial(turned, index=index, turn=turn))
+            if ends is not None:
                 done = True
-                ends = [reader.end for reader in own.readers if reader.end]
                 back = f"; a linear layer at {', '.join(ends)} rotates back" if ends else ""
                 self.notes.append(
-                    f"a residual stream of {len(own.sums)} sums rotated: its largest values are {ratio:.1f} times "
+                    f"a residual stream of {len(stream.sums)} sums rotated: its largest values are {ratio:.1f} times "
                     f"smaller so{back}"
                 )
         return done
 
     def _smooth(self, run: ExampleRun) -> None:
         """Move the outliers of norms into the weights that read them, as the example shows them."""
-        counts = list[int]()
-        before, self.model = self.model, self._copy()
-        done = self._holds(before, lambda: counts.append(smooth(self.model, run.graph, run.env)))
-        if done and any(counts):
+        if count := self._changed(lambda model: smooth(model, run.graph, run.env)):
             self.notes.append(
-                f"{counts[0]} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
+                f"{count} outlier channels of norms made smaller, and what reads them larger (SmoothQuant)"
             )
 
-    def _holds(self, before: nn.Module, change: Callable[[], object]) -> bool:
-        """Change the model; where it is another one then, as a float model may be that its own roundings change, put
-        back the one before."""
+    def _changed(self, change: Callable[[nn.Module], _Told]) -> _Told | None:
+        """Change a copy of the model and be that one; what the change returned. None where it is another model then,
+        as a float model may be that its own roundings change: nothing is changed."""
+        before, self.model = self.model, self._copy()
         try:
-            change()
+            told = change(self.model)
             for inputs, outputs in self._expected:
                 compare(self._copy(), inputs, outputs)
         except RuntimeError:
             self.model = before
-            return False
-        return True
+            return None
+        return told
 
     def _leave_integers_out(self, run: ExampleRun, tracer: QuantizationTracer) -> None:
         """Keep prepare_fx from quantizing what is done to integers, masks and what is no tensor."""

@@ -66,8 +66,12 @@ def peak_ratio(stream: ResidualStream, shown: Mapping[Node, Any], turn: Tensor) 
     return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
 
 
-def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> None:
-    """Rotate a stream of a model, whose tensors are written; where nothing reads a norm, a layer is put behind it."""
+def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
+    """Rotate a stream of a model, whose tensors are written; where nothing reads a norm, a layer is put behind it.
+
+    Returns:
+        The paths of these layers.
+    """
     with torch.no_grad():
         for writer in stream.writers:
             _turn_written(writer, turn)
@@ -76,6 +80,7 @@ def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> None:
         for reader in stream.readers:
             layers = reader.layers or (_appended(model, reader),)
             _turn_read(reader, layers, turn)
+    return [reader.end for reader in stream.readers if not reader.layers]
 
 
 def _wide(tensor: Tensor) -> Tensor:
