@@ -291,6 +291,25 @@ def test_words_are_rotated_where_they_are_no_head(make: Any) -> None:
         torch.testing.assert_close(ready.model(ids), model(ids), rtol=1e-4, atol=1e-4)
 
 
+class Towers(nn.Module):
+    """Two streams, of which each norm is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Bare(), Bare()
+
+    def forward(self, images: Tensor) -> Any:
+        return self.left(images), self.right(images)
+
+
+def test_each_of_two_streams_is_rotated() -> None:
+    model, test = nets.seeded(Towers), images(5, seed=3)
+    ready, _ = rotated(model)
+    assert [str(ready).count(f"a linear layer at {side}.norm rotates back") for side in ("left", "right")] == [1, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(ready.model(test), model(test), rtol=1e-4, atol=1e-4)
+
+
 def test_without_outliers_nothing_is_rotated() -> None:
     _, done = rotated(nets.seeded(lambda: Stream(0.0)))
     assert not done

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.fx.tracer import QuantizationTracer
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
@@ -120,16 +120,16 @@ class Rewriter:
         def streams(model: nn.Module) -> list[ResidualStream]:
             return ResidualStreams(model, run.graph, run.env).find()
 
-        def turned(model: nn.Module, index: int, turn: Tensor) -> list[str]:
-            return rotate(model, streams(model)[index], turn)
+        def turned(model: nn.Module, sums: tuple[Node, ...], turn: Tensor) -> list[str]:
+            return rotate(model, next(own for own in streams(model) if own.sums == sums), turn)
 
         done = False
-        for index, stream in enumerate(streams(self.model)):
+        for stream in streams(self.model):
             turn = rotation(stream.width)
             ratio = peak_ratio(stream, run.env, turn)
             if ratio < _ROTATED:
                 continue
-            ends = self._changed(partial(turned, index=index, turn=turn))
+            ends = self._changed(partial(turned, sums=stream.sums, turn=turn))
             if ends is not None:
                 done = True
                 back = f"; a linear layer at {', '.join(ends)} rotates back" if ends else ""
