@@ -34,7 +34,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
     recorder = Recorder(model)
     with torch.no_grad():
         recorder.run(*ordered(model, batch))
-        sources = _sources(twin, batch.few(1))
+        sources = input_sites(twin, batch.few(1))
         found: dict[str, int] = {}
         for node in twin.module.graph.nodes:
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -52,7 +52,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
     return found
 
 
-def _sources(twin: Twin, batch: Batch) -> dict[QuantizedLayer, str]:
+def input_sites(twin: Twin, batch: Batch) -> dict[QuantizedLayer, str]:
     """The activation site that the input of each weighted layer is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
     given = layer_inputs(twin, batch)

@@ -30,9 +30,9 @@ from cptv_ao.search.state import Resumable
 def files(small_cases: Copies, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What searches of `conv` leave behind: one that is over, and one that was killed in its descent."""
     folder = tmp_path_factory.mktemp("files")
-    refine(small_cases["conv"], folder / "over")
+    kinds = [event.kind for event in refine(small_cases["conv"], folder / "over")]
     with pytest.raises(Killed):
-        refine(small_cases["conv"], folder / "killed", kill_at=9)
+        refine(small_cases["conv"], folder / "killed", kill_at=kinds.index("step") + 3)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -15,6 +15,7 @@ from cptv_ao.search.proposals.bias_correction import BiasCorrector
 from cptv_ao.search.proposals.compensating_weights import compensating_weights
 from cptv_ao.search.proposals.initial_scales import Proposal, individuals
 from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges
+from cptv_ao.search.proposals.narrower_weights import narrower_weights
 from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.searched_scales import SearchedScales
 from cptv_ao.search.proposals.sequential_rounding import sequential_roundings
@@ -23,6 +24,8 @@ from cptv_ao.search.proposals.step_images import StepImages
 # Images on which errors of weights are weighed, at most; where there is no time for the least of them, they are not
 # weighed. Weights of few codes have more to gain. Share of the seconds of a limited search that each look may take.
 _TOLD_BY, _TOLD_LEAST, _TOLD_LEAST_COARSE, _SHARE = 64, 16, 4, 0.03
+# Images that tell which codes activations reach.
+_PROBED = 8
 
 
 class Population:
@@ -50,6 +53,8 @@ class Population:
         self._config, self._cost = calibration.config, calibration.cost
         self._limits, self._biases = limits, biases
         self._refused = list[Proposal]()
+        # Activations on whole containers with their weights, as they were last proposed; by leader.
+        self._traded = dict[str, Assignment]()
         self._ranges = LeastLossRanges(searched.twin, searched.groups, images, calibration)
         batch = calibration.search.batches[0]
         self._batch = batch if is_cpu(self._config.device) else batch.few(_TOLD_BY).to(self._config.device)
@@ -67,9 +72,10 @@ class Population:
         yield from self._of_scales()
         if "biases" in self._config.population and biases.worth(store) and self._budget.left:
             yield "biases corrected", partial(biases.corrected, dict, store)
-            for name, scales in self._refused if biases.in_use(store) else ():
+            again, self._refused = self._refused if biases.in_use(store) else [], []
+            for name, scales in again:
                 if self._budget.left:
-                    yield f"{name}, biases corrected", partial(biases.corrected, scales, store)
+                    yield from self._tried([(f"{name}, biases corrected", partial(biases.corrected, scales, store))])
 
     def _of_scales(self) -> Iterator[Proposal]:
         population, searched, biases = set(self._config.population), self._searched, self._biases
@@ -82,8 +88,9 @@ class Population:
         worth = self._cost.images(_TOLD_BY, forwards=2, share=_SHARE, least=0)
         if worth < (_TOLD_LEAST_COARSE if coarse else _TOLD_LEAST):
             population.discard("output_error")
-        first = searched.scales()
         if biases.dear:  # what gains most for its seconds; the whole range is no news to it
+            yield from self._narrower(population)
+            first = searched.scales()
             yield from self._least_loss(population)
             if searched.moved_since(first):
                 population.discard("ranges")
@@ -92,22 +99,47 @@ class Population:
             yield "weight scales of the fake quantization", partial(dict, trained)
         batch = self._batch.few(max(worth, 1))
         most_flops = self._cost.flops_of(_SHARE)
-        found = list(individuals(population, searched.twin, groups, limited, kernels.read, batch, most_flops))
+        traded = {name for lead in set(limited) - self._limits.limited for name in self._traded[lead]}
+        others = {lead: group for lead, group in groups.items() if lead not in traded}
+        limited = [lead for lead in limited if lead in others]
+        found = list(individuals(population, searched.twin, others, limited, kernels.read, batch, most_flops))
         for individual in self._tried(reversed(found) if biases.dear else found):  # first what costs nothing
             if self._budget.left:
                 yield individual
         if not biases.dear:
+            yield from self._narrower(population)
             yield from self._least_loss(population)
         if coarse:
             yield from self._roundings(coarse)
 
     def _tried(self, individuals: Iterable[Proposal]) -> Iterator[Proposal]:
-        """Individuals, of which those that are refused are remembered."""
+        """Individuals, of which those that are refused are remembered; they change the limits only where they are
+        kept."""
         for individual in individuals:
-            before = self._searched.scales()
+            before, limited = self._searched.scales(), self._limits.limited
             yield individual
             if not self._searched.moved_since(before):
                 self._refused.append(individual)
+                self._limits.limit(limited)
+
+    def _narrower(self, population: Collection[str]) -> Iterator[Proposal]:
+        """Whole containers where kernels would saturate on them, with weights of fewer codes."""
+        if "ranges" in population and self._limits.limited and self._budget.left:
+            yield from self._tried(
+                [("whole range, weights of fewer codes where kernels saturate", self._with_narrower_weights)]
+            )
+
+    def _with_narrower_weights(self) -> Assignment:
+        """Those of the limited groups for which that does it: they are limited no more."""
+        limits, searched = self._limits, self._searched
+        searched.follow()
+        limited, batch, read = limits.limited, self._batch.few(_PROBED), searched.store.read
+        found = narrower_weights(searched.twin, searched.groups, sorted(limited), read, batch)
+        limits.limit(limited - found.keys())
+        saturating = limits.saturating({name: qparams for part in found.values() for name, qparams in part.items()})
+        self._traded = {lead: part for lead, part in found.items() if lead not in saturating}
+        limits.limit(limited - self._traded.keys())
+        return {name: qparams for part in self._traded.values() for name, qparams in part.items()}
 
     def _least_loss(self, population: Collection[str]) -> Iterator[Proposal]:
         if "curvature" not in population:
