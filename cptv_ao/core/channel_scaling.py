@@ -68,9 +68,23 @@ def scaled_by_powers(weight: Tensor, made: Tensor) -> Tensor:
     turns = torch.exp(2j * math.pi * of_rows).mean()  # what both share is a whole number only together
     part = float(turns.angle()) / (2 * math.pi)
     exponents = (of_rows - part).round()[:, None] + (of_columns + part).round()
+    exponents = _nearest(rows, others, exponents)
     if bool((exponents == exponents[0, 0]).all()):  # another weight: channels are scaled to differ less
         return weight
     return weight * torch.exp2(exponents).reshape(*exponents.shape, *[1] * (weight.dim() - 2))
+
+
+def _nearest(weight: Tensor, made: Tensor, exponents: Tensor) -> Tensor:
+    """Exponents (O, K) of a weight (O, K, n), those of rows, columns and rows again one more or less where that is
+    nearer to what was made, at the value that is farthest: of few codes rounding alone may look like a factor."""
+    code = made.abs().masked_fill(made == 0, torch.inf).amin((1, 2))  # of each row about one, as rows have steps
+    unit = torch.where(code.isfinite(), code, 1.0).reshape(-1, 1, 1)
+    choices = torch.tensor([0.0, -1.0, 1.0])
+    for across in (1, 0, 1):
+        scaled = (weight * torch.exp2(exponents + choice).unsqueeze(2) for choice in choices)
+        apart = [((one - made) / unit).abs().amax((across, 2)) for one in scaled]
+        exponents = exponents + choices[torch.stack(apart).argmin(0)].unsqueeze(across)
+    return exponents
 
 
 def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:

@@ -204,6 +204,19 @@ def test_powers_of_two_are_found_in_codes(shape: tuple[int, ...], bits: int) -> 
     assert torch.equal(scaled_by_powers(weight, (scaled / steps).round() * steps), scaled)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_few_codes_are_not_taken_for_scaled_ones(seed: int) -> None:
+    """What an observer makes of channels that training has all but switched off: codes -1, 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(64, 48, 1, 1, generator=generator)
+    columns = torch.randint(-1, 2, (1, 48, 1, 1), generator=generator)
+    scaled = weight * torch.exp2(columns.float())
+    steps = scaled.abs().flatten(1).amax(1).reshape(-1, 1, 1, 1) / 127
+    steps[::8] *= torch.tensor([85.0, 100.0, 120.0, 160.0] * 2).reshape(-1, 1, 1, 1)
+    found = scaled_by_powers(weight, (scaled / steps).round() * steps)
+    assert float(((found - scaled) / steps).abs().max()) < 0.5
+
+
 def test_columns_of_depthwise_layers_and_of_flattened_values() -> None:
     columns = columns_of(2, (4, 1, 3, 3))
     assert columns is not None and columns.tolist() == [[0], [0], [1], [1]]
