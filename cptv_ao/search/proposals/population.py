@@ -89,10 +89,11 @@ class Population:
         if worth < (_TOLD_LEAST_COARSE if coarse else _TOLD_LEAST):
             population.discard("output_error")
         if biases.dear:  # what gains most for its seconds; the whole range is no news to it
-            yield from self._narrower(population)
             first = searched.scales()
             yield from self._least_loss(population)
-            if searched.moved_since(first):
+            moved = searched.moved_since(first)
+            yield from self._narrower(population)
+            if moved:
                 population.discard("ranges")
         trained = {name: qparams for name, qparams in kernels.weights.trained.items() if name in groups}
         if trained and self._budget.left:
