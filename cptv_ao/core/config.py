@@ -39,10 +39,11 @@ class RefineConfig:
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
             least change each layer's output, then codes that do (GPTQ, arXiv 2210.17323), and weights that give back
             what was taken before them (GPTAQ, arXiv 2504.02692; both not with `rounding_rate=0`, nor of 8 bits);
-            `ranges`, the activations' whole container and half of it; `curvature`, activation ranges that least change
-            the loss, to second order, by the gradients of random directions of the outputs in float; `biases`, which
-            give each layer's output the mean that it has in float (arXiv 1906.04721). Where the kernels accept those,
-            they are found anew with each proposal of the gradient steps. Not of reference models.
+            `ranges`, the activations' whole container and half of it, and where kernels saturate on the whole one
+            that with weights of fewer codes; `curvature`, activation ranges that least change the loss, to second
+            order, by the gradients of random directions of the outputs in float; `biases`, which give each layer's
+            output the mean that it has in float (arXiv 1906.04721). Where the kernels accept those, they are found
+            anew with each proposal of the gradient steps. Not of reference models.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, channels get like ranges across layers, outlier channels of layer norms move into the weights that
