@@ -94,8 +94,9 @@ def test_activations_whose_readers_may_not_move_stay_as_they_are() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("accepted", [True, False])
-def test_limits_are_lifted_where_it_is_accepted_and_only_there(accepted: bool) -> None:
-    model, converted, images = case(True)
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_limits_are_lifted_where_it_is_accepted_and_only_there(accepted: bool, reduce_range: bool) -> None:
+    model, converted, images = case(reduce_range)
     backend = opened(model, converted)
     search = Images.of([Batch((images,), {}, 16)], model, RefineConfig())
     config = small_config(population=("ranges",), gradient_steps=0)
@@ -109,6 +110,8 @@ def test_limits_are_lifted_where_it_is_accepted_and_only_there(accepted: bool) -
         if name == NAME:
             proposed = scales()
             assert limit() == 255, "what is proposed runs on the twin as it is"
+            factor = float(proposed["0.output"].scale / backend.read("0.output").scale)
+            assert factor == pytest.approx(127 / 255 if reduce_range else 1.0)
             for own, qparams in proposed.items() if accepted else ():
                 backend.write(own, qparams)
     assert names[-1] == NAME and limit() == (255 if accepted else 127)

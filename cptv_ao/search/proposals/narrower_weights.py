@@ -57,7 +57,7 @@ def narrower_weights(
             reduced = max(_highest(given[layer]) for layer in readers) <= REDUCED_QMAX
             factor = HALF_CONTAINER if reduced else 1.0
             found[lead] = {site.name: rescaled(now(site.name), factor, site) for site in group}
-            found[lead] |= {name: _narrower(layer, now(name)) for layer in readers if (name := layer.weight.site.name)}
+            found[lead] |= {layer.weight.site.name: _narrower(layer, now) for layer in readers}
     return found
 
 
@@ -66,15 +66,16 @@ def _is_free(layer: QuantizedLayer, groups: Mapping[str, tuple[ScaleSite, ...]])
     return len(groups.get(layer.weight.site.name, ())) == 1 and layer.weight.weight is not None
 
 
-def _narrower(layer: QuantizedLayer, now: QParams) -> QParams:
-    """On which no two products with a row of a weight are too large; rows are those of its scales."""
-    weight = layer.weight
-    assert weight.weight is not None
-    steps = weight_steps(weight.weight, now.scale.float().to(weight.weight.device), weight.site.axis).abs()
-    rows = steps.reshape(1, -1) if weight.site.axis is None else steps.movedim(weight.site.axis, 0).flatten(1)
+def _narrower(layer: QuantizedLayer, now: Callable[[str], QParams]) -> QParams:
+    """Of the weight of a layer, on which no two products with one of its rows are too large."""
+    site, weight = layer.weight.site, layer.weight.weight
+    assert weight is not None
+    given = now(site.name)
+    steps = weight_steps(weight, given.scale.float().to(weight.device), site.axis).abs()
+    rows = steps.reshape(1, -1) if site.axis is None else steps.movedim(site.axis, 0).flatten(1)
     pairs = rows.topk(min(2, rows.shape[1])).values.sum(1)
     factor = (pairs / _PAIR).clamp_min(1.0).double().cpu()
-    return replace(now, scale=now.scale * factor.reshape(now.scale.shape))
+    return replace(given, scale=given.scale * factor.reshape(given.scale.shape))
 
 
 def _highest(value: QTensor | Tensor) -> int:

@@ -132,11 +132,11 @@ class Population:
 
     def _with_narrower_weights(self) -> Assignment:
         """Those of the limited groups for which that does it: they are limited no more."""
-        limits, searched = self._limits, self._searched
+        limits, searched, limited = self._limits, self._searched, self._limits.limited
         searched.follow()
-        limited, batch, read = limits.limited, self._batch.few(_PROBED), searched.store.read
+        limits.limit(())  # or whole containers would look like halves
+        batch, read = self._batch.few(_PROBED), searched.store.read
         found = narrower_weights(searched.twin, searched.groups, sorted(limited), read, batch)
-        limits.limit(limited - found.keys())
         saturating = limits.saturating({name: qparams for part in found.values() for name, qparams in part.items()})
         self._traded = {lead: part for lead, part in found.items() if lead not in saturating}
         limits.limit(limited - self._traded.keys())
