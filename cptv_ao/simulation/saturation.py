@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.node_runner import Recorder, ordered
-from cptv_ao.simulation.layer_inputs import layer_inputs
+from cptv_ao.simulation.layer_inputs import LayerInputs, layer_inputs
 from cptv_ao.simulation.modules import QuantizedLayer
 from cptv_ao.simulation.qtensor import QTensor, from_kernel
 from cptv_ao.simulation.quantizers import Quantizer
@@ -34,7 +34,7 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
     recorder = Recorder(model)
     with torch.no_grad():
         recorder.run(*ordered(model, batch))
-        sources = input_sites(twin, batch.few(1))
+        sources = input_sites(twin, layer_inputs(twin, batch.few(1)))
         found: dict[str, int] = {}
         for node in twin.module.graph.nodes:
             layer = twin.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -52,10 +52,9 @@ def saturating_inputs(model: GraphModule, twin: Twin, batch: Batch) -> dict[str,
     return found
 
 
-def input_sites(twin: Twin, batch: Batch) -> dict[QuantizedLayer, str]:
-    """The activation site that the input of each weighted layer is quantized by."""
+def input_sites(twin: Twin, given: LayerInputs) -> dict[QuantizedLayer, str]:
+    """The activation site that what each weighted layer was given is quantized by."""
     names = {id(m.scale): m.site.name for m in twin.module.modules() if isinstance(m, Quantizer)}
-    given = layer_inputs(twin, batch)
     return {
         layer: names[id(value.scale)]
         for layer, value in given.items()

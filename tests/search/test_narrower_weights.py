@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import workloads
@@ -101,9 +99,11 @@ def test_limits_are_lifted_where_it_is_accepted_and_only_there(accepted: bool, r
     search = Images.of([Batch((images,), {}, 16)], model, RefineConfig())
     config = small_config(population=("ranges",), gradient_steps=0)
     proposer = Proposer(backend, backend, backend.movable(), Calibration(config, search), Budget())
-    site = proposer._searched.twin.sites.modules["0.output"].site.name
-    limit = partial(lambda: proposer._searched.twin.sites.modules[site].site.qmax)
     names = []
+
+    def limit() -> int:
+        return proposer._searched.twin.sites.modules["0.output"].site.qmax
+
     for name, scales in proposer.proposals(lambda loss: None, lambda worth: None):
         names.append(name)
         assert limit() == 127

@@ -47,7 +47,8 @@ def narrower_weights(
     Returns:
         By leader, without those whose weights may not move alone: qparams by site name.
     """
-    given, sites = layer_inputs(twin, batch), input_sites(twin, batch.few(1))
+    given = layer_inputs(twin, batch)
+    sites = input_sites(twin, given)
     found: dict[str, Assignment] = {}
     for lead in limited:
         group = groups[lead]
