@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_constants import float_tensors, rearranged
 from cptv_ao.backends.trained_weights import fused_weights, trained_scales
-from cptv_ao.core.channel_scaling import fold_factors, scaled_by_powers
+from cptv_ao.core.channel_scaling import fold_factors, power_exponents
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
 from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
@@ -138,7 +138,7 @@ def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, befo
                 break
     for candidate in seen if steps > 2 * HALF_STEP else ():
         if candidate.numel() == weight.numel():
-            scaled = _scaled(candidate, weight)
+            scaled = _scaled(candidate, weight, site)
             apart = _distance(scaled, weight, site)
             if apart < steps:
                 steps, found = apart, scaled
@@ -226,9 +226,10 @@ def _by_channel(module: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
     return weight * factor.reshape(shape + [1] * (weight.dim() - 2))
 
 
-def _scaled(weight: Tensor, quantized: Tensor) -> Tensor:
+def _scaled(weight: Tensor, quantized: Tensor, site: ScaleSite) -> Tensor:
     """What `cptv_ao.transforms` made of a weight whose channels it scaled, found by its codes."""
-    return scaled_by_powers(weight.detach().float().cpu().reshape(quantized.shape), quantized.dequantize())
+    steps, codes = _steps_and_codes(weight.detach(), quantized, site)
+    return weight.detach().float().cpu().reshape(codes.shape) * torch.exp2(power_exponents(steps, codes))
 
 
 def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
@@ -239,12 +240,18 @@ def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
 
 def _off(weight: Tensor, quantized: Tensor, site: ScaleSite) -> tuple[Tensor, Tensor]:
     """How many steps each value of a weight is from its code, and whether it is beyond the code at an end."""
+    steps, codes = _steps_and_codes(weight, quantized, site)
+    off, stored = steps - codes, quantized.int_repr()
+    highest, lowest = stored.max().clamp_min(1), stored.min().clamp_max(-1)  # all zero is not clipped
+    return off.abs(), ((stored == highest) & (off > 0)) | ((stored == lowest) & (off < 0))
+
+
+def _steps_and_codes(weight: Tensor, quantized: Tensor, site: ScaleSite) -> tuple[Tensor, Tensor]:
+    """A float weight in steps of the scale that it was quantized with, and its codes less the zero point."""
     codes = quantized.int_repr().float()
     if site.axis is None:
         scale, zero_point = torch.tensor(quantized.q_scale()), torch.tensor(quantized.q_zero_point())
     else:
         scale, zero_point = quantized.q_per_channel_scales(), quantized.q_per_channel_zero_points()
     steps = weight_steps(weight.to("cpu", torch.float32).reshape(codes.shape), scale.float(), site.axis)
-    off = steps + along_axis(zero_point, site.axis, codes.dim()) - codes
-    highest, lowest = codes.max().clamp_min(1), codes.min().clamp_max(-1)  # all zero is not clipped
-    return off.abs(), ((codes == highest) & (off > 0)) | ((codes == lowest) & (off < 0))
+    return steps, codes - along_axis(zero_point, site.axis, codes.dim())

@@ -7,10 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from cptv_ao.core.weight_rounding import HALF_STEP
+
 # A gain of a batch norm that is smaller beside the largest, or beside its offset, is none: a tenth of a code at most.
 _LEAST_GAIN = 1e-4
 # In which powers of rows and of columns are told apart.
 _ROUNDS = 8
+# What a step beyond half of one counts beside values that are more than a whole step away, where no rounding leads.
+_TIES = 1e-3
 
 
 def fold_factors(var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -47,17 +51,27 @@ def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
 OUTLIER = 4.0
 
 
-def scaled_by_powers(weight: Tensor, made: Tensor) -> Tensor:
-    """A float weight (O, K, ...), rows and columns times the powers of two that bring it near to what was made of it.
+def power_exponents(steps: Tensor, codes: Tensor) -> Tensor:
+    """By which powers of two rows and columns of a float weight were scaled before its codes were made (O, K, 1, ...).
 
     Args:
-        made: dequantized codes, of the same shape.
+        steps: the weight in steps of the scale that it was quantized with (O, K, ...).
+        codes: integers as floats, less the zero point, of the same shape; those at the ends of a row may be clipped.
 
     Returns:
-        The scaled weight; as it is where all factors are the same.
+        Exponents, of the shape of the weight with ones for all dimensions but two; 0 where all are the same.
     """
-    rows, others = (part.flatten(2) if part.dim() > 2 else part.unsqueeze(2) for part in (weight, made))
-    shared, counts = (rows * others).sum(2), rows.square().sum(2)
+    rows, others = (part.flatten(2) if part.dim() > 2 else part.unsqueeze(2) for part in (steps, codes))
+    exponents = _estimated(rows, others)
+    exponents = _corrected(rows, others, exponents)
+    if bool((exponents == exponents[0, 0]).all()):  # another weight: channels are scaled to differ less
+        exponents = torch.zeros_like(exponents)
+    return exponents.reshape(*exponents.shape, *[1] * (steps.dim() - 2))
+
+
+def _estimated(steps: Tensor, codes: Tensor) -> Tensor:
+    """Exponents (O, K) of rows and columns that fit the ratio of codes to steps (O, K, n) on average."""
+    shared, counts = (steps * codes).sum(2), steps.square().sum(2)
     known = (shared > 0) & (counts > 0)
     powers = torch.where(known, torch.log2(shared / counts), 0.0).nan_to_num(0.0)
     trust = torch.where(known, shared, 0.0)
@@ -67,23 +81,27 @@ def scaled_by_powers(weight: Tensor, made: Tensor) -> Tensor:
         of_rows = _mean(powers - of_columns, trust, 1)
     turns = torch.exp(2j * math.pi * of_rows).mean()  # what both share is a whole number only together
     part = float(turns.angle()) / (2 * math.pi)
-    exponents = (of_rows - part).round()[:, None] + (of_columns + part).round()
-    exponents = _nearest(rows, others, exponents)
-    if bool((exponents == exponents[0, 0]).all()):  # another weight: channels are scaled to differ less
-        return weight
-    return weight * torch.exp2(exponents).reshape(*exponents.shape, *[1] * (weight.dim() - 2))
+    return (of_rows - part).round()[:, None] + (of_columns + part).round()
 
 
-def _nearest(weight: Tensor, made: Tensor, exponents: Tensor) -> Tensor:
-    """Exponents (O, K) of a weight (O, K, n), those of rows, columns and rows again one more or less where that is
-    nearer to what was made, at the value that is farthest: of few codes rounding alone may look like a factor."""
-    code = made.abs().masked_fill(made == 0, torch.inf).amin((1, 2))  # of each row about one, as rows have steps
-    unit = torch.where(code.isfinite(), code, 1.0).reshape(-1, 1, 1)
+def _corrected(steps: Tensor, codes: Tensor, exponents: Tensor) -> Tensor:
+    """Exponents (O, K), those of columns and rows one more or less for as long as fewer of their values are on another
+    scale than their codes (O, K, n): of few codes, or clipped ones, the ratio alone may look like a factor."""
+    highest, lowest = (end(dim=(1, 2), keepdim=True) for end in (codes.amax, codes.amin))
+    at_end = (codes != 0) & (codes == torch.where(codes > 0, highest, lowest))  # may stand for anything beyond
     choices = torch.tensor([0.0, -1.0, 1.0])
-    for across in (1, 0, 1):
-        scaled = (weight * torch.exp2(exponents + choice).unsqueeze(2) for choice in choices)
-        apart = [((one - made) / unit).abs().amax((across, 2)) for one in scaled]
-        exponents = exponents + choices[torch.stack(apart).argmin(0)].unsqueeze(across)
+    for _ in range(_ROUNDS):
+        before = exponents
+        for across in (0, 1):
+            wrong = []
+            for choice in choices:
+                scaled = steps * torch.exp2(exponents + choice).unsqueeze(2)
+                off = (scaled - codes).abs().masked_fill_(at_end & (scaled.abs() > codes.abs()), 0.0)
+                ties = _TIES * (off - HALF_STEP).clamp_(0.0, 1.0)
+                wrong.append(((off > 2 * HALF_STEP) + ties).sum((across, 2)))
+            exponents = exponents + choices[torch.stack(wrong).argmin(0)].unsqueeze(across)
+        if torch.equal(before, exponents):
+            break
     return exponents
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 import cptv_ao
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.channel_scaling import scaled_by_powers
+from cptv_ao.core.channel_scaling import power_exponents
+from cptv_ao.core.weight_rounding import HALF_STEP
 from cptv_ao.transforms.channel_groups import ChannelGroups, columns_of
 from cptv_ao.transforms.equalize import equalize
 
@@ -192,16 +193,43 @@ def test_it_is_refined_saved_loaded_and_refined_again(case: Case, tmp_path: Path
     assert error(case.converted, case) <= first * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("shape", "bits"), [((8, 6), 8), ((8, 4, 3, 3), 8), ((12, 1, 3, 3), 3), ((16, 16), 8)])
-def test_powers_of_two_are_found_in_codes(shape: tuple[int, ...], bits: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator)
+def scaled_weight(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A weight, and the powers of two that its rows and columns are scaled by, of a shape that meets it."""
     tail = [1] * (len(shape) - 2)
     rows = torch.randint(-4, 5, (shape[0], 1, *tail), generator=generator)
-    columns = torch.randint(-3, 4, (1, shape[1], *tail), generator=generator)
-    scaled = weight * torch.exp2((rows + columns).float())
-    steps = scaled.abs().flatten(1).amax(1).reshape(-1, 1, *tail) / (2 ** (bits - 1) - 1)
-    assert torch.equal(scaled_by_powers(weight, (scaled / steps).round() * steps), scaled)
+    columns = torch.randint(-2, 3, (1, shape[1], *tail), generator=generator)
+    return torch.randn(shape, generator=generator), (rows + columns).float()
+
+
+def steps_of(weight: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """The scale of each row, in the shape of the weight, on which all its values but those beyond `clip` fit."""
+    return weight.abs().flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1)) * clip / (2 ** (bits - 1) - 1)
+
+
+SHAPES = [((8, 6), 8), ((8, 4, 3, 3), 8), ((12, 1, 3, 3), 3), ((16, 16), 8), ((48, 96, 1, 1), 4)]
+
+
+@pytest.mark.parametrize(("shape", "bits"), SHAPES)
+def test_powers_of_two_are_found_in_codes(shape: tuple[int, ...], bits: int) -> None:
+    weight, powers = scaled_weight(shape, torch.Generator().manual_seed(0))
+    scaled = weight * torch.exp2(powers)
+    steps = steps_of(scaled, bits)
+    found = power_exponents(weight / steps, (scaled / steps).round())
+    assert torch.equal(weight * torch.exp2(found), scaled)
+
+
+@pytest.mark.parametrize("clip", [0.7, 0.5, 0.35])
+@pytest.mark.parametrize(("shape", "bits"), [((32, 1, 5, 5), 8), ((48, 96, 1, 1), 8), ((64, 96), 4)])
+def test_rows_whose_largest_values_are_clipped_are_found_too(shape: tuple[int, ...], bits: int, clip: float) -> None:
+    """Scales of least output error clip: codes at the ends are less than what they stand for, as if scaled down."""
+    for seed in range(5):
+        weight, powers = scaled_weight(shape, torch.Generator().manual_seed(seed))
+        scaled = weight * torch.exp2(powers)
+        steps, most = steps_of(scaled, bits, clip), 2 ** (bits - 1)
+        codes = (scaled / steps).round().clamp(-most, most - 1)
+        found = weight * torch.exp2(power_exponents(weight / steps, codes)) / steps
+        clipped = ((codes == most - 1) & (found > codes)) | ((codes == -most) & (found < codes))
+        assert float((found - codes).abs().masked_fill(clipped, 0.0).max()) < HALF_STEP
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -211,9 +239,9 @@ def test_rows_of_few_codes_are_not_taken_for_scaled_ones(seed: int) -> None:
     weight = torch.randn(64, 48, 1, 1, generator=generator)
     columns = torch.randint(-1, 2, (1, 48, 1, 1), generator=generator)
     scaled = weight * torch.exp2(columns.float())
-    steps = scaled.abs().flatten(1).amax(1).reshape(-1, 1, 1, 1) / 127
+    steps = steps_of(scaled, 8)
     steps[::8] *= torch.tensor([85.0, 100.0, 120.0, 160.0] * 2).reshape(-1, 1, 1, 1)
-    found = scaled_by_powers(weight, (scaled / steps).round() * steps)
+    found = weight * torch.exp2(power_exponents(weight / steps, (scaled / steps).round()))
     assert float(((found - scaled) / steps).abs().max()) < 0.5
 
 
