@@ -128,20 +128,21 @@ def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, befo
     steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
     seen = list[Tensor]()  # one after another: the first is it, most often, and others are made for it
     for candidate in candidates:
-        seen.append(candidate)
         shapes.add(tuple(candidate.shape))
         if candidate.numel() == weight.numel():
+            seen.append(candidate)
             apart = _distance(candidate.detach(), weight, site)
             if apart < steps:
                 steps, found = apart, candidate
             if apart <= HALF_STEP:
                 break
     for candidate in seen if steps > 2 * HALF_STEP else ():
-        if candidate.numel() == weight.numel():
-            scaled = _scaled(candidate, weight, site)
-            apart = _distance(scaled, weight, site)
-            if apart < steps:
-                steps, found = apart, scaled
+        scaled = _scaled(candidate, weight, site)
+        apart = _distance(scaled, weight, site)
+        if apart < steps:
+            steps, found = apart, scaled
+        if apart <= HALF_STEP:
+            break
     return _Nearest(steps, found, frozenset(shapes))
 
 
