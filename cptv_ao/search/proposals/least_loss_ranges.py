@@ -23,6 +23,7 @@ from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import Select, compared
 from cptv_ao.evaluation.calibration import Calibration
+from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.batch_gradient import largest_part
 from cptv_ao.search.proposals.error_histogram import ErrorHistogram
 from cptv_ao.search.proposals.following import follow
@@ -47,12 +48,18 @@ class LeastLossRanges:
         groups: the tied groups that are searched, by the name of their leader.
         images: of which some are followed.
         calibration: for the loss and the cost of a forward.
+        budget: asked after each part whether to go on.
     """
 
     def __init__(
-        self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], images: StepImages, calibration: Calibration
+        self,
+        twin: Twin,
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        images: StepImages,
+        calibration: Calibration,
+        budget: Budget,
     ) -> None:
-        self._twin, self._images, self._calibration = twin, images, calibration
+        self._twin, self._images, self._calibration, self._budget = twin, images, calibration, budget
         self._groups = {lead: group for lead, group in groups.items() if group[0].kind == "activation"}
         self._errors: SiteErrors | None = None
         self._left: list[tuple[Batch, int]] = []
@@ -77,7 +84,7 @@ class LeastLossRanges:
             follow(self._twin, store)
             self._errors = SiteErrors(self._twin, self._groups, config.loss, config.select)
             self._left = self._parts()
-        while self._left and not (few and self._errors.images >= _LEAST):
+        while self._left and not (self._errors.images >= _LEAST and (few or not self._budget.left)):
             self._errors.add(*self._left.pop(0))
         self.image_forwards = _FORWARDS * self._errors.images
         return self._errors.ranges(

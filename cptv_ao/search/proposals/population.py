@@ -55,7 +55,7 @@ class Population:
         self._refused = list[Proposal]()
         # Activations on whole containers with their weights, as they were last proposed; by leader.
         self._traded = dict[str, Assignment]()
-        self._ranges = LeastLossRanges(searched.twin, searched.groups, images, calibration)
+        self._ranges = LeastLossRanges(searched.twin, searched.groups, images, calibration, budget)
         batch = calibration.search.batches[0]
         self._batch = batch if is_cpu(self._config.device) else batch.few(_TOLD_BY).to(self._config.device)
 
