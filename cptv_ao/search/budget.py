@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -70,8 +71,18 @@ class Budget:
     @property
     def left(self) -> bool:
         """Whether to go on; the ranks must ask together."""
-        stopped, seconds = self._agreed()
-        return not stopped and self._in_count and (self.search_seconds is None or seconds < self.search_seconds)
+        return self.left_until(math.inf)
+
+    def left_until(self, seconds: float) -> bool:
+        """Whether to go on, and so many of the seconds are not over; the ranks must ask together, with the same."""
+        stopped, now = self._agreed()
+        limit = math.inf if self.search_seconds is None else self.search_seconds
+        return not stopped and self._in_count and now < min(limit, seconds)
+
+    def end_of(self, share: float) -> float:
+        """The seconds of the call at which a stage ends that begins now and has such a share; the ranks must ask
+        together."""
+        return math.inf if self.max_seconds is None else self.world.first(self.seconds) + share * self.max_seconds
 
     @property
     def may_score(self) -> bool:

@@ -21,6 +21,11 @@ _SHIFT = 23 - _BITS
 _LEAST, _MOST = -6, 20
 _FIRST = (127 + _LEAST) << _BITS
 _BINS = ((_MOST - _LEAST) << _BITS) + 1
+# First bits of a float32 number: sign, exponent, and the first of the fraction. Of all of them, the bins: those of
+# positive numbers, then those of negative ones.
+_HEADS = 1 << (32 - _SHIFT)
+_BIN_OF = (torch.arange(_HEADS // 2) - _FIRST).clamp(0, _BINS - 1)
+_BIN_OF = torch.cat([_BIN_OF, _BIN_OF + _BINS])
 # Points of a bin whose errors stand for all of it.
 _POINTS = 4
 # Ends of a range that are tried: shares of the largest value, then, so often, multiples of what was best.
@@ -47,12 +52,10 @@ class ErrorHistogram:
 
     def add(self, steps: Tensor, gradient: Tensor) -> None:
         """Values in steps of the present scale, centred at 0, and their gradients, of one shape."""
-        bits = steps.float().contiguous().view(torch.int32)
-        bins = ((bits & 0x7FFFFFFF) >> _SHIFT).sub_(_FIRST).clamp_(0, _BINS - 1)
-        bins = torch.where(bits < 0, bins + _BINS, bins).flatten()
+        heads = (steps.float().contiguous().view(torch.int32) >> _SHIFT).bitwise_and_(_HEADS - 1).flatten()
         weight = gradient.float().flatten().nan_to_num(0.0, 0.0, 0.0)
-        self.pulls[-1] += torch.bincount(bins, weight, minlength=2 * _BINS).cpu()
-        self.squares += torch.bincount(bins, weight * weight, minlength=2 * _BINS).cpu()
+        for sums, each in ((self.pulls[-1], weight), (self.squares, weight * weight)):
+            sums.index_add_(0, _BIN_OF, torch.bincount(heads, each, minlength=_HEADS).to(sums))
 
     def least_error(self, site: ScaleSite, now: QParams) -> QParams:
         """The scale and zero_point of least error; those that there are where no others are better.

@@ -36,7 +36,7 @@ from cptv_ao.simulation.twin import Twin
 _IMAGES, _LEAST, _FORWARDS, _PARTS = 64, 8, 3, 32
 # Images that a GPU runs at once, each few with a direction of their own: a forward of 2 takes as long there.
 _AT_ONCE_ON_GPU = 32
-# Share of the seconds of a limited search.
+# Share of the seconds of a limited search: of those that are planned, and of those that it takes.
 _SHARE = 0.15
 
 
@@ -84,7 +84,8 @@ class LeastLossRanges:
             follow(self._twin, store)
             self._errors = SiteErrors(self._twin, self._groups, config.loss, config.select)
             self._left = self._parts()
-        while self._left and not (self._errors.images >= _LEAST and (few or not self._budget.left)):
+        end = self._budget.end_of(_SHARE)
+        while self._left and not (self._errors.images >= _LEAST and (few or not self._budget.left_until(end))):
             self._errors.add(*self._left.pop(0))
         self.image_forwards = _FORWARDS * self._errors.images
         return self._errors.ranges(
