@@ -33,6 +33,18 @@ def test_seconds_end_it_but_what_took_them_is_scored() -> None:
     assert budget.may_score
 
 
+def test_a_stage_ends_with_its_share_or_with_the_search() -> None:
+    budget = Budget(None, 100.0, started=time.monotonic() - 60.0)
+    end = budget.end_of(0.1)
+    assert 70.0 <= end < 71.0
+    assert budget.left_until(end)
+    budget.started -= 11.0
+    assert budget.left and not budget.left_until(end)
+    assert not Budget(None, 100.0, started=time.monotonic() - 101.0).left_until(1e3)
+    unlimited = Budget(None, None, started=time.monotonic() - 1e6)
+    assert unlimited.end_of(0.1) == math.inf and unlimited.left_until(math.inf)
+
+
 @pytest.mark.parametrize("by", [Status.STOPPED, Status.CALLBACK])
 def test_who_says_so_first_is_told(by: Status) -> None:
     budget = Budget(None, math.inf)

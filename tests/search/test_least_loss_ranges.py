@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -15,11 +16,16 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.qparams import Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.evaluation.cost import Cost
+from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.error_histogram import ErrorHistogram
-from cptv_ao.search.proposals.least_loss_ranges import SiteErrors
+from cptv_ao.search.proposals.least_loss_ranges import LeastLossRanges, SiteErrors
+from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.activations import steps_and_gradients
 from cptv_ao.simulation.twin import Twin
 
@@ -185,6 +191,19 @@ def test_a_search_gains_where_a_range_is_far_too_wide(conv: Case) -> None:
     report = cptv_ao.report(conv.converted)
     assert report.stages[0].startswith("activation ranges of least loss: accepted")
     assert report.after.search < 0.2 * report.before.search
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_without_seconds_left_it_looks_at_the_least_images(vit_w3: Case, over: bool) -> None:
+    backend = backend_of(vit_w3)
+    batches = [Batch((batch,), {}, len(batch)) for batch in vit_w3.batches[:2]]
+    search = Images.of(batches, vit_w3.float_model, RefineConfig())
+    calibration = Calibration(RefineConfig(max_seconds=60.0), search, cost=Cost(limit=60.0))
+    budget = Budget(None, 60.0, started=time.monotonic() - (61.0 if over else 0.0))
+    found = LeastLossRanges(Twin(backend), backend.movable(), StepImages(calibration, 8), calibration, budget)
+    assert found.assignment(backend, ())
+    assert found.done is not over
+    assert (found.image_forwards == 3 * 8) is over, found.image_forwards
 
 
 def test_sites_on_one_scale_get_one(vit_w3: Case) -> None:
