@@ -58,6 +58,7 @@ def _result(process: Any, here: Any, seconds: float) -> Any:
 def _run(rank: int, size: int, work: Callable[[int], Any], meeting: Path, seconds: float, there: Any) -> None:
     timeout = timedelta(seconds=seconds)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timeout)
+    dist.barrier()  # a rank without work would be gone before the others have met it
     try:
         found = work(rank)
     except BaseException as error:
