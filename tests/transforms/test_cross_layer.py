@@ -197,7 +197,7 @@ def scaled_weight(shape: tuple[int, ...], generator: torch.Generator) -> tuple[T
     """A weight, and the powers of two that its rows and columns are scaled by, of a shape that meets it."""
     tail = [1] * (len(shape) - 2)
     rows = torch.randint(-4, 5, (shape[0], 1, *tail), generator=generator)
-    columns = torch.randint(-2, 3, (1, shape[1], *tail), generator=generator)
+    columns = torch.randint(-3, 4, (1, shape[1], *tail), generator=generator)
     return torch.randn(shape, generator=generator), (rows + columns).float()
 
 
@@ -206,10 +206,7 @@ def steps_of(weight: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     return weight.abs().flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1)) * clip / (2 ** (bits - 1) - 1)
 
 
-SHAPES = [((8, 6), 8), ((8, 4, 3, 3), 8), ((12, 1, 3, 3), 3), ((16, 16), 8), ((48, 96, 1, 1), 4)]
-
-
-@pytest.mark.parametrize(("shape", "bits"), SHAPES)
+@pytest.mark.parametrize(("shape", "bits"), [((8, 6), 8), ((8, 4, 3, 3), 8), ((12, 1, 3, 3), 3), ((16, 16), 8)])
 def test_powers_of_two_are_found_in_codes(shape: tuple[int, ...], bits: int) -> None:
     weight, powers = scaled_weight(shape, torch.Generator().manual_seed(0))
     scaled = weight * torch.exp2(powers)
