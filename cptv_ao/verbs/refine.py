@@ -50,6 +50,7 @@ from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
+from cptv_ao.transforms.stream_outliers import stream_notes
 from cptv_ao.verbs.calibrated import calibrated
 
 
@@ -191,7 +192,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         with stop_on_interrupt(budget.stop):
             search.run()
 
-    notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
+    notes += at_state(backend, before, lambda: _told_of_the_given(backend, calibration))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
     report = replace(report, outputs=scores.told(report))
     forwards = target.image_forwards + scores.image_forwards + search.image_forwards
@@ -204,6 +205,12 @@ def _unknown(backend: Backend) -> list[str]:
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=4)
     return notes
+
+
+def _told_of_the_given(backend: Backend, calibration: Calibration) -> list[str]:
+    """What is said of the model as it was given: what its kernels do, and what no scale makes up for."""
+    few = calibration.probe
+    return [*agreement_notes(backend, few, calibration.config), *stream_notes(backend, few)]
 
 
 def _told_seconds(calibration: Calibration, scores: OutputScores) -> float:

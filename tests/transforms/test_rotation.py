@@ -324,6 +324,22 @@ def test_what_a_rotation_may_help_is_told_of_a_quantized_model() -> None:
     assert not rotatable(open_model(converted))
 
 
+def streams_told(float_model: nn.Module) -> list[str]:
+    """What the report on a refined model says of its residual stream."""
+    _, converted = nets.quantize(float_model, [images(64)])
+    config = cptv_ao.RefineConfig(passes=0, gradient_steps=0)
+    cptv_ao.refine(converted, [images(64)], float_model=float_model, config=config, progress=False)
+    return [note for note in cptv_ao.report(converted).notes if "residual stream" in note]
+
+
+def test_refine_tells_of_outliers_that_the_recipe_would_spread() -> None:
+    model = nets.seeded(Rows)
+    (note,) = streams_told(model)
+    assert "3 of 3 sums" in note and "cptv_ao.recipe" in note
+    assert not streams_told(rotated(model)[0].model), "the recipe has spread them"
+    assert not streams_told(nets.seeded(lambda: Rows(0.0))), "none stands out"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_quantized_stream_loses_less(seed: int) -> None:
     model, calibration, test = nets.seeded(Rows, seed), images(64, seed), images(64, seed + 10)

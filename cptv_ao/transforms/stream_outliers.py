@@ -1,0 +1,54 @@
+"""What a report says of residual streams whose range a few channels set: no scale helps, a rotation beforehand does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.channel_scaling import OUTLIER
+from cptv_ao.fx.node_runner import Watcher
+from cptv_ao.transforms.channel_ranges import last_dimension
+from cptv_ao.transforms.equalize import rotatable
+
+# More than these are not a few: the channels of that stream differ, and none of them stands out.
+_FEW = 8
+
+
+def stream_notes(backend: Backend, few: Batch) -> list[str]:
+    """A sentence where sums of a residual stream have outlier channels, which `cptv_ao.recipe` spreads over all.
+
+    Args:
+        backend: of the lowered model, as it was given.
+        few: some search images, on which the model is run where it has such sums.
+    """
+    sites = {backend.sites[name].nodes[0] for name in rotatable(backend)}
+    if not sites:
+        return []
+    ratios = _outlier_ratios(backend, few, sites)
+    if not ratios:
+        return []
+    return [
+        f"a few channels set the range of {len(ratios)} of {len(sites)} sums of the residual stream (up to "
+        f"{max(ratios):.0f}x the median channel), which no scale makes up for: cptv_ao.recipe, before prepare_fx, "
+        "spreads them over all channels if the layers allow it"
+    ]
+
+
+def _outlier_ratios(backend: Backend, few: Batch, nodes: set[str]) -> list[float]:
+    """The largest value of a channel, as a multiple of the median channel's, of those nodes where a few stand out."""
+    found = list[float]()
+
+    def see(node: Node, value: Any) -> Any:
+        if node.name in nodes:
+            peaks = last_dimension(value.dequantize()).abs().amax(1)
+            ratios = peaks / peaks.median()
+            if 0 < int((ratios > OUTLIER).sum()) <= _FEW and math.isfinite(largest := float(ratios.max())):
+                found.append(largest)
+        return value
+
+    Watcher(backend.model).watch(few, see)
+    return found
