@@ -19,6 +19,7 @@ from cptv_ao import RefineConfig
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams, same
 from cptv_ao.evaluation.calibration import Calibration, Images
+from cptv_ao.evaluation.cost import Cost
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.bias_correction import corrections
 from cptv_ao.search.proposals.proposer import Proposer
@@ -262,3 +263,25 @@ def test_what_was_refused_is_tried_once_more_with_its_biases(vit_w2: Case) -> No
         again = tried[behind[0]][name]
         assert torch.equal(again.scale, tried[weights][name].scale)
         assert again.correction is not None and not same(again, tried["biases corrected"][name])
+
+
+@torch.no_grad()
+def test_what_a_descent_proposes_has_biases_of_its_own_however_dear_they_are(vit_w2: Case) -> None:
+    backend = backend_of(vit_w2)
+    search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
+    cost = Cost(1e6, seconds=0.01, kernel_seconds=0.01, limit=24.0)  # pays for the means of 16 images
+    calibration = Calibration(small_config(population=("biases",), gradient_steps=8), search, cost=cost)
+    proposer = Proposer(backend, backend, backend.movable(), calibration, Budget())
+    assert proposer._biases.dear and proposer._biases.worth(backend)
+    accepted, tried = Assignment(), dict[str, Assignment]()
+    for name, scales in proposer.proposals(lambda loss: None, lambda worth: None):
+        tried[name] = scales()
+        if name == "biases corrected":
+            accepted = tried.pop(name)
+            for site, qparams in accepted.items():
+                backend.write(site, qparams)
+    assert tried and all(name.startswith("gradient") for name in tried)
+    for assignment in tried.values():
+        for site, qparams in accepted.items():
+            own, before = assignment[site].correction, qparams.correction
+            assert own is not None and before is not None and not torch.equal(own, before), site

@@ -53,7 +53,7 @@ class BiasCorrector:
 
     @property
     def dear(self) -> bool:
-        """Whether a correction takes so long that it is not made anew with each proposal."""
+        """Whether a correction takes so long that fewer images must do, as it then is with all that is proposed."""
         return self._means < _MEANS
 
     def worth(self, store: ScaleStore) -> bool:

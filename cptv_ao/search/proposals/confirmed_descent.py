@@ -86,7 +86,7 @@ class ConfirmedDescent:
             narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
             descent.scales.rescale(narrower)
             before = searched.scales()
-            corrects = biases.in_use(searched.store) and not biases.dear
+            corrects = biases.in_use(searched.store)
             yield name, partial(biases.corrected, scales, searched.store) if corrects else scales
             searched.follow()
             if searched.moved_since(before):

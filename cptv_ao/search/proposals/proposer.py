@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.protocol import ScaleStore
@@ -78,14 +77,11 @@ class Proposer:
             on_step: called with the loss of each step of the descent.
             on_pause: called between its steps, when `state` says where it is; with True where that is worth saving.
         """
-        biases, store = self._biases, self._searched.store
         if not self._descent.begun:
             yield from self._population.proposals()
             if not self._config.gradient_steps or not self._budget.left:
                 return
         yield from self._descent.proposals(on_step, on_pause)
-        if biases.dear and biases.in_use(store) and self._budget.left:
-            yield "biases corrected", partial(biases.corrected, dict, store)
 
     def beside_the_judge(self, on_step: Callable[[float], None]) -> Meanwhile | None:
         """What to do while the kernels judge a proposal: the descent goes on, where it is on a GPU; None: nothing.
