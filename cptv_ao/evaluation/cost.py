@@ -25,7 +25,10 @@ _FEW, _TIMES, _TIMED = 2, 4, 0.1
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; the share that may go into as many of them as
 # are enough; and images without which no loss says anything.
-_SCORED, SCORED_FORWARDS, _SCORED_FEW, _ENOUGH, _LEAST = 0.05, 3, 0.1, 64, 16
+_SCORED, SCORED_FORWARDS, _SCORED_FEW, _LEAST = 0.05, 3, 0.1, 16
+# So many are enough, of embeddings and of classes: cosines differ from image to image by about their mean, the KL by
+# two to four times that.
+_ENOUGH, _ENOUGH_OF_CLASSES = 64, 256
 # What a search is planned for where no seconds are given, in floating point operations: some ten minutes of one core,
 # or minutes of a GPU.
 _SEARCH, _SEARCH_ON_GPU = 2.5e13, 2.5e15
@@ -126,16 +129,18 @@ def _seconds(model: nn.Module, batch: Batch) -> float:
         few = batch.few(_TIMES * few.images)
 
 
-def affordable(split: Split, cost: Cost, whole: bool) -> Split:
+def affordable(split: Split, cost: Cost, whole: bool, of_classes: bool = False) -> Split:
     """Of the images that were given, those that a search scores: all, or as many as a share of its seconds pays for.
 
     Args:
         whole: take batches as they are, for a loss that compares images.
+        of_classes: the loss is one of class probabilities, which few images make the most of.
     """
     pays = cost.scored / cost.flops
     if cost.limit is not None and cost.seconds:
         most = cost.limit / (cost.seconds + SCORED_FORWARDS * cost.kernel_seconds)
-        pays = max(_SCORED * most, min(_SCORED_FEW * most, _ENOUGH))
+        enough = _ENOUGH_OF_CLASSES if of_classes else _ENOUGH
+        pays = max(_SCORED * most, min(_SCORED_FEW * most, enough))
     if pays >= split.images:
         return split
     share = max(int(pays), _LEAST) / split.images

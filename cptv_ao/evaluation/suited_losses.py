@@ -159,6 +159,18 @@ def _learn(packing: PackedOutputs, images: Images, world: World) -> None:
         packing.learn_table(table)
 
 
+def compares_classes(model: GraphModule, config: RefineConfig, turns: Turns) -> bool:
+    """Whether the loss that is used will most likely be that of a softmax, as the graph and the user say, before the
+    teacher has run.
+
+    Args:
+        model, config, turns: as for `settled_outputs`.
+    """
+    if config.loss != "auto":
+        return config.loss == "kl"
+    return not isinstance(config.output, PackedOutputs) and _is_of_layer(model, config, turns)
+
+
 def _only_kind(
     model: GraphModule, teacher: nn.Module, images: Images, config: RefineConfig, turns: Turns
 ) -> OutputKind:
@@ -169,14 +181,19 @@ def _only_kind(
         output = config.select(run(teacher, images.batches[0].few(1), 0))
     if output.dim() > 2 and output.flatten(1).shape[1] > output.shape[1]:
         return "map"
+    return "logits" if _is_of_layer(model, config, turns) else "embedding"
+
+
+def _is_of_layer(model: GraphModule, config: RefineConfig, turns: Turns) -> bool:
+    """Whether the only output comes out of a layer with a weight that does more than turn it."""
     nodes, only = output_nodes(model), config.output
     if only is None:
         node = next(iter(nodes.values()), None)
     elif isinstance(only, OneOutput) and only.pick is None:
         node = _named(nodes, only.name, only.index)
     else:
-        return "logits"  # what the user's own function picks may be of any node
-    return "logits" if end_of(model, node, turns) == "layer" else "embedding"
+        return True  # what the user's own function picks may be of any node
+    return end_of(model, node, turns) == "layer"
 
 
 def _named(nodes: Mapping[str, Node], name: str, index: int) -> Node | None:

@@ -18,7 +18,7 @@ from cptv_ao.evaluation.calibration import Calibration, Images, Pool, check_nega
 from cptv_ao.evaluation.compared_outputs import chosen_outputs
 from cptv_ao.evaluation.cost import Seconds, affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
-from cptv_ao.evaluation.suited_losses import settled_outputs
+from cptv_ao.evaluation.suited_losses import compares_classes, settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught, teacher_on
 
 
@@ -43,7 +43,8 @@ def calibrated(
         config, known, notes = chosen_outputs(backend.model, teacher, known, config)
         cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned, config.device)
         whole = split_batches(known, config.holdout)
-        split = affordable(whole, cost, not is_per_image(config.loss))
+        of_classes = compares_classes(backend.model, config, partial(turns, backend))
+        split = affordable(whole, cost, not is_per_image(config.loss), of_classes)
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
         config, said = settled_outputs(backend.model, teacher, images, config, world, partial(turns, backend))

@@ -64,6 +64,13 @@ def test_images_beyond_enough_get_a_smaller_share(limit: float, images: int) -> 
     assert affordable(split, Cost(1.0, 0.05, 0.05, limit=limit), False).images == images
 
 
+@pytest.mark.parametrize(("limit", "images"), [(100.0, 50), (500.0, 250), (512.0, 256), (600.0, 256), (1200.0, 300)])
+def test_of_classes_more_images_are_enough(limit: float, images: int) -> None:
+    """Few of them make the most of the loss: a tenth of the seconds for up to 256."""
+    split = Split((batch(640),), (batch(160),))
+    assert affordable(split, Cost(1.0, 0.05, 0.05, limit=limit), False, of_classes=True).images == images
+
+
 def test_what_a_call_costs_beside_its_images_is_shared_by_a_batch() -> None:
     """A network that takes as long for one image as for many costs an image of a batch its share of that."""
 
