@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import cptv_ao
 from cptv_ao import RefineConfig
+from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams, same
 from cptv_ao.evaluation.calibration import Calibration, Images
@@ -222,13 +223,18 @@ def test_a_killed_search_goes_on_with_it(vit_w2: Case, score_on: str, tmp_path: 
     assert torch.equal(vit_w2.converted(images), whole.converted(images))
 
 
+def proposer_of(case: Case, backend: Backend, cost: Cost | None = None, **changes: Any) -> Proposer:
+    """Proposes for a model, whose search images are all of the case's."""
+    search = Images.of([Batch((x,), {}, len(x)) for x in case.batches], case.float_model, RefineConfig())
+    calibration = Calibration(small_config(**changes), search, cost=cost or Cost())
+    return Proposer(backend, backend, backend.movable(), calibration, Budget())
+
+
 @torch.no_grad()
 def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What kernels saturate on in a proposal is limited in it, and free again once it is not accepted."""
     backend = backend_of(vit_w2)
-    search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
-    config = small_config(gradient_steps=12)
-    proposer = Proposer(backend, backend, backend.movable(), Calibration(config, search), Budget())
+    proposer = proposer_of(vit_w2, backend, gradient_steps=12)
     twin, losses = proposer._searched.twin, list[float]()
     wide = next(name for name in backend.movable() if backend.sites[name].affine)
     found = "cptv_ao.search.proposals.saturation_limits.saturating_inputs"
@@ -247,9 +253,7 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
 def test_what_was_refused_is_tried_once_more_with_its_biases(vit_w2: Case) -> None:
     """Weights and ranges whose means nobody had corrected: behind accepted biases each has those that fit it."""
     backend = backend_of(vit_w2)
-    search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
-    config = small_config(population=("output_error", "curvature", "biases"), gradient_steps=0)
-    proposer = Proposer(backend, backend, backend.movable(), Calibration(config, search), Budget())
+    proposer = proposer_of(vit_w2, backend, population=("output_error", "curvature", "biases"), gradient_steps=0)
     weights, ranges = "weight scales of least output error", "activation ranges of least loss"
     tried = dict[str, Assignment]()
     for name, scales in proposer.proposals(lambda loss: None, lambda worth: None):
@@ -268,10 +272,8 @@ def test_what_was_refused_is_tried_once_more_with_its_biases(vit_w2: Case) -> No
 @torch.no_grad()
 def test_what_a_descent_proposes_has_biases_of_its_own_however_dear_they_are(vit_w2: Case) -> None:
     backend = backend_of(vit_w2)
-    search = Images.of([Batch((x,), {}, len(x)) for x in vit_w2.batches], vit_w2.float_model, RefineConfig())
     cost = Cost(1e6, seconds=0.01, kernel_seconds=0.01, limit=24.0)  # pays for the means of 16 images
-    calibration = Calibration(small_config(population=("biases",), gradient_steps=8), search, cost=cost)
-    proposer = Proposer(backend, backend, backend.movable(), calibration, Budget())
+    proposer = proposer_of(vit_w2, backend, cost, population=("biases",), gradient_steps=8)
     assert proposer._biases.dear and proposer._biases.worth(backend)
     accepted, tried = Assignment(), dict[str, Assignment]()
     for name, scales in proposer.proposals(lambda loss: None, lambda worth: None):
