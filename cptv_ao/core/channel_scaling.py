@@ -49,6 +49,21 @@ def outlier_exponents(peaks: Tensor, columns: Tensor) -> Tensor:
 
 #: A channel is an outlier where its largest value is this many times that of the median channel.
 OUTLIER = 4.0
+#: More outliers than these are not a few: channels differ, and none of them stands out.
+FEW_OUTLIERS = 8
+
+
+def outlier_ratio(peaks: Tensor) -> tuple[float, int] | None:
+    """The largest channel as a multiple of the median one, and how many are outliers; None where the median is 0.
+
+    Args:
+        peaks: largest magnitude of each channel (C,).
+    """
+    usual = peaks.median()
+    if not usual:
+        return None
+    ratios = peaks / usual
+    return float(ratios.max()), int((ratios > OUTLIER).sum())
 
 
 def power_exponents(steps: Tensor, codes: Tensor) -> Tensor:

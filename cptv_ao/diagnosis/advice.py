@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from cptv_ao.core.channel_scaling import FEW_OUTLIERS
 from cptv_ao.core.formatting import percent, some
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, SiteDiagnosis, excess
 
@@ -68,7 +69,7 @@ def _why(site: SiteDiagnosis, findings: Findings) -> str:
     outliers = site.outlier_channels or 0
     if site.clipped is not None and site.clipped > _CLIPS:
         return f", which clips {percent(site.clipped)} of its values"
-    if site.kind == "activation" and 0 < outliers <= 8:
+    if site.kind == "activation" and 0 < outliers <= FEW_OUTLIERS:
         told = f", whose range is set by {outliers} outlier channel{'s' if outliers > 1 else ''} ({site.outlier:.0f}x)"
         if site.name in findings.smoothable:
             return f"{told}, which refine, given float_model, moves into the layers behind it"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.channel_scaling import OUTLIER
+from cptv_ao.core.channel_scaling import outlier_ratio
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import HALF_STEP, along_axis, weight_steps
@@ -105,9 +105,8 @@ class ActivationMeter:
         found: dict[str, Any] = {"used": (self.ends[1] - self.ends[0] + 1) / (self.site.qmax - self.site.qmin + 1)}
         if self.count:
             found |= {"sqnr": decibels(self.signal, self.noise), "clipped": self.beyond / self.count}
-        if self.channels is not None and (median := float(self.channels.median())):
-            ratio = self.channels / median
-            found |= {"outlier": float(ratio.max()), "outlier_channels": int((ratio > OUTLIER).sum())}
+        if self.channels is not None and (known := outlier_ratio(self.channels)) is not None:
+            found |= {"outlier": known[0], "outlier_channels": known[1]}
         return found
 
 

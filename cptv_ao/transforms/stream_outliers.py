@@ -9,13 +9,10 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.channel_scaling import OUTLIER
+from cptv_ao.core.channel_scaling import FEW_OUTLIERS, outlier_ratio
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.transforms.channel_ranges import last_dimension
 from cptv_ao.transforms.equalize import rotatable
-
-# More than these are not a few: the channels of that stream differ, and none of them stands out.
-_FEW = 8
 
 
 def stream_notes(backend: Backend, few: Batch) -> list[str]:
@@ -44,10 +41,9 @@ def _outlier_ratios(backend: Backend, few: Batch, nodes: set[str]) -> list[float
 
     def see(node: Node, value: Any) -> Any:
         if node.name in nodes:
-            peaks = last_dimension(value.dequantize()).abs().amax(1)
-            ratios = peaks / peaks.median()
-            if 0 < int((ratios > OUTLIER).sum()) <= _FEW and math.isfinite(largest := float(ratios.max())):
-                found.append(largest)
+            ratio, count = outlier_ratio(last_dimension(value.dequantize()).abs().amax(1)) or (0.0, 0)
+            if 0 < count <= FEW_OUTLIERS and math.isfinite(ratio):
+                found.append(ratio)
         return value
 
     Watcher(backend.model).watch(few, see)

@@ -43,11 +43,12 @@ def calibrated(
         config, known, notes = chosen_outputs(backend.model, teacher, known, config)
         cost = cost_of(teacher, backend.model, known[0], config.max_seconds, world, planned, config.device)
         whole = split_batches(known, config.holdout)
-        of_classes = compares_classes(backend.model, config, partial(turns, backend))
+        turning = partial(turns, backend)
+        of_classes = compares_classes(backend.model, config, turning)
         split = affordable(whole, cost, not is_per_image(config.loss), of_classes)
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
-        config, said = settled_outputs(backend.model, teacher, images, config, world, partial(turns, backend))
+        config, said = settled_outputs(backend.model, teacher, images, config, world, turning)
     notes += said + told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
