@@ -243,8 +243,9 @@ def test_a_descent_that_is_sent_back_is_where_it_was(vit_w2: Case, monkeypatch: 
     for name, scales in proposer.proposals(losses.append, lambda worth: None):  # and none of it is written
         names.append(name)
         assert twin.sites.modules[wide].site.qmax == 127
-        assert scales()[wide].scale > backend.read(wide).scale * 1.5
-    assert len(names) == 2, "it ends at the second time"
+        wider = scales()[wide].scale / backend.read(wide).scale
+        assert wider > (1.5**0.25 if name.endswith("25 % of the way") else 1.5**0.5 if "of the way" in name else 1.5)
+    assert len([name for name in names if "of the way" not in name]) == 2, "it ends at the second time"
     assert twin.sites.modules[wide].site.qmax == backend.sites[wide].qmax == 255
     assert max(losses[3:]) < 2 * max(losses[:3])
 

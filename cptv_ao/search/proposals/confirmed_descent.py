@@ -1,5 +1,5 @@
-"""A descent on the twin that the kernels confirm on the way: what it has found is tried, and where it is not accepted
-the descent goes back to what is."""
+"""A descent on the twin that the kernels confirm on the way: what it has found is tried; where that is not accepted, a
+part of the way to it; and where none is, the descent goes back to what is there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cptv_ao.core.contexts import is_cpu
 from cptv_ao.core.losses import get_loss, is_per_image
-from cptv_ao.core.qparams import REDUCED_QMAX
+from cptv_ao.core.qparams import REDUCED_QMAX, Assignment
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.proposals.bias_correction import BiasCorrector
@@ -30,6 +30,9 @@ _DESCENT_SHARE = 0.85
 _MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.1,)
 # Share of a descent that it goes on for while a proposal is judged.
 _AHEAD = 0.08
+# How often half of the way to a refused proposal is tried in its stead, for a direction may be right where its steps
+# were too large; and the share of the seconds of these steps that this may take, where seconds are counted.
+_HALVINGS, _WORTH = 2, 0.25
 
 
 class ConfirmedDescent:
@@ -58,6 +61,8 @@ class ConfirmedDescent:
         self._limits, self._biases = limits, biases
         self._descent: GradientDescent | None = None
         self._began = 0.0
+        # What was limited before what was proposed last.
+        self._limited = set[str]()
         #: images run through the twin so far by this rank; forward and backward count as three
         self.image_forwards = 0
 
@@ -69,33 +74,53 @@ class ConfirmedDescent:
     def proposals(self, on_step: Callable[[float], None], on_pause: Callable[[bool], None]) -> Iterator[Proposal]:
         """See `Proposer.proposals`."""
         if self._descent is None:
-            self._began = self._world.first(self._budget.seconds)
+            self._began = self._now()
             self._descent = self._new()
-        searched, limits, biases, descent = self._searched, self._limits, self._biases, self._descent
+        searched, limits, descent = self._searched, self._limits, self._descent
         proposals = descent.run(self._images, self._schedule(), on_step, lambda: self._budget.left, on_pause)
-        counted = descent.image_forwards
+        counted, resumed = descent.image_forwards, self._now()
         saturates = searched.on_kernels and not searched.kernels.form.simulates_itself  # the twin never does
         for name, scales in proposals:
             self.image_forwards += descent.image_forwards - counted
             counted = descent.image_forwards
-            # Where no kernel saturates on the whole range, a dear look at each proposal is left to its score.
-            look = saturates and (limits.limited or not biases.dear)
-            highest = limits.saturating(scales()) if look else {}
-            limited = limits.limited
-            limits.limit(limited | highest.keys())
-            narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
-            descent.scales.rescale(narrower)
-            before = searched.scales()
-            corrects = biases.in_use(searched.store)
-            yield name, partial(biases.corrected, scales, searched.store) if corrects else scales
+            if not descent.halvings:
+                # Where no kernel saturates on the whole range, a dear look at each proposal is left to its score.
+                look = saturates and (limits.limited or not self._biases.dear)
+                highest = limits.saturating(scales()) if look else {}
+                self._limited = limits.limited
+                limits.limit(self._limited | highest.keys())
+                narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
+                descent.scales.rescale(narrower)
+            before, asked = searched.scales(), self._now()
+            yield name, self._fitting(scales)
             searched.follow()
             if searched.moved_since(before):
                 descent.go_on()
-            elif not descent.young:
+            elif self._goes_half_back(descent.halvings, asked - resumed, self._now() - asked):
+                descent.go_half_back_to(searched.store.read)
+                continue
+            else:
                 descent.go_back_to(searched.store.read)
-                limits.limit(limited)
+                if not descent.young:
+                    limits.limit(self._limited)
+            resumed = self._now()
         if descent.over:
             self._descent = None
+
+    def _goes_half_back(self, halvings: int, stepped: float, judged: float) -> bool:
+        """Whether half of the way to what was refused is tried, by the seconds of its steps and of its judging."""
+        if halvings >= _HALVINGS or not self._budget.left:
+            return False
+        return halvings > 0 or self._budget.search_seconds is None or _HALVINGS * judged <= _WORTH * stepped
+
+    def _fitting(self, scales: Callable[[], Assignment]) -> Callable[[], Assignment]:
+        """Scales, with biases that fit them where the kernels have accepted some."""
+        biases, store = self._biases, self._searched.store
+        return partial(biases.corrected, scales, store) if biases.in_use(store) else scales
+
+    def _now(self) -> float:
+        """Seconds since the start of the search, the same on every rank."""
+        return self._world.first(self._budget.seconds)
 
     def beside_the_judge(self, on_step: Callable[[float], None]) -> Meanwhile | None:
         """See `Proposer.beside_the_judge`."""
@@ -120,11 +145,13 @@ class ConfirmedDescent:
         if self._descent is None:
             return None
         tensors, data = self._descent.state()
-        return tensors, {**data, "narrowed": sorted(self._limits.limited), "began": self._began}
+        narrowed = {"narrowed": sorted(self._limits.limited), "narrowed_before": sorted(self._limited)}
+        return tensors, {**data, **narrowed, "began": self._began}
 
     def resume(self, state: State) -> None:
         """See `Proposer.resume`."""
         self._limits.limit(state[1]["narrowed"])
+        self._limited = set(map(str, state[1]["narrowed_before"]))
         self._began = float(state[1]["began"])
         self._descent = self._new()
         self._descent.set_state(state)

@@ -69,25 +69,36 @@ class GradientDescent:
         self._gradient = BatchGradient(twin, self.scales.groups, objective, world)
         self._optimizer = ScaleOptimizer(self.scales.groups, activation_rate, rounding_rate)
         self._rng, self._progress = rng, DescentProgress()
-        self._young = False
 
     @property
     def image_forwards(self) -> int:
         """Images that went through the twin on this rank; forward and backward count as three."""
         return self._gradient.image_forwards
 
-    def go_back_to(self, scales: Callable[[str], QParams]) -> None:
-        """Go on from other scales (by site name), at half the learning rate; or not at all, where that is the second
-        time, and nothing was ever accepted."""
-        self.scales.set(scales)
-        self._optimizer.forget_direction()
-        at = self._progress
-        at.caution *= _BACK_OFF
-        at.over = at.over or (at.caution <= _GIVES_UP and not at.accepted)
-
     def go_on(self) -> None:
-        """What was proposed was accepted."""
-        self._progress.accepted = True
+        """What was proposed was accepted; if it was a part of the way to what was proposed first, go on from there with
+        steps as much smaller."""
+        at = self._progress
+        at.caution *= 0.5**at.halvings
+        at.accepted, at.halvings = True, 0
+
+    def go_half_back_to(self, scales: Callable[[str], QParams]) -> None:
+        """Propose what is half-way between what was refused and other scales (by site name)."""
+        self.scales.toward(scales, 0.5)
+        self._progress.halvings += 1
+
+    def go_back_to(self, scales: Callable[[str], QParams]) -> None:
+        """What was proposed was refused: go on from other scales (by site name), at half the learning rate; or not at
+        all, where that is the second time, and nothing was ever accepted. A young descent goes on from where it was."""
+        at = self._progress
+        if at.young:
+            self.scales.toward(scales, 1 - 2.0**at.halvings)
+        else:
+            self.scales.set(scales)
+            self._optimizer.forget_direction()
+            at.caution *= _BACK_OFF
+            at.over = at.over or (at.caution <= _GIVES_UP and not at.accepted)
+        at.halvings = 0
 
     def run(
         self,
@@ -107,21 +118,26 @@ class GradientDescent:
         at, told = self._progress, -1
         if not self._gradient.follows(images):
             return
-        while not at.over and (progress := schedule.progress(at.steps)) < 1.0:
+        while at.halvings or (not at.over and (progress := schedule.progress(at.steps)) < 1.0):
             goes_on = going()
             if on_pause is not None:
-                on_pause(at.proposals != told or not goes_on)
-                told = at.proposals
+                on_pause((at.proposals != told and not at.halvings) or not goes_on)
+                told = told if at.halvings else at.proposals
             if not goes_on:
                 break
+            if at.halvings:
+                yield at.name, self.scales.assignment
+                continue
             self._step(images, schedule.rate(progress), on_step)
             if (passed := schedule.marks_passed(at.steps)) > at.proposals:
-                self._young = schedule.progress(at.steps) < _YOUNG
+                at.young = schedule.progress(at.steps) < _YOUNG
                 yield at.proposed(passed), self.scales.assignment
         else:
             at.over = True
         if at.steps > at.proposed_at:  # the seconds were over before
             yield at.proposed(at.proposals + 1), self.scales.assignment
+            while at.halvings:
+                yield at.name, self.scales.assignment
 
     def run_ahead(
         self,
@@ -132,7 +148,7 @@ class GradientDescent:
     ) -> None:
         """Descend while what was yielded last is tried; `going` is asked before each step, by how many there were."""
         at, steps = self._progress, 0
-        while not at.over and (progress := schedule.progress(at.steps)) < 1.0 and going(steps):
+        while not (at.over or at.halvings) and (progress := schedule.progress(at.steps)) < 1.0 and going(steps):
             self._step(images, schedule.rate(progress), on_step)
             steps += 1
 
@@ -144,7 +160,12 @@ class GradientDescent:
     @property
     def young(self) -> bool:
         """Whether less than a quarter of it was over when something was last proposed."""
-        return self._young
+        return self._progress.young
+
+    @property
+    def halvings(self) -> int:
+        """How often it has gone half of the way back from what was last proposed."""
+        return self._progress.halvings
 
     @property
     def over(self) -> bool:

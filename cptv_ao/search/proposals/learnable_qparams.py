@@ -65,11 +65,20 @@ class LearnableQParams:
 
     def set(self, qparams: QParams) -> None:
         """Put the leaves where these qparams are."""
-        self.log_scale.copy_(qparams.scale.log())
+        for leaf, end in self._ends(qparams):
+            leaf.copy_(end)
+
+    def toward(self, qparams: QParams, share: float) -> None:
+        """Move the leaves a share of the way to where these qparams are; below 0: away from there."""
+        for leaf, end in self._ends(qparams):
+            leaf.lerp_(end.to(leaf), share)
+
+    def _ends(self, qparams: QParams) -> list[tuple[Tensor, Tensor]]:
+        """The leaves, and where these qparams are."""
+        found = [(self.log_scale, qparams.scale.log())]
         if self.offset is not None:
-            self.offset.copy_(qparams.zero_point / _CODES_PER_LOG)
-        if self.shift is not None:
-            self.shift.copy_(_steps(self.shift, qparams))
+            found.append((self.offset, qparams.zero_point / _CODES_PER_LOG))
+        return found if self.shift is None else [*found, (self.shift, _steps(self.shift, qparams))]
 
     def qparams(self, site: ScaleSite, now: QParams) -> QParams:
         """Of a site of the group, which has the qparams `now`."""
@@ -107,12 +116,19 @@ class LearnableScales:
             for group in self.groups:
                 group.set(scales(group.sites[0].name))
 
+    def toward(self, scales: Callable[[str], QParams], share: float) -> None:
+        """Go a share of the way to other scales, by site name; below 0: away from them."""
+        with torch.no_grad():
+            for group in self.groups:
+                group.toward(scales(group.sites[0].name), share)
+
     def rescale(self, factors: Mapping[str, float]) -> None:
         """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
-        for group in self.groups:
-            if (factor := factors.get(group.sites[0].tied)) is not None:
-                site = group.sites[0]
-                group.set(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
+        with torch.no_grad():
+            for group in self.groups:
+                if (factor := factors.get(group.sites[0].tied)) is not None:
+                    site = group.sites[0]
+                    group.set(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
 
 
 def _steps(weight: Tensor, qparams: QParams) -> Tensor:

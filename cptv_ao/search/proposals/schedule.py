@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.formatting import percent
 
 _WARM_UP = 0.1
 
@@ -57,6 +58,8 @@ class DescentProgress:
         caution: what is left of the learning rate after it was sent back.
         feature_pull: what the distance of the features counts.
         accepted: whether anything of it was.
+        young: whether less than a quarter of it was over when something was last proposed.
+        halvings: how often it has gone half of the way back from what was last proposed, since that was refused.
         over: whether it has come to its end.
     """
 
@@ -67,6 +70,8 @@ class DescentProgress:
     caution: float = 1.0
     feature_pull: float = 0.0
     accepted: bool = False
+    young: bool = False
+    halvings: int = 0
     over: bool = False
 
     def next_batch(self, rng: np.random.Generator, batches: int) -> int:
@@ -78,4 +83,10 @@ class DescentProgress:
     def proposed(self, marks: int) -> str:
         """Remember a proposal behind so many marks; its name."""
         self.proposals, self.proposed_at = marks, self.steps
-        return f"gradient, {self.steps} steps"
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """Of what is proposed now."""
+        part = f", {percent(0.5**self.halvings)} of the way" if self.halvings else ""
+        return f"gradient, {self.steps} steps{part}"
