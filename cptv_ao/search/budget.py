@@ -52,6 +52,11 @@ class Budget:
         return time.monotonic() - self.started
 
     @property
+    def now(self) -> float:
+        """The seconds so far, as rank 0 counts them; the ranks must ask together."""
+        return self.world.first(self.seconds)
+
+    @property
     def search_seconds(self) -> float | None:
         """Of the call, those until the search must be over; None where they are not limited."""
         return None if self.max_seconds is None else max(self.max_seconds - self.reserved, 0.0)
@@ -82,7 +87,7 @@ class Budget:
     def end_of(self, share: float) -> float:
         """The seconds of the call at which a stage ends that begins now and has such a share; the ranks must ask
         together."""
-        return math.inf if self.max_seconds is None else self.world.first(self.seconds) + share * self.max_seconds
+        return math.inf if self.max_seconds is None else self.now + share * self.max_seconds
 
     @property
     def may_score(self) -> bool:

@@ -72,7 +72,7 @@ class SearchProgress:
         limit, price = self._budget.max_seconds, verdict.seconds
         if limit is None or calibration.config.accept_on is None:
             return ""
-        now, before = self._budget.world.first(self._budget.seconds), _before_first(calibration)
+        now, before = self._budget.now, _before_first(calibration)
         told = f"accept_on takes {price:.1f} s a call"
         if now + before + price < limit:
             self._bar.say(f"refine: {told}, {limit - now - price:.0f} of {limit:g} s are left for the search")

@@ -74,11 +74,11 @@ class ConfirmedDescent:
     def proposals(self, on_step: Callable[[float], None], on_pause: Callable[[bool], None]) -> Iterator[Proposal]:
         """See `Proposer.proposals`."""
         if self._descent is None:
-            self._began = self._now()
+            self._began = self._budget.now
             self._descent = self._new()
         searched, limits, descent = self._searched, self._limits, self._descent
         proposals = descent.run(self._images, self._schedule(), on_step, lambda: self._budget.left, on_pause)
-        counted, resumed = descent.image_forwards, self._now()
+        counted, resumed = descent.image_forwards, self._budget.now
         saturates = searched.on_kernels and not searched.kernels.form.simulates_itself  # the twin never does
         for name, scales in proposals:
             self.image_forwards += descent.image_forwards - counted
@@ -91,19 +91,19 @@ class ConfirmedDescent:
                 limits.limit(self._limited | highest.keys())
                 narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
                 descent.scales.rescale(narrower)
-            before, asked = searched.scales(), self._now()
+            before, asked = searched.scales(), self._budget.now
             yield name, self._fitting(scales)
             searched.follow()
             if searched.moved_since(before):
                 descent.go_on()
-            elif self._goes_half_back(descent.halvings, asked - resumed, self._now() - asked):
+            elif self._goes_half_back(descent.halvings, asked - resumed, self._budget.now - asked):
                 descent.go_half_back_to(searched.store.read)
                 continue
             else:
                 descent.go_back_to(searched.store.read)
                 if not descent.young:
                     limits.limit(self._limited)
-            resumed = self._now()
+            resumed = self._budget.now
         if descent.over:
             self._descent = None
 
@@ -117,10 +117,6 @@ class ConfirmedDescent:
         """Scales, with biases that fit them where the kernels have accepted some."""
         biases, store = self._biases, self._searched.store
         return partial(biases.corrected, scales, store) if biases.in_use(store) else scales
-
-    def _now(self) -> float:
-        """Seconds since the start of the search, the same on every rank."""
-        return self._world.first(self._budget.seconds)
 
     def beside_the_judge(self, on_step: Callable[[float], None]) -> Meanwhile | None:
         """See `Proposer.beside_the_judge`."""

@@ -79,25 +79,25 @@ class GradientDescent:
         """What was proposed was accepted; if it was a part of the way to what was proposed first, go on from there with
         steps as much smaller."""
         at = self._progress
-        at.caution *= 0.5**at.halvings
+        at.caution *= at.share
         at.accepted, at.halvings = True, 0
 
     def go_half_back_to(self, scales: Callable[[str], QParams]) -> None:
         """Propose what is half-way between what was refused and other scales (by site name)."""
-        self.scales.toward(scales, 0.5)
+        self.scales.go_to(scales, 0.5)
         self._progress.halvings += 1
 
     def go_back_to(self, scales: Callable[[str], QParams]) -> None:
         """What was proposed was refused: go on from other scales (by site name), at half the learning rate; or not at
         all, where that is the second time, and nothing was ever accepted. A young descent goes on from where it was."""
         at = self._progress
-        if at.young:
-            self.scales.toward(scales, 1 - 2.0**at.halvings)
-        else:
-            self.scales.set(scales)
+        if not at.young:
+            self.scales.go_to(scales)
             self._optimizer.forget_direction()
             at.caution *= _BACK_OFF
             at.over = at.over or (at.caution <= _GIVES_UP and not at.accepted)
+        elif at.halvings:
+            self.scales.go_to(scales, 1 - 1 / at.share)
         at.halvings = 0
 
     def run(

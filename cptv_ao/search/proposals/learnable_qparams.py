@@ -63,22 +63,13 @@ class LearnableQParams:
             found.append((self.offset, (site.qmin / _CODES_PER_LOG, site.qmax / _CODES_PER_LOG)))
         return found if self.shift is None else [*found, (self.shift, (-0.5, 0.5))]
 
-    def set(self, qparams: QParams) -> None:
-        """Put the leaves where these qparams are."""
-        for leaf, end in self._ends(qparams):
-            leaf.copy_(end)
-
-    def toward(self, qparams: QParams, share: float) -> None:
+    def go_to(self, qparams: QParams, share: float = 1.0) -> None:
         """Move the leaves a share of the way to where these qparams are; below 0: away from there."""
-        for leaf, end in self._ends(qparams):
-            leaf.lerp_(end.to(leaf), share)
-
-    def _ends(self, qparams: QParams) -> list[tuple[Tensor, Tensor]]:
-        """The leaves, and where these qparams are."""
-        found = [(self.log_scale, qparams.scale.log())]
+        self.log_scale.lerp_(qparams.scale.log().to(self.log_scale), share)
         if self.offset is not None:
-            found.append((self.offset, qparams.zero_point / _CODES_PER_LOG))
-        return found if self.shift is None else [*found, (self.shift, _steps(self.shift, qparams))]
+            self.offset.lerp_((qparams.zero_point / _CODES_PER_LOG).to(self.offset), share)
+        if self.shift is not None:
+            self.shift.lerp_(_steps(self.shift, qparams), share)
 
     def qparams(self, site: ScaleSite, now: QParams) -> QParams:
         """Of a site of the group, which has the qparams `now`."""
@@ -110,17 +101,11 @@ class LearnableScales:
         """The scales as they are now, by site name."""
         return {s.name: g.qparams(s, self._twin.sites.get(s.name)) for g in self.groups for s in g.sites}
 
-    def set(self, scales: Callable[[str], QParams]) -> None:
-        """Go to other scales, by site name."""
-        with torch.no_grad():
-            for group in self.groups:
-                group.set(scales(group.sites[0].name))
-
-    def toward(self, scales: Callable[[str], QParams], share: float) -> None:
+    def go_to(self, scales: Callable[[str], QParams], share: float = 1.0) -> None:
         """Go a share of the way to other scales, by site name; below 0: away from them."""
         with torch.no_grad():
             for group in self.groups:
-                group.toward(scales(group.sites[0].name), share)
+                group.go_to(scales(group.sites[0].name), share)
 
     def rescale(self, factors: Mapping[str, float]) -> None:
         """Multiply the scales of groups, by the name of their leader; the lower ends of their ranges stay."""
@@ -128,7 +113,7 @@ class LearnableScales:
             for group in self.groups:
                 if (factor := factors.get(group.sites[0].tied)) is not None:
                     site = group.sites[0]
-                    group.set(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
+                    group.go_to(rescaled(group.qparams(site, self._twin.sites.get(site.name)), factor, site))
 
 
 def _steps(weight: Tensor, qparams: QParams) -> Tensor:

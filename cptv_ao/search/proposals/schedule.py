@@ -88,5 +88,10 @@ class DescentProgress:
     @property
     def name(self) -> str:
         """Of what is proposed now."""
-        part = f", {percent(0.5**self.halvings)} of the way" if self.halvings else ""
+        part = f", {percent(self.share)} of the way" if self.halvings else ""
         return f"gradient, {self.steps} steps{part}"
+
+    @property
+    def share(self) -> float:
+        """Of the way to what was proposed last, that is left behind the halvings."""
+        return float(0.5**self.halvings)
