@@ -67,7 +67,7 @@ class Backend(Snapshots):
         self.tensors = found.tensors
         qnnpack = torch.backends.quantized.engine == "qnnpack"
         self.sums = found.sums if qnnpack else ()
-        self.weights = WeightStore(found.weights, found.sites, found.remembered if qnnpack else ())
+        self.weights = WeightStore(model, found.weights, found.sites, found.remembered if qnnpack else ())
         self.rewrites = Rewrites(model, found.sites)
 
     @property

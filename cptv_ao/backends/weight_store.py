@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from cptv_ao.backends.corrected_biases import Corrected, CorrectedBiases
 from cptv_ao.backends.scale_slots import WeightSlot
@@ -34,6 +35,7 @@ class WeightStore:
     """Reads and writes the weights of one model.
 
     Args:
+        model: that holds them.
         slots: of the weights, by the name of their site.
         sites: of the model; what they move with is not looked at.
         remembered: the activations whose scales kernels remember with a weight, each with the weight.
@@ -45,13 +47,17 @@ class WeightStore:
     """
 
     def __init__(
-        self, slots: Mapping[str, WeightSlot], sites: SiteTable, remembered: Iterable[tuple[str, str]]
+        self,
+        model: GraphModule,
+        slots: Mapping[str, WeightSlot],
+        sites: SiteTable,
+        remembered: Iterable[tuple[str, str]],
     ) -> None:
         self._slots, self._sites, self._remembered = slots, sites, list(remembered)
         self.floats: dict[str, Tensor] = {}
         self.trained: Assignment = {}
         self._shifts: dict[str, Tensor | None] = {}
-        self.biases = CorrectedBiases(slots)
+        self.biases = CorrectedBiases(model, slots)
         for name, slot in slots.items():
             if slot.float_weight is not None:
                 self.set_float(name, slot.float_weight)

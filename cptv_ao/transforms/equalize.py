@@ -66,8 +66,21 @@ def equalize(
     Returns:
         What was done, one line each; nothing where the model is as it was.
     """
+    biases = backend.weights.biases
+    corrected = biases.take_as_given()  # a form of a model that was refined before has these, too
     if backend.form.simulates_itself:
-        return _equalize_exported(backend, batches, world)
+        done = _equalize_exported(backend, batches, world)
+    else:
+        done = _equalize_lowered(backend, batches, world, confirmed)
+    if not done:
+        biases.know(corrected)
+    return done
+
+
+def _equalize_lowered(
+    backend: Backend, batches: Sequence[Batch], world: World, confirmed: Callable[[], bool] | None
+) -> list[str]:
+    """As `equalize`, of a lowered model."""
     patterns = Patterns(backend)
     norms, read = patterns.unfused_norms(), _smoothable(backend, patterns.read_norms())
     scaled = patterns.scaled_layers()

@@ -33,8 +33,8 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
     Args:
         model: what `convert_fx` or `convert_pt2e` returned, refined or not.
         path: of a `.safetensors` file. Per site: scale (float64) and zero_point (int64) of its shape, and of a weight
-            its codes (int8; of a constant also uint8); what a refine may have replaced of norms and biases; the site
-            table as JSON among the metadata.
+            its codes (int8; of a constant also uint8); what a refine may have replaced of norms and biases, and what it
+            has added to these; the site table as JSON among the metadata.
 
     Raises:
         UnsupportedModelError: the model is not quantized.
@@ -51,8 +51,10 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
                 tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
         tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in replaceable(backend)}
         for name in _biased(backend):
-            bias = backend.weights.biases.given(name)
-            tensors[f"{name}.bias"] = torch.zeros(0) if bias is None else bias.detach().clone()
+            tensors[f"{name}.bias"] = _or_empty(backend.weights.slot(name).bias())
+            if (correction := backend.weights.biases.correction(name)) is not None:
+                tensors[f"{name}.given"] = _or_empty(backend.weights.biases.given(name))
+                tensors[f"{name}.correction"] = correction.clone()
     write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
 
 
@@ -82,12 +84,15 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
         for part, value in beside.items():
             _expect_like(path, part, fetch(model, part), value)
         biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
+        corrected = {name: _corrected(name, tensors) for name in given if f"{name}.correction" in tensors}
         with torch.inference_mode(False), torch.no_grad(), restored_on_error(model, backend):
             with backend.writing():
                 for name, (qparams, codes) in values.items():
                     backend.write_exactly(name, qparams, codes, biases.get(name))
             for part, value in beside.items():
                 backend.rewrites.put(held[part], part, value.to(fetch(model, part).dtype))
+        backend.weights.biases.know(corrected)
+        backend.weights.biases.remember()
     return model
 
 
@@ -136,9 +141,20 @@ def _biased(backend: Backend) -> list[str]:
     return [name for name, site in backend.sites.items() if not site.fixed and backend.correctable(name)]
 
 
+def _or_empty(bias: Tensor | None) -> Tensor:
+    """A bias as it is saved: where there is none, as an empty tensor."""
+    return torch.zeros(0) if bias is None else bias.detach().clone()
+
+
+def _corrected(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+    """What a layer was given, and what was added to it."""
+    given = tensors.get(f"{name}.given", torch.zeros(0))
+    return given if given.numel() else None, tensors[f"{name}.correction"]
+
+
 def _bias(path: Any, backend: Backend, name: str, saved: Tensor) -> Tensor | None:
     """What the layer of a weight gets; None where it has no bias, and none was saved (as an empty tensor)."""
-    own = backend.weights.biases.given(name)
+    own = backend.weights.slot(name).bias()
     if not saved.numel():
         return None if own is None else torch.zeros_like(own)
     _expect_like(path, f"{name}.bias", torch.zeros(len(backend.weight(name))) if own is None else own, saved)

@@ -103,7 +103,7 @@ def test_the_kernels_confirm_it(vit_w2: Case) -> None:
     assert sum(move.corrected for move in report.moves) == len(found) > 0
     assert f"the biases of {len(found)} layers are corrected" in str(report)
     for name, bias in given.items():
-        now = backend_of(vit_w2).weights.biases.given(name)
+        now = backend_of(vit_w2).weights.slot(name).bias()
         assert bias is not None
         assert now is not None
         assert torch.allclose(now - bias, found[name], atol=0.05 * float(found[name].abs().max())), name
@@ -205,6 +205,53 @@ def test_files_hold_it(vit_w2: Case, twice: Case, tmp_path: Path) -> None:
         assert torch.equal(other(case.batches[0]), wanted)
         cptv_ao.load_scales(fresh, tmp_path / "given")
         assert torch.equal(fresh(case.batches[0]), given)
+
+
+def test_a_second_refine_knows_the_float_network(vit_w2: Case, twice: Case, tmp_path: Path) -> None:
+    """What was added to biases is not taken for theirs: by the model, a copy of it, or scales from a file."""
+    for case in (vit_w2, twice):
+        given, fresh, images = backend_of(case), case.copy(), case.batches[0]
+        biases = {name: given.weights.biases.given(name) for name in given.float_weights}
+        wanted = unquantized(given)(images).dequantize()
+        assert refined(case, equalize=False, holdout=0).moves
+        cptv_ao.save_scales(case.converted, tmp_path / "scales")
+        cptv_ao.load_scales(fresh.converted, tmp_path / "scales")
+        added = dict[str, Tensor]()
+        for other in (case, case.copy(), fresh):
+            backend = backend_of(other)
+            for name, bias in biases.items():
+                now, correction = backend.weights.biases.given(name), backend.read(name).correction
+                assert torch.equal(_whole(now), _whole(bias))
+                if correction is not None:
+                    assert torch.equal(added.setdefault(name, correction), correction)
+            assert torch.equal(unquantized(backend)(images).dequantize(), wanted)
+            assert torch.equal(Twin(backend)(images).dequantize(), Twin(backend_of(case))(images).dequantize())
+        _, again = corrected_twin(case, batches_of(case.batches))
+        assert added.keys() == again.keys()
+        for name, correction in added.items():  # not twice of it, nor nothing
+            assert float((again[name] - correction).norm()) < 0.1 * float(correction.norm()), name
+
+
+def _whole(bias: Tensor | None) -> Tensor:
+    return torch.zeros(0) if bias is None else bias
+
+
+def test_what_is_said_of_other_biases_is_not_believed(vit_w2: Case) -> None:
+    """Whoever put other ones there, or wrote into the `meta`."""
+    fresh = vit_w2.copy().converted
+    assert refined(vit_w2).moves
+    model, name = vit_w2.converted, "blocks.0.mlp.fc1.weight"
+    known = {key: found for key, found in model.meta.items() if isinstance(found, dict) and name in found}
+    (key,) = known
+    assert Backend(model).read(name).correction is not None
+    for wrong in (None, {name: None}, {name: (1, 2)}, {name: (torch.ones(3), torch.ones(2))}, {"x": known[key][name]}):
+        model.meta[key] = wrong
+        assert Backend(model).read(name).correction is None
+    model.meta |= known
+    model.load_state_dict(fresh.state_dict())
+    backend = Backend(model)
+    assert backend.read(name).correction is None
+    assert torch.equal(_whole(backend.weights.biases.given(name)), _whole(Backend(fresh).weights.biases.given(name)))
 
 
 @pytest.mark.slow

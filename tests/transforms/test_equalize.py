@@ -291,3 +291,22 @@ def test_an_outlier_vit_loses_next_to_nothing(vit: nn.Module, digits: Any) -> No
     cptv_ao.refine(converted, batches, float_model=model, config=config, progress=False)
     assert loss(converted) < 0.05 * start
     assert "24 outlier channels of 8 norms" in " ".join(cptv_ao.report(converted).notes)
+
+
+def test_a_form_of_a_corrected_model_keeps_what_was_added(unfused: Case) -> None:
+    """It rewrites the biases as they are, whoever made them so."""
+    config = replace(CONFIG, population=("biases",), equalize=False, gradient_steps=0, passes=0)
+    cptv_ao.refine(unfused.converted, unfused.batches, float_model=unfused.float_model, config=config, progress=False)
+    backend, image = backend_of(unfused), unfused.batches[0]
+    corrected = [name for name in backend.float_weights if backend.read(name).correction is not None]
+    assert corrected
+    state, before, uncorrected = backend.snapshot(), unfused.converted(image), in_float(backend, image)
+    known = backend.weights.biases.take_as_given()
+    wanted = in_float(backend, image)
+    backend.weights.biases.know(known)
+    assert equalize(backend, [Batch((x,), {}, len(x)) for x in unfused.batches])
+    assert float((in_float(backend, image) - wanted).norm()) < 0.1 * float((wanted - uncorrected).norm())
+    assert all(backend.read(name).correction is None for name in corrected)
+    backend.restore_all(state)
+    assert torch.equal(unfused.converted(image), before)
+    assert all(backend.read(name).correction is not None for name in corrected)
