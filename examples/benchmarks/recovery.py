@@ -65,7 +65,13 @@ def paper(case: Case, seconds: float, seed: int) -> RefineConfig:
 METHODS: dict[str, Callable[[str, Case, float, int], RefineConfig]] = {
     "paper": lambda _, case, s, seed: paper(case, s, seed),
     "sweep": lambda _, case, s, seed: RefineConfig(
-        population=("output_error",), equalize=False, gradient_steps=0, passes=0, max_seconds=s, seed=seed
+        population=("output_error",),
+        equalize=False,
+        rounding_rate=0.0,
+        gradient_steps=0,
+        passes=0,
+        max_seconds=s,
+        seed=seed,
     ),
     "gradient": lambda name, _, s, seed: gradient(s, seed, json.loads(tuned(name).read_text())["chosen"]),
     "sep-CMA-ES": lambda _, case, s, seed: RefineConfig(
