@@ -174,7 +174,7 @@ class Pt2eBuilder(Builder):
         if node.target not in _CONVOLUTIONS:
             return None
         rank = _CONVOLUTIONS[node.target]  # type: ignore[index]
-        given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :]]
+        given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[max(0, len(node.args) - 3) :]]
         stride, padding, dilation = (tuple(v) * (rank // len(v)) for v in given[:3])
         return Convolution(stride, padding, dilation, given[3])
 
