@@ -26,6 +26,7 @@ from cptv_ao.backends.forms import form_of
 from cptv_ao.backends.rewrites import Rewrites, RewrittenState
 from cptv_ao.backends.snapshots import Snapshots
 from cptv_ao.backends.weight_store import WeightStore
+from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite, SiteTable
 
@@ -98,13 +99,23 @@ class Backend(Snapshots):
     def write_exactly(self, name: str, qparams: QParams, codes: Tensor | None, bias: Tensor | None = None) -> None:
         """Write qparams as they are, and the codes of a weight, which are not rounded again; a bias if given.
 
-        What is there already is left alone, and so is a weight without codes (one that is fixed).
+        What is there already is left alone, and so is a weight without codes (one that is fixed). Where the graph
+        rounds a float weight itself, values that are rounded to other codes are replaced by those of their codes.
+
+        Raises:
+            UnsupportedModelError: something else computes with that float weight, too.
         """
         now = self.read(name)
         same = torch.equal(now.scale, qparams.scale) and torch.equal(now.zero_point, qparams.zero_point)
         if name in self.weights:
             if codes is not None and not (bias is None and same and torch.equal(self.weight(name).int_repr(), codes)):
                 self.weights.write_codes(name, qparams, codes, bias)
+                held = torch.equal(self.weight(name).int_repr(), codes)
+                if not held and not self.weights.hold(name, codes):
+                    raise UnsupportedModelError(
+                        f"{name}: expected a weight that takes codes, got a float one that the graph rounds, and that "
+                        "something else reads or ops move before; convert with fold_quantize=True"
+                    )
         elif not same:
             self._activations[name].write(qparams)
             self.weights.renew(name)

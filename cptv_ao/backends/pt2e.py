@@ -8,7 +8,7 @@ the codes of the weight (`fold_quantize=True`) or the float one that the graph r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from cptv_ao.backends.graph_form import GraphForm
-from cptv_ao.backends.pt2e_slots import QUANTIZE, LiteralScaleSlot, Pt2eWeightSlot, bias_of, constant_of
+from cptv_ao.backends.pt2e_slots import QUANTIZE, LiteralScaleSlot, Pt2eWeightSlot, constant_of
 from cptv_ao.backends.scale_slots import ScannedGraph
 from cptv_ao.core.intake import Intake
 from cptv_ao.core.sites import ScaleSite, SiteTable
 from cptv_ao.fx.decomposed_ops import calls, calls_default, is_decomposed
 from cptv_ao.fx.inputs import taken_by_exported
-from cptv_ao.fx.readers import read_once
+from cptv_ao.fx.readers import read_once, users_of
 
 
 class Pt2eForm(GraphForm):
@@ -55,7 +55,7 @@ def _scan(model: GraphModule) -> ScannedGraph:
     known, once = {node for group in groups.values() for node in group}, read_once(model.graph.nodes)
     for node in model.graph.nodes:
         if node in groups:
-            slot = Pt2eWeightSlot(model, groups[node], bias_of(groups[node], once))
+            slot = Pt2eWeightSlot(model, groups[node], once)
             name = _unique(f"{_scope(node)}.{'weight' if slot.of_layer else 'constant'}", node, sites)
             weights[name] = slot
             sites[name] = _weight_site(name, groups[node], slot)
@@ -113,7 +113,7 @@ def _tie_constants(
 def _weight_site(name: str, nodes: Sequence[Node], slot: Pt2eWeightSlot) -> ScaleSite:
     fixed = "" if slot.weight().is_quantized else "weights of this dtype are not searched"
     shape, (qmin, qmax) = tuple(slot.read().scale.shape), slot.limits
-    users = tuple(dict.fromkeys(user.name for node in nodes for user in node.users))
+    users = tuple(dict.fromkeys(user.name for node in nodes for user in users_of(node)))
     op, scope = _op(nodes[0]), _scope(nodes[0])
     return ScaleSite(name, "weight", op, scope, shape, slot.axis, qmin, qmax, False, users, name, fixed)
 
@@ -154,20 +154,24 @@ def _is_weight(node: Node) -> bool:
 
 def _scope(node: Node) -> str:
     """Path of the module of the first op behind a quantize or dequantize node that has one."""
-    for user in node.users:
-        stack: Mapping[str, Any] = user.meta.get("nn_module_stack") or {}
-        paths = [str(path) for path, _ in stack.values()]
-        if paths and not is_decomposed(user):
-            return paths[-1]
-        found = _scope(user) if is_decomposed(user) else ""
-        if found:
-            return found
+    for op in sorted(_ops_behind(node)):
+        stack: Mapping[str, Any] = op.meta.get("nn_module_stack") or {}
+        if stack:
+            return str([*stack.values()][-1][0])
     return ""
+
+
+def _ops_behind(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        if is_decomposed(user):
+            yield from _ops_behind(user)
+        else:
+            yield user
 
 
 def _op(node: Node) -> str:
     """Short name of the op that a weight or a constant belongs to: `linear`, `add`."""
-    for user in node.users:
+    for user in users_of(node):
         return str(user.target).removeprefix("aten.").split(".")[0]
     return "unused"
 

@@ -14,7 +14,7 @@ from cptv_ao.backends.scale_slots import BufferScaleSlot, ScaleSlot, WeightSlot,
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import round_by_reciprocal
+from cptv_ao.core.weight_rounding import along_axis, round_by_reciprocal
 from cptv_ao.fx.decomposed_ops import calls, calls_default
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import fetch
@@ -60,15 +60,17 @@ class Pt2eWeightSlot(WeightSlot):
 
     Args:
         nodes: the dequantize nodes.
-        bias: path of the bias of the one layer that reads them, where nothing else reads it.
+        once: the tensors that one node alone reads, see `cptv_ao.fx.readers.read_once`.
     """
 
-    def __init__(self, model: GraphModule, nodes: Sequence[Node], bias: str | None = None) -> None:
+    def __init__(self, model: GraphModule, nodes: Sequence[Node], once: Container[str]) -> None:
         node, source = nodes[0], nodes[0].args[0]
         assert isinstance(source, Node)
         quantize = source if source.op == "call_function" else None
         self._codes = TensorSlot.of(model, str(source.target)) if quantize is None else None
         self.float_weight = _value(model, quantize.args[0]) if quantize is not None else None
+        own = own_path(quantize.args[0], once) if quantize is not None else None
+        self._float = None if own is None else TensorSlot.of(model, own)
         self.of_layer = any(multiplies(user) for user in nodes)
         self.axis: int | None = None
         if calls_default(node, "dequantize_per_channel"):
@@ -83,6 +85,7 @@ class Pt2eWeightSlot(WeightSlot):
             self._qparams = LiteralScaleSlot(model, *literals)
             limits = node.args[3:6]
         self.limits, self._dtype = (int(limits[0]), int(limits[1])), limits[2]
+        bias = _bias_of(nodes, once)
         self._bias = None if bias is None else TensorSlot.of(model, bias)
         self.packs_bias = self._bias is not None
         self.tensors = (*self._qparams.tensors, *(slot for slot in (self._codes, self._bias) if slot is not None))
@@ -109,6 +112,15 @@ class Pt2eWeightSlot(WeightSlot):
             self._write_bias(bias)
         self._qparams.write(qparams)
 
+    def hold(self, codes: Tensor) -> bool:
+        if self._float is None:
+            return False
+        weight, qparams = self._float.tensor.detach(), self.read()
+        scale, zero_point = (along_axis(part, self.axis, weight.dim()) for part in (qparams.scale, qparams.zero_point))
+        values = ((codes - zero_point) * scale).to(weight)
+        self._put_float(torch.where(self._rounded(qparams) == codes, weight, values))
+        return torch.equal(self._rounded(qparams), codes)
+
     def bias(self) -> Tensor | None:
         return None if self._bias is None else self._bias.copied()
 
@@ -117,13 +129,22 @@ class Pt2eWeightSlot(WeightSlot):
         with torch.no_grad():
             self._bias.tensor.copy_(bias)
 
+    def _put_float(self, weight: Tensor) -> None:
+        """Another one in its place, for the float model may hold the one that is there."""
+        assert self._float is not None
+        self._float.put(weight)
+        self.float_weight = self._float.tensor.detach()
+
     def state(self) -> Any:
-        return None if self._codes is None else self._codes.tensor.clone(), self._qparams.state(), self.bias()
+        codes = None if self._codes is None else self._codes.tensor.clone()
+        return codes, self._qparams.state(), self.bias(), None if self._float is None else self._float.tensor
 
     def restore(self, state: Any) -> None:
-        codes, qparams, bias = state
+        codes, qparams, bias, float_weight = state
         if self._codes is not None:
             self._codes.tensor.copy_(codes)
+        if self._float is not None and self._float.tensor is not float_weight:
+            self._put_float(float_weight)
         if bias is not None:
             self._write_bias(bias)
         self._qparams.restore(qparams)
@@ -154,12 +175,8 @@ def multiplies(node: Node) -> bool:
     return any(len(user.args) > 1 and user.args[1] is node and _is_layer(user) for user in node.users)
 
 
-def bias_of(nodes: Sequence[Node], once: Container[str]) -> str | None:
-    """Path of the bias of the layer whose weight these dequantize nodes give; None where it has none, or shares it.
-
-    Args:
-        once: the tensors that one node alone reads, see `cptv_ao.fx.readers.read_once`.
-    """
+def _bias_of(nodes: Sequence[Node], once: Container[str]) -> str | None:
+    """Path of the bias of the layer whose weight these dequantize nodes give; None where it has none, or shares it."""
     users = [user for node in nodes for user in node.users]
     if len(users) != 1 or not _is_layer(users[0]) or users[0].kwargs or not multiplies(nodes[0]):
         return None

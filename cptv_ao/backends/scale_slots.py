@@ -121,6 +121,11 @@ class WeightSlot(ABC):
     def write_weight(self, codes: Tensor, site: ScaleSite, qparams: QParams, bias: Tensor | None = None) -> None:
         """Write codes and their scales; without a bias the one that is there stays."""
 
+    def hold(self, codes: Tensor) -> bool:
+        """Let the float weight that the graph rounds itself be one that gives these codes at the scales that are there
+        now; whether it could: not where something else computes with that weight, too."""
+        return False
+
     def bias(self) -> Tensor | None:
         """What is added to the products, in float (C,), where the bias is written with the weight; None else."""
         return None

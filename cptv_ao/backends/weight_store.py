@@ -103,6 +103,14 @@ class WeightStore:
         """Write these codes, which are not rounded, with their scales; a bias if given."""
         self._slots[name].write_weight(codes, self._sites[name], qparams, bias)
 
+    def hold(self, name: str, codes: Tensor) -> bool:
+        """As `WeightSlot.hold`."""
+        slot = self._slots[name]
+        held = slot.hold(codes)
+        if slot.float_weight is not None:
+            self.set_float(name, slot.float_weight)
+        return held
+
     def set_float(self, name: str, weight: Tensor) -> None:
         """Give the float weight from which codes are re-rounded.
 

@@ -32,6 +32,11 @@ def own_path(value: Any, once: Container[str]) -> str | None:
     return str(value.target) if str(value.target) in once else None
 
 
+def users_of(node: Node) -> list[Node]:
+    """The nodes that read a value, in graph order: the order that a node has them in is another one in a copy."""
+    return sorted(node.users)
+
+
 def reads(user: Node) -> bool:
     """Whether a node reads the numbers of its first input, not just its shape."""
     if user.target is getattr:

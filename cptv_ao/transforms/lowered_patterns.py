@@ -20,7 +20,7 @@ from torch.nn import functional
 from cptv_ao.backends.backend import Backend
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.quantized_ops import SUMS, of_node
-from cptv_ao.fx.readers import reads
+from cptv_ao.fx.readers import reads, users_of
 from cptv_ao.transforms.lone_sites import LoneSites
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -160,7 +160,7 @@ class Patterns:
         if output is None or norm is None:
             return None
         tensors, shape = norm
-        users = [user for user in node.users if reads(user)]
+        users = [user for user in users_of(node) if reads(user)]
         readers = [self._lone.weights[user.name] for user in users if user.name in self._lone.weights]
         layers = [of_node(user, self._lone.modules) for user in users]
         linear = all(layer is not None and layer.product == "linear" for layer in layers)

@@ -21,7 +21,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.decomposed_ops import packet_of
-from cptv_ao.fx.readers import own_path, read_once, reads
+from cptv_ao.fx.readers import own_path, read_once, reads, users_of
 
 _aten = torch.ops.aten
 # Ops that move values of channels about, or pick some.
@@ -91,11 +91,11 @@ class SharedInputs:
         return [found for node in self._model.graph.nodes if (found := self._shared(node)) is not None]
 
     def _shared(self, value: Node) -> SharedInput | None:
-        users = [user for user in value.users if reads(user)]
+        users = [user for user in users_of(value) if reads(user)]
         names = [self._quantized[user.name] for user in users if user.name in self._quantized]
         if not names or len(names) < len(users) or not self._alone(names):
             return None
-        readers = [self._reader(layer, back) for user in users for back in user.users for layer in back.users]
+        readers = [self._reader(layer, back) for user in users for back in users_of(user) for layer in users_of(back)]
         read = [reader for reader in readers if reader is not None]
         source = self._source(value)
         if source is None or not read or len(read) < len(readers):
