@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.finite import check_finite
 from cptv_ao.backends.float_weights import weight_ranges
+from cptv_ao.backends.forms import form_of
 from cptv_ao.backends.reference import fix_shared, is_reference, lower, write_back
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.contexts import without_torch_floods
@@ -87,8 +88,14 @@ def open_backend(model: GraphModule, float_model: nn.Module | None, config: Refi
         ranges = weight_ranges(model) | ranges
         model = lower(model)
     if config.weight_range is not None:
-        names = [site.name for site in find_sites(model).values() if site.kind == "weight"]
-        ranges = dict.fromkeys(names, config.weight_range)
+        weights = [site for site in find_sites(model).values() if site.kind == "weight"]
+        ranges = dict.fromkeys([site.name for site in weights], config.weight_range)
+        own = {(site.qmin, site.qmax) for site in weights if not site.fixed}
+        if form_of(model).enforces_ranges and own - {config.weight_range}:
+            raise ValueError(
+                f"RefineConfig.weight_range: a PT2E graph enforces the code ranges of its own nodes, {sorted(own)}, "
+                f"got {config.weight_range}: leave it out, and quantize with observers of that range"
+            )
     backend = Backend(model, ranges)
     if reference:
         fix_shared(backend, given)

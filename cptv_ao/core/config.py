@@ -68,7 +68,7 @@ class RefineConfig:
         blocks: replaces the policy that puts sites into blocks; see `cptv_ao.blocks_by_path`.
         block_order: `forward`, or `backward` as published.
         weight_range: nominal `(qmin, qmax)` of all weight codes, e.g. `(-4, 3)`; by default from the qconfigs of
-            `float_model`, else inferred from the codes.
+            `float_model`, else inferred from the codes. A PT2E graph has its own, and no others.
         holdout: fraction of the batches that only accept or reject the result; 0 accepts on the search images.
         output: what the loss compares: the name of an output, several, or a function that picks from what the model
             returns, a tensor or any nesting of them; by default every floating tensor that has rows for the images.

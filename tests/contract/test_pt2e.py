@@ -20,6 +20,7 @@ from helpers.cases import Case
 from helpers.pt2e import BATCHES, Residual, converted, per_tensor, refine, torchao, x86, xnnpack
 from helpers.quick import some
 from helpers.search import small_config
+from helpers.state import everything
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
@@ -326,3 +327,92 @@ def test_activations_below_8_bits_are_real(vit: nn.Module, digits: workloads.Ima
 def test_the_package_is_imported_where_torch_ao_is_absent() -> None:
     absent = "import sys; sys.modules['torch.ao.quantization.fx'] = None"
     subprocess.run([sys.executable, "-c", f"{absent}; import cptv_ao; cptv_ao.RefineConfig()"], check=True)
+
+
+class Branches(nn.Module):
+    """Convolutions with nothing but a weight, and a value that two layers read, the later one in the code first."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
+        self.first, self.second = kind(3, 8, 1, bias=False), kind(8, 8, 3, bias=False)
+        self.norm, self.a, self.b, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.norm.weight[3] = 40
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.second(self.first(x).relu()).flatten(2).mean(2))
+        late = self.b(x)
+        return {"logits": self.head((self.a(x) + late).relu())}
+
+
+def branches(rank: int, fold: bool = True) -> tuple[nn.Module, list[Tensor], GraphModule]:
+    float_model = nets.seeded(lambda: Branches(rank), random_norms=False)
+    batches = [nets.images(6, 3, *[6] * rank, seed=seed) for seed in range(4)]
+    return float_model, batches, converted(float_model, x86(), fold, batches)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_with_nothing_but_a_weight(rank: int) -> None:
+    float_model, batches, graph = branches(rank)
+    assert torch.equal(Twin(Backend(graph))(batches[0])["logits"], output(graph, batches[0]))
+    config = small_config(population=("curvature",), gradient_steps=8)
+    cptv_ao.refine(graph, batches, float_model=float_model, config=config, progress=False)
+    report = cptv_ao.report(graph)
+    assert report.stages and not any("no proposals" in note for note in report.notes)
+    assert report.after.search <= report.before.search
+
+
+def test_a_copy_has_the_same_names() -> None:
+    """Though its nodes hold their readers in another order."""
+    float_model, batches, graph = branches(2)
+    wanted = list(cptv_ao.find_sites(graph))
+    assert wanted == list(cptv_ao.find_sites(copy.deepcopy(graph)))
+    again = torch.export.export(graph, (batches[0],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=1024)},))
+    assert wanted == list(cptv_ao.find_sites(again.module()))
+    (name,) = [name for name in wanted if name in {"a.input", "b.input"}]
+    config = small_config(include=(name,), population=("curvature",))
+    for inplace in (True, False):
+        cptv_ao.refine(graph, batches, float_model=float_model, config=config, progress=False, inplace=inplace)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_scales_of_a_folded_graph_and_of_one_that_is_not(fold: bool, tmp_path: Path) -> None:
+    """Codes, too, where the graph rounds a float weight: equal forms and learned roundings are nowhere else."""
+    float_model, batches, graph = branches(2, fold)
+    other = branches(2, not fold)[2]
+    given = dict(other.named_parameters())
+    values = {name: value.detach().clone() for name, value in given.items()}
+    config = small_config(gradient_steps=30, holdout=0)
+    refined = cptv_ao.refine(graph, batches, float_model=float_model, config=config, progress=False, inplace=False)
+    assert cptv_ao.report(refined).moves
+    cptv_ao.save_scales(refined, tmp_path / "scales")
+    cptv_ao.load_scales(other, tmp_path / "scales")
+    assert torch.equal(output(other, batches[0]), output(refined, batches[0]))
+    assert all(torch.equal(given[name], value) for name, value in values.items()), "of the float model, perhaps"
+
+
+def test_a_weight_that_something_else_reads_takes_no_codes(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(self.first(x).relu()) + self.head.weight.sum(0)}
+
+    float_model, batches = nets.seeded(Tied), [nets.images(6, 6, seed=seed) for seed in range(4)]
+    folded, graph = (converted(float_model, x86(), fold, batches) for fold in (True, False))
+    backend, before = Backend(folded), everything(graph)
+    codes = backend.weight("head.weight").int_repr()
+    backend.write_exactly("head.weight", backend.read("head.weight"), codes.clamp(-100, 100))
+    cptv_ao.save_scales(folded, tmp_path / "scales")
+    with pytest.raises(cptv_ao.UnsupportedModelError, match=r"head.weight: .*; convert with fold_quantize=True"):
+        cptv_ao.load_scales(graph, tmp_path / "scales")
+    assert everything(graph) == before
+
+
+def test_code_ranges_are_those_of_the_graph(folded: GraphModule, float_model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"enforces the code ranges of its own nodes, \[\(-128, 127\)\]"):
+        refine(folded, float_model, weight_range=(-8, 7))
+    refine(folded, float_model, weight_range=(-128, 127))
