@@ -122,11 +122,15 @@ def is_constant(packing: PackedOutputs, index: int, targets: Sequence[Tensor]) -
         index: of the output.
         targets: packed, by batch.
     """
+    columns = [packing.columns(packed)[index] for packed in targets]
+    return all_alike([packed[:, own.start : own.stop] for packed, own in zip(targets, columns, strict=True)])
+
+
+def all_alike(outputs: Sequence[Tensor]) -> bool:
+    """Whether rows (N, C) are the same in all batches; those of another length are compared with one another."""
     first: dict[int, Tensor] = {}
-    for packed in targets:
-        columns = packing.columns(packed)[index]
-        own = packed[:, columns.start : columns.stop]
-        wanted = first.setdefault(packed.shape[1], own[:1])
+    for own in outputs:
+        wanted = first.setdefault(own.shape[1], own[:1])
         if bool((own - wanted).abs().amax() > _SAME * wanted.abs().amax()):
             return False
     return True

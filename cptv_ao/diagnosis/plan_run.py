@@ -27,6 +27,7 @@ from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
+from cptv_ao.evaluation.teacher_notes import teacher_notes
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 # Images that are read, and those on which the twin is measured at least.
@@ -59,6 +60,7 @@ def planned(
         config, told = settled_outputs(
             backend.model, teacher, images, replace(config, gradient_steps=0), turns=partial(turns, backend)
         )
+        notes += teacher_notes(backend, sources, teacher, images, config, stacklevel=3)
     loss = SplitEvaluators(backend.model, Calibration(config, images)).search.score()
     simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
     notes += told

@@ -30,6 +30,7 @@ from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
+from cptv_ao.evaluation.teacher_notes import teacher_notes
 from cptv_ao.simulation.kernel_agreement import broken_kernels, disagreeing
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.transforms.equalize import foldable, rotatable, smoothable
@@ -65,6 +66,7 @@ def _diagnosis(
         config, told = settled_outputs(
             backend.model, teacher, images, replace(config, gradient_steps=0), turns=partial(turns, backend)
         )
+        notes += teacher_notes(backend, sources, teacher, images, config, stacklevel=3)
         kernels = SplitEvaluators(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)

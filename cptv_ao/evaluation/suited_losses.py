@@ -48,7 +48,7 @@ def settled_outputs(
         The config with that loss, and what is to be said of it.
 
     Raises:
-        UnsupportedModelError: no output varies.
+        UnsupportedModelError: no output of several varies.
         ValueError: the loss that was asked for cannot see an output.
     """
     packing = config.output

@@ -20,6 +20,7 @@ from cptv_ao.evaluation.cost import Seconds, affordable, cost_of
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.suited_losses import compares_classes, settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float, fakes_quantization, taught, teacher_on
+from cptv_ao.evaluation.teacher_notes import teacher_notes
 
 
 def calibrated(
@@ -49,6 +50,7 @@ def calibrated(
         check_negatives(config, (*split.search, *split.holdout))
         images, held_out = (Images.of(part, teacher, config, world) for part in (split.search, split.holdout))
         config, said = settled_outputs(backend.model, teacher, images, config, world, turning)
+        notes += teacher_notes(backend, sources, teacher, images, config, stacklevel=4)
     notes += said + told
     if fakes_quantization(teacher):
         notes.append("the teacher is float_model with its fake quantization, in use since it was trained with it (QAT)")
