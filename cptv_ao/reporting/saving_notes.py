@@ -10,6 +10,10 @@ from cptv_ao.backends.forms import form_of
 from cptv_ao.core.formatting import some
 from cptv_ao.fx.quantized_ops import is_quantized
 
+# How the names begin by which torch's `load_state_dict` knows the packed weights of functional ops again; those of ops
+# inside submodules begin with the path of these.
+_KNOWN = "_packed_weight"
+
 
 def saving_notes(model: GraphModule) -> list[str]:
     """What a report says of saving this model: nothing where all of torch's ways work.
@@ -50,7 +54,12 @@ def saving_notes(model: GraphModule) -> list[str]:
             f"of {some(strings, 1)}: torch.jit.trace needs none"
         )
     packed = [name for name, value in model.state_dict().items() if _is_packed_on_root(name, value)]
-    if packed:
+    if strangers := [name for name in packed if not name.startswith(_KNOWN)]:
+        notes.append(
+            f"saving: no model loads the state_dict, because of {some(strangers, 1)}, which torch does not know again: "
+            "save with torch.jit.trace, or the scales with save_scales / load_scales"
+        )
+    elif packed:
         notes.append(
             f"saving: torch.load of a file of the state_dict needs weights_only=False, because of {some(packed, 1)}; "
             "save_scales / load_scales need no pickle"
@@ -62,7 +71,7 @@ def _reduces(model: GraphModule) -> bool:
     """Whether torch can write down the code of a model; torch 2.13 cannot where an annotation is a string."""
     try:
         model.__reduce__()  # type: ignore[no-untyped-call]
-    except AttributeError:
+    except Exception:  # whatever torch, or a module of the user's own, raises
         return False
     return True
 
@@ -78,7 +87,7 @@ def _survives_pickle(module: nn.Module) -> bool:
     made = kind.__new__(kind)
     try:
         made.__setstate__(module.__getstate__())  # type: ignore[no-untyped-call]
-    except AttributeError:
+    except Exception:  # whatever torch, or a module of the user's own, raises (parametrized ones refuse)
         return False
     return "_modules" in vars(made)
 

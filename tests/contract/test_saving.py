@@ -241,3 +241,53 @@ def test_scales_of_another_dynamic_layer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(cptv_ao.ScalesFileError, match=r"another model: fc2\.weight has other scales there"):
         cptv_ao.load_scales(case.converted, tmp_path / "scales")
     assert weights(case.converted) == given
+
+
+class Inner(nn.Module):
+    """A functional op inside a module: torch gives its packed weight a name that it does not know again."""
+
+    class Functional(nn.Linear):
+        def forward(self, input):  # type: ignore[no-untyped-def]
+            return nn.functional.linear(input, self.weight, self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(6, 6), self.Functional(6, 4)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.inner(self.first(x).relu())
+
+
+class Parametrized(nn.Module):
+    """A convolution in float whose weight is computed: it refuses to be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def case_of(float_model: nn.Module, *shape: int) -> Case:
+    batches = list(nets.images(16, *shape).split(4))
+    return Case(float_model, *nets.quantize(float_model, batches, weight_bits=3), batches)
+
+
+def test_a_state_dict_that_no_model_loads_is_not_advised(tmp_path: Path) -> None:
+    case = case_of(nets.seeded(Inner), 6)
+    fresh = case.copy().converted
+    wanted = refined(case)
+    assert "no model loads the state_dict, because of inner_packed_weight_0" in notes(case.converted)
+    assert "weights_only" not in notes(case.converted)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        fresh.load_state_dict(case.converted.state_dict())
+    cptv_ao.save_scales(case.converted, tmp_path / "scales")
+    assert same_bits(cptv_ao.load_scales(fresh, tmp_path / "scales")(case.batches[0]), wanted)
+
+
+def test_no_module_that_refuses_to_be_pickled_loses_what_was_found() -> None:
+    case = case_of(nets.seeded(Parametrized), 3, 8, 8)
+    refined(case)
+    assert "torch.save(model) and pickle" in notes(case.converted)
