@@ -110,8 +110,11 @@ def hooked(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Run in eval mode; every module gets its own training flag back."""
-    flags = [(m, m.training) for model in models if model is not None for m in model.modules()]
+    """Run in eval mode; every module gets its own training flag back, and every buffer that a forward writes (one that
+    counts calls, say) the values that it had."""
+    modules = [module for model in models if model is not None for module in model.modules()]
+    flags = [(module, module.training) for module in modules]
+    buffers = {id(b): (b, b.detach().clone()) for module in modules for b in module.buffers(recurse=False)}
     try:
         for module, _ in flags:
             module.training = False
@@ -119,3 +122,7 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+        with torch.inference_mode(), torch.no_grad():
+            for buffer, before in buffers.values():
+                if buffer.shape == before.shape and not torch.equal(buffer, before):
+                    buffer.copy_(before)

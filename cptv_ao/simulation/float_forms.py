@@ -37,7 +37,8 @@ def float_form(module: nn.Module) -> nn.Module | None:
     make = by_type(module, _FORMS)
     if make is not None:
         try:
-            return make(module)
+            with torch.random.fork_rng(devices=[]):  # a layer draws its weights when it is made, which are replaced
+                return make(module)
         except RuntimeError:  # QNNPACK does not give weights of three dimensions back
             return None
     if (function := function_of(module)) is not None:

@@ -140,7 +140,7 @@ def refine(
         sources, given, searched = FloatSources.of(opened, float_model), opened.given, opened.backend.model
         listeners = (callback,) if callback is not None and world.rank == 0 else ()
         asked = _Asked(_allowed(config, opened), world, budget, listeners, progress and world.rank == 0, checkpoint)
-        with restored_on_error(given, opened.backend), eval_mode(searched, float_model):
+        with eval_mode(searched, float_model), restored_on_error(given, opened.backend):
             batches = read_batches(calib_loader, opened.backend.form.intake(searched))
             report = _refine(opened.backend, batches, sources, asked)
             if report.moves:

@@ -12,8 +12,12 @@ import torch
 from helpers import nets
 from helpers.forms import BATCHES, FORMS, Injected, exported, lowered, made, referred, refine
 from helpers.quick import each_value, some
+from helpers.search import small_config
 from helpers.state import everything, same_bits
 from torch import Tensor, nn
+from torch.ao.quantization import default_dynamic_qconfig
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
@@ -176,3 +180,54 @@ def test_scales_are_loaded_into_a_model_of_inference_mode_or_not_at_all(
     with torch.no_grad():
         assert torch.equal(fresh(BATCHES[0]), converted(BATCHES[0]))
     refine(fresh, model)
+
+
+class Counting(nn.Module):
+    """Counts how often it was run, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.add_(1)
+        return x
+
+
+def test_buffers_that_a_forward_writes_are_left_as_they_were() -> None:
+    float_model = nets.seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Counting(), nn.Linear(8, 4)))
+    batches, custom = list(nets.images(24, 6).split(6)), PrepareCustomConfig()
+    custom.set_non_traceable_module_classes([Counting])
+    with torch.no_grad():
+        prepared = prepare_fx(copy.deepcopy(float_model), nets.mapping(3), (batches[0],), custom)
+        for batch in batches:
+            prepared(batch)
+        model = convert_fx(prepared)
+    given = [(counter.runs, float(counter.runs)) for counter in (float_model[2], model.get_submodule("2"))]
+    config = small_config(evaluations=4, gradient_steps=4)
+    cptv_ao.refine(model, batches, float_model=float_model, config=config, progress=False)
+    assert cptv_ao.report(model).moves
+    cptv_ao.diagnose(model, batches, float_model=float_model, progress=False)
+    assert [float(runs) for runs, _ in given] == [before for _, before in given]
+    assert model.get_submodule("2").runs is given[1][0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm, self.head = nn.Linear(6, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, _ = self.lstm(self.first(x))
+        return self.head(found[:, -1])
+
+
+def test_layers_that_are_made_draw_nothing() -> None:
+    """Of a dynamic layer the twin makes one in float."""
+    float_model, batches = nets.seeded(Recurrent), list(nets.images(24, 5, 6).split(6))
+    mapping = nets.mapping().set_object_type(nn.LSTM, default_dynamic_qconfig)
+    _, model = nets.quantize(float_model, batches, mapping=mapping)
+    before = torch.get_rng_state()
+    cptv_ao.refine(model, batches, float_model=float_model, config=small_config(gradient_steps=4), progress=False)
+    cptv_ao.diagnose(model, batches, float_model=float_model, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
