@@ -82,7 +82,9 @@ def _beside_largest(part: Tensor) -> Tensor:
 
 def _largest(reader: ReaderColumns, channels: int) -> Tensor:
     """Largest weight of each channel (C,), beside the largest of all."""
-    found = torch.zeros(channels).scatter_reduce(0, reader.channel.flatten(), reader.largest.flatten(), "amax")
+    found = reader.largest.new_zeros(channels).scatter_reduce(
+        0, reader.channel.flatten(), reader.largest.flatten(), "amax"
+    )
     return found / found.max().clamp_min(torch.finfo(found.dtype).tiny)
 
 

@@ -310,3 +310,19 @@ def test_a_form_of_a_corrected_model_keeps_what_was_added(unfused: Case) -> None
     backend.restore_all(state)
     assert torch.equal(unfused.converted(image), before)
     assert all(backend.read(name).correction is not None for name in corrected)
+
+
+def test_another_default_dtype_changes_nothing(unfused: Case) -> None:
+    """Of the user's process; what is made here has a dtype of its own."""
+    other = unfused.copy()
+    config = replace(CONFIG, population=("ranges", "curvature", "biases"))
+    outputs = []
+    for case, dtype in ((unfused, torch.float32), (other, torch.float64)):
+        torch.set_default_dtype(dtype)
+        try:
+            cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        outputs.append(case.converted(case.batches[0]))
+    assert cptv_ao.report(unfused.converted).moves
+    assert torch.equal(*outputs)
