@@ -69,7 +69,7 @@ def lower(model: GraphModule, qconfig_map: Mapping[str, Any] | None = None) -> G
             A reference model does not remember them.
 
     Raises:
-        UnsupportedModelError: this is not a reference model.
+        UnsupportedModelError: this is not a reference model, or one that torch cannot lower.
     """
     if not is_reference(model):
         raise UnsupportedModelError(
@@ -78,7 +78,13 @@ def lower(model: GraphModule, qconfig_map: Mapping[str, Any] | None = None) -> G
     lowering = _lowering()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao warns of its own deprecation
-        lowered = lowering(copy.deepcopy(model), dict(qconfig_map or {}), _scopes(model))
+        try:
+            lowered = lowering(copy.deepcopy(model), dict(qconfig_map or {}), _scopes(model))
+        except Exception as error:  # whatever torch raises about an op that it has no kernel for, or cannot tell
+            raise UnsupportedModelError(
+                f"torch cannot lower this reference model ({type(error).__name__}: {error}): leave that op in float "
+                "(its qconfig None), or convert with convert_fx"
+            ) from error
     lowered.meta.update(model.meta)
     return lowered
 

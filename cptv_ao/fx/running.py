@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -110,9 +110,20 @@ def _hint(model: Callable[..., Any], batch: Batch) -> str:
     if _takes(model, batch, lambda tensor: tensor.unsqueeze(0)):
         return "; it takes them with a dimension more: give batches (N, ...), of one image.unsqueeze(0)"
     kind = next((tensor.dtype for tensor in tensors if tensor.dtype != torch.float32 and not tensor.is_complex()), None)
+    if other := _dtype_beside(model, tensors):
+        return f"; its parameters are {other}, the images are not: give a model and images of the same dtype"
     if kind is not None and _takes(model, batch, Tensor.float):
         return f"; it takes them as torch.float32, got {kind}: give them as the model is given them when it is used"
     return ""
+
+
+def _dtype_beside(model: Callable[..., Any], tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The one floating dtype of a model's parameters, where no image has it; None where it has several, or none."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    (kind,) = kinds if len(kinds) == 1 else (None,)
+    floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return kind if kind != torch.float32 and floating and kind not in floating else None
 
 
 def _takes(model: Callable[..., Any], batch: Batch, change: Callable[[Tensor], Tensor]) -> bool:

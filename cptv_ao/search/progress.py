@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from cptv_ao.core.config import RefineConfig
 from cptv_ao.core.events import Event
 from cptv_ao.core.formatting import number
@@ -60,7 +62,7 @@ class SearchProgress:
             return []
         return [
             f"max_seconds={limit:g} is too short for this model on this machine: the first scales are tried after "
-            f"about {due:.0f} s; {_WORTH * due:.0f} s are worth it"
+            f"about {math.ceil(due)} s; {math.ceil(_WORTH * due)} s are worth it"
         ]
 
     def priced(self, calibration: Calibration, verdict: Verdict) -> str:

@@ -162,7 +162,8 @@ class SimulationTarget(KernelTarget):
             told += "; not kept, for no time was left to judge it"
         else:
             told += f"; rejected: on the kernels it went from {_change(before, after)}"
-            told += "; the default score_on='kernels' searches there"
+            if not self._backend.form.simulates_itself:
+                told += "; the default score_on='kernels' searches there"
         return replace(found, status=Status.REJECTED, before=before, after=before, moves=(), notes=(*found.notes, told))
 
 

@@ -13,6 +13,7 @@ from helpers.search import small_config
 from helpers.state import everything
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
@@ -367,6 +368,7 @@ def test_a_float_model_that_is_no_module(conv: Case, value: Any) -> None:
     check(TypeError, match, conv.converted, conv.batches, float_model=value)
 
 
+@pytest.mark.filterwarnings("ignore:the float network's output is the same for all")
 def test_a_zero_weight_fits_only_a_zero_weight(conv: Case) -> None:
     float_model = differing(conv, lambda m: m.fc2.weight.zero_())
     _, model = nets.quantize(float_model, conv.batches, weight_bits=3)
@@ -380,3 +382,20 @@ def test_a_zero_weight_fits_only_a_zero_weight(conv: Case) -> None:
 def test_a_config_of_another_type(conv: Case) -> None:
     match = "config: expected a RefineConfig, got dict"
     check(TypeError, match, conv.converted, conv.batches, float_model=conv.float_model, config={"passes": 1})
+
+
+def test_a_float_model_of_another_dtype(conv: Case) -> None:
+    other = copy.deepcopy(conv.float_model).double()
+    match = "its parameters are torch.float64, the images are not"
+    check(cptv_ao.CptvError, match, conv.converted, conv.batches, float_model=other)
+
+
+def test_a_reference_model_that_torch_cannot_lower() -> None:
+    float_model = nets.seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.PReLU(), nn.Linear(6, 4)))
+    batches = list(nets.images(16, 6).split(4))
+    with torch.no_grad():
+        prepared = prepare_fx(float_model, nets.mapping(), (batches[0],))
+        for batch in batches:
+            prepared(batch)
+        reference = convert_to_reference_fx(prepared)
+    check(cptv_ao.UnsupportedModelError, "torch cannot lower this reference model", reference, batches)
