@@ -70,7 +70,7 @@ class Pt2eWeightSlot(WeightSlot):
         self._codes = TensorSlot.of(model, str(source.target)) if quantize is None else None
         self.float_weight = _value(model, quantize.args[0]) if quantize is not None else None
         own = own_path(quantize.args[0], once) if quantize is not None else None
-        self._float = None if own is None else TensorSlot.of(model, own)
+        self.float_at = None if own is None else TensorSlot.of(model, own)
         self.of_layer = any(multiplies(user) for user in nodes)
         self.axis: int | None = None
         if calls_default(node, "dequantize_per_channel"):
@@ -113,9 +113,9 @@ class Pt2eWeightSlot(WeightSlot):
         self._qparams.write(qparams)
 
     def hold(self, codes: Tensor) -> bool:
-        if self._float is None:
+        if self.float_at is None:
             return False
-        weight, qparams = self._float.tensor.detach(), self.read()
+        weight, qparams = self.float_at.tensor.detach(), self.read()
         scale, zero_point = (along_axis(part, self.axis, weight.dim()) for part in (qparams.scale, qparams.zero_point))
         values = ((codes - zero_point) * scale).to(weight)
         self._put_float(torch.where(self._rounded(qparams) == codes, weight, values))
@@ -131,19 +131,19 @@ class Pt2eWeightSlot(WeightSlot):
 
     def _put_float(self, weight: Tensor) -> None:
         """Another one in its place, for the float model may hold the one that is there."""
-        assert self._float is not None
-        self._float.put(weight)
-        self.float_weight = self._float.tensor.detach()
+        assert self.float_at is not None
+        self.float_at.put(weight)
+        self.float_weight = self.float_at.tensor.detach()
 
     def state(self) -> Any:
         codes = None if self._codes is None else self._codes.tensor.clone()
-        return codes, self._qparams.state(), self.bias(), None if self._float is None else self._float.tensor
+        return codes, self._qparams.state(), self.bias(), None if self.float_at is None else self.float_at.tensor
 
     def restore(self, state: Any) -> None:
         codes, qparams, bias, float_weight = state
         if self._codes is not None:
             self._codes.tensor.copy_(codes)
-        if self._float is not None and self._float.tensor is not float_weight:
+        if self.float_at is not None and self.float_at.tensor is not float_weight:
             self._put_float(float_weight)
         if bias is not None:
             self._write_bias(bias)

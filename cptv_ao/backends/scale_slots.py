@@ -88,6 +88,7 @@ class WeightSlot(ABC):
     Attributes:
         tensors: the slots of the tensors that it writes into.
         float_weight: the float weight, where the graph itself holds one and rounds it each time; None else.
+        float_at: where that is held, if nothing else computes with it, or moves it before it is rounded.
         packs_bias: whether the layer has a bias of its own, or takes one, that is written with the weight.
         pads: whether it is of a convolution that pads its input.
         is_right: whether the kernel computes with this weight, not with another one.
@@ -96,6 +97,7 @@ class WeightSlot(ABC):
 
     tensors: tuple[TensorSlot, ...] = ()
     float_weight: Tensor | None = None
+    float_at: TensorSlot | None = None
     packs_bias = False
     pads = False
     is_right = True
@@ -123,7 +125,7 @@ class WeightSlot(ABC):
 
     def hold(self, codes: Tensor) -> bool:
         """Let the float weight that the graph rounds itself be one that gives these codes at the scales that are there
-        now; whether it could: not where something else computes with that weight, too."""
+        now; whether it could: not without a `float_at`."""
         return False
 
     def bias(self) -> Tensor | None:

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor, uint8
+from torch import Tensor
+
+from cptv_ao.core.tensors import raw
 
 _INSTALLED = tuple(str(Path(sysconfig.get_path(kind)).resolve()) for kind in ("stdlib", "purelib", "platlib"))
 _STORES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
@@ -127,7 +129,7 @@ class Identity:
     def _tensor(self, value: Tensor) -> bytes:
         try:
             plain = value.detach().dequantize() if value.is_quantized else value.detach().to_dense()
-            content = plain.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes()
+            content = raw(plain.resolve_conj().resolve_neg()).tobytes()
         except (RuntimeError, TypeError, NotImplementedError):  # without content, or of another kind
             return self._by_type(value)
         return _digest("tensor", str(value.dtype), str(tuple(value.shape)), content)

@@ -76,3 +76,8 @@ def moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Mapping):
         return {key: moved(item, device) for key, item in value.items()}
     return type(value)(moved(item, device) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def raw(tensor: Tensor) -> Any:
+    """The bytes of a dense tensor on any device, as a buffer."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

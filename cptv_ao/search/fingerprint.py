@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
@@ -15,6 +14,7 @@ from cptv_ao.core.blocks import find_blocks
 from cptv_ao.core.config import RefineConfig, name_of
 from cptv_ao.core.identity import Identity
 from cptv_ao.core.nested import leaves
+from cptv_ao.core.tensors import raw
 
 # Settings that say when to stop, or where things are held: a search may go on with others.
 _FREE = {"max_seconds", "max_evaluations", "cache_bytes", "accept_on", "distributed"}
@@ -85,4 +85,4 @@ def _of_data(batches: Iterable[Batch]) -> str:
 
 def _add(digest: Any, *tensors: Tensor) -> None:
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(raw(tensor))

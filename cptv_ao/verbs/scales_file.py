@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,14 @@ from torch.fx import GraphModule
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.rollback import restored_on_error
+from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.atomic_file import target_of
 from cptv_ao.core.contexts import without_torch_floods
 from cptv_ao.core.errors import ScalesFileError
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.tensor_file import read_file, write_file
+from cptv_ao.core.tensors import raw
 from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.equalize import replaceable
 
@@ -34,7 +37,7 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
         model: what `convert_fx` or `convert_pt2e` returned, refined or not.
         path: of a `.safetensors` file. Per site: scale (float64) and zero_point (int64) of its shape, and of a weight
             its codes (int8; of a constant also uint8); what a refine may have replaced of norms and biases, and what it
-            has added to these; the site table as JSON among the metadata.
+            has added to these; the site table, and digests of all other parameters, as JSON among the metadata.
 
     Raises:
         UnsupportedModelError: the model is not quantized.
@@ -55,28 +58,31 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
             if (correction := backend.weights.biases.correction(name)) is not None:
                 tensors[f"{name}.given"] = _or_empty(backend.weights.biases.given(name))
                 tensors[f"{name}.correction"] = correction.clone()
-    write_file(path, tensors, {"sites": [_described(site) for site in backend.sites.values()]})
+    sites = [_described(site) for site in backend.sites.values()]
+    write_file(path, tensors, {"sites": sites, "parameters": _parameters(backend)})
 
 
 def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule:
     """Put the scales of a file into a quantized model, in place; returns the model.
 
-    Its outputs are then those of the model that was saved, bit for bit, if the rest of the two is equal. No float
-    model is needed: the weight codes are in the file.
+    Its outputs are then those of the model that was saved, bit for bit: what the file does not hold must be equal in
+    both. No float model is needed: the weight codes are in the file.
 
     Args:
         model: another conversion of the model that was saved.
         path: what `save_scales` wrote.
 
     Raises:
-        ScalesFileError: the file is damaged (by one bit, too), of another kind, or of a model with other sites (the
-            first difference is named); the model is untouched.
+        ScalesFileError: the file is damaged (by one bit, too), of another kind, or of a model with other sites or
+            parameters (the first difference is named); the model is untouched.
+        UnsupportedModelError: see `Backend.write_exactly`; the model is untouched.
         InvalidScaleError: a scale of the file is not finite or not > 0; the model is untouched.
     """
     tensors, data = read_file(path)
     with without_torch_floods():
         backend = Backend(model)
         _same_sites(path, backend, data.get("sites"))
+        _same_parameters(path, _parameters(backend), data.get("parameters"))
         values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
         held = replaceable(backend)
         beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
@@ -109,6 +115,27 @@ def _same_sites(path: Any, backend: Backend, saved: Any) -> None:
             raise ScalesFileError(f"{path} is of another model: site {index} is {theirs} there and {mine} here")
     if len(own) != len(saved):
         raise ScalesFileError(f"{path} is of another model: it has {len(saved)} sites, this one {len(own)}")
+
+
+def _parameters(backend: Backend) -> dict[str, str]:
+    """Digests of the float parameters that no such file holds, by path: norms, and layers that are not quantized."""
+    slots = [
+        backend.weights.slot(site.name).float_at for site in backend.sites.values() if site.name in backend.weights
+    ]
+    held = {*backend.tensors, *slots}
+    beside = replaceable(backend)
+    found = dict[str, str]()
+    for path, value in backend.model.named_parameters(remove_duplicate=False):
+        if value.is_floating_point() and path not in beside and TensorSlot.of(backend.model, path) not in held:
+            found[path] = hashlib.sha256(raw(value)).hexdigest()[:16]
+    return found
+
+
+def _same_parameters(path: Any, own: Mapping[str, str], saved: Any) -> None:
+    """Of those that both have: a graph that is not folded has more."""
+    for name, digest in saved.items() if isinstance(saved, dict) else ():
+        if own.get(name, digest) != digest:
+            raise ScalesFileError(f"{path} is of another model: {name} holds other numbers there")
 
 
 def _value(

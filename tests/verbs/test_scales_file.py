@@ -13,9 +13,10 @@ from helpers import nets
 from helpers.cases import Case
 from helpers.damage import changed, check_damaged, flipped
 from helpers.search import small_config
-from helpers.state import weights
+from helpers.state import everything, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.core.tensor_file import read_file
@@ -53,6 +54,23 @@ def test_another_model_is_refused(conv: Case, functional: Case, tmp_path: Path) 
     with pytest.raises(cptv_ao.ScalesFileError, match=r"conv is of another model: site 0 is .*'name': .* there and"):
         cptv_ao.load_scales(functional.converted, tmp_path / "conv")
     assert torch.equal(functional.converted(functional.batches[0]), given)
+
+
+def test_the_same_network_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    """Codes and biases come with the file; what was left in float does not."""
+
+    def converted(seed: int) -> GraphModule:
+        float_model = nets.seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)), seed)
+        mapping = nets.mapping().set_module_name("1", None)
+        return nets.quantize(float_model, [nets.images(16, 6)], mapping=mapping)[1]
+
+    one, again, other = converted(0), converted(0), converted(1)
+    cptv_ao.save_scales(one, tmp_path / "scales")
+    cptv_ao.load_scales(again, tmp_path / "scales")
+    before = everything(other)
+    with pytest.raises(cptv_ao.ScalesFileError, match=r"of another model: 1.weight holds other numbers there"):
+        cptv_ao.load_scales(other, tmp_path / "scales")
+    assert everything(other) == before
 
 
 def test_a_shorter_model_is_refused(tmp_path: Path) -> None:
