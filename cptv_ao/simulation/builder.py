@@ -33,6 +33,7 @@ class Builder(ABC):
         self._sites = SiteModules(backend)
         self.nodes: dict[str, Node] = {}
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
+        self._instead: dict[str, Tensor] = {}  # of tensors that are others in the twin, by path
         self._made: dict[str, Node] = {}  # what first gave a value that was written into later
 
     def build(self) -> GraphModule:
@@ -45,7 +46,7 @@ class Builder(ABC):
         self._graph.eliminate_dead_code(is_impure_node=self._is_needed)
         for node in self._graph.nodes:
             if node.op == "get_attr":
-                value = fetch(self._model, str(node.target))
+                value = self._instead.get(str(node.target), fetch(self._model, str(node.target)))
                 # A packed weight is only given to a kernel, and not each can be copied.
                 packed = isinstance(value, torch.ScriptObject)
                 _assign(root, str(node.target), value if packed else copy.deepcopy(value))

@@ -141,6 +141,9 @@ class Pt2eBuilder(Builder):
         elif product is not None:
             value, weight, *rest = node.args
             site = self._weight_of[cast(Node, weight).name]
+            biases = self._backend.weights.biases
+            if (given := biases.given(site)) is not None and biases.correction(site) is not None:
+                self._instead[str(cast(Node, rest[0]).target)] = given  # the layer adds the correction to it
             self._call(node, FloatLayer(self._sites.weight(site), product), (value, *rest[:1]))
         else:
             self._float_function(node)

@@ -21,7 +21,7 @@ from cptv_ao.backends.rollback import restored_on_error
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import rescaled
 from cptv_ao.search.proposals.bias_correction import corrections
-from cptv_ao.simulation.twin import Twin
+from cptv_ao.simulation.twin import Twin, unquantized
 
 pt2e.torchao()
 IMAGES = torch.cat(pt2e.BATCHES).abs()  # of which roundings of weights move the means
@@ -124,3 +124,21 @@ def test_an_exception_leaves_nothing(float_model: nn.Module) -> None:
     with pytest.raises(KeyboardInterrupt):
         cptv_ao.refine(model, pt2e.BATCHES, float_model=float_model, config=config, callback=stop, progress=False)
     assert everything(model)["state_dict"] == before
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_what_was_corrected_before_is_added_once(fold: bool, tmp_path: Path) -> None:
+    """To the twin of a model that was refined, of a copy of it, and of one that got its scales from a file."""
+    float_model = nets.seeded(Layers)
+    model = coarse(float_model, fold)
+    fresh, images = copy.deepcopy(model), pt2e.BATCHES[0]
+    wanted = unquantized(Backend(fresh))(images)
+    assert any(move.corrected for move in refined(model, float_model, output=None).moves)
+    cptv_ao.save_scales(model, tmp_path / "scales")
+    for one in (model, copy.deepcopy(model), cptv_ao.load_scales(fresh, tmp_path / "scales")):
+        backend = Backend(one)
+        assert any(backend.read(name).correction is not None for name in backend.sites)
+        assert torch.equal(Twin(backend)(images), one(images))
+        cptv_ao.diagnose(one, pt2e.BATCHES, float_model=float_model, progress=False)  # without a warning
+    if not fold:  # the graph holds the float weights
+        assert torch.equal(unquantized(Backend(model))(images), wanted)
