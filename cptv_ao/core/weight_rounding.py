@@ -18,6 +18,8 @@ from cptv_ao.core.sites import ScaleSite
 
 # Half a step, plus what float32 rounding of w / s can add.
 HALF_STEP = 0.5 + 2e-3
+# How near a tie the steps of a weight are one, for float32 rounding of w / s decides there: a share of the steps.
+_TIE = 8 * torch.finfo(torch.float32).eps
 
 
 def along_axis(values: Tensor, axis: int | None, dims: int) -> Tensor:
@@ -65,10 +67,11 @@ def shift_of(weight: Tensor, codes: Tensor, qparams: QParams, site: ScaleSite) -
     """The least shift that rounds a float weight to codes that are at most a step away from it, or None where these
     are the nearest ones (ties may go either way). Codes that are clipped count as what they are clipped from."""
     zero_point = along_axis(qparams.zero_point, site.axis, weight.dim())
-    steps = weight_steps(weight, qparams.scale.to(torch.float32), site.axis) + zero_point
-    missing = codes.clamp(site.qmin, site.qmax) - steps.clamp(site.qmin, site.qmax)
-    if not bool((missing.abs() > HALF_STEP).any()):
+    steps = weight_steps(weight, qparams.scale.to(torch.float32), site.axis)
+    missing = codes.clamp(site.qmin, site.qmax) - (steps + zero_point).clamp(site.qmin, site.qmax)
+    beyond = missing.abs() - 0.5
+    wrong = beyond > _TIE * steps.abs().clamp_min_(1.0)
+    if not bool(wrong.any()):
         return None
-    beyond = (missing.abs() - 0.5).clamp_min_(0.0)
-    parts = torch.ceil(beyond * SHIFT_PARTS + (beyond > 0)).mul_(missing.sign())
+    parts = torch.ceil(beyond * SHIFT_PARTS + 1).mul_(missing.sign() * wrong)
     return parts.clamp_(-SHIFT_PARTS // 2, SHIFT_PARTS // 2).to(torch.int8)

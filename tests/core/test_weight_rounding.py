@@ -51,6 +51,16 @@ def test_a_shift_brings_back_any_codes_that_are_a_step_away(seed: int, zero_poin
     assert shift_of(weight, round_weight(weight, nearest, W3), nearest, W3) is None
 
 
+def test_codes_hardly_beyond_a_tie_are_kept_too() -> None:
+    """Or they would turn where the very scales are written again that they have."""
+    scales = QParams(torch.ones(2).double(), torch.zeros(2).long())
+    weight = torch.tensor([[-2.50127, 1.4999, 0.3], [2.499, -0.5001, 1.0]])
+    codes = torch.tensor([[-2, 2, 0], [3, 0, 1]], dtype=torch.int8)
+    shift = shift_of(weight, codes, scales, W3)
+    assert shift is not None and int(shift.abs().max()) < SHIFT_PARTS // 8
+    assert torch.equal(round_weight(weight, replace(scales, shift=shift), W3), codes)
+
+
 def test_codes_beyond_the_nominal_range_need_no_shift() -> None:
     """convert_fx gives +4 at W3, which is clamped to 3 when it is written."""
     weight = torch.tensor([[4.0, -4.0, 1.2], [0.4, 3.9, 0.0], [2.0, 1.0, -1.0]])
