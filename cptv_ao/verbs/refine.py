@@ -27,6 +27,7 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
 from cptv_ao.core.events import Callback
 from cptv_ao.core.formatting import some
+from cptv_ao.core.identity import Identity
 from cptv_ao.core.loader import read_batches
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
@@ -159,7 +160,7 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
     with progress_bar("refine", bar_total(config, blocks), asked.progress, unit) as bar:
         progress = SearchProgress(bar, budget)
         unknown = _attach_weights(backend, sources)
-        checkpoint = _checkpoint(backend, batches, asked)
+        checkpoint = _checkpoint(backend, batches, sources, asked)
         progress.stage("outputs of the float network")
         planned = None if checkpoint is None else checkpoint.image_seconds
         calibration, told = calibrated(backend, batches, sources, config, asked.world, planned)
@@ -243,7 +244,7 @@ def _attach_weights(backend: Backend, sources: FloatSources) -> list[str]:
     return []
 
 
-def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Checkpoint | None:
+def _checkpoint(backend: Backend, batches: Sequence[Batch], sources: FloatSources, asked: _Asked) -> Checkpoint | None:
     """Where the search is saved; the ranks of one search must all have been given the same."""
     path, world = asked.checkpoint, asked.world
     wanted = world.first(0.0 if path is None else 1.0)
@@ -252,6 +253,8 @@ def _checkpoint(backend: Backend, batches: Sequence[Batch], asked: _Asked) -> Ch
     prints = fingerprint(backend, asked.config, batches)
     for what, value in prints.parts.items():
         world.same(f"the {what}", json.dumps(value).encode())
+    if world.size > 1:
+        world.same("the float model", Identity().of(None if sources.teacher is None else sources.teacher.state_dict()))
     if not wanted:
         return None
     checkpoint = Checkpoint(path or "", prints.parts, world)

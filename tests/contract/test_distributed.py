@@ -281,7 +281,7 @@ def test_a_rank_that_is_gone_or_hangs_leaves_nobody_waiting(conv: Case, tmp_path
 
 @pytest.mark.parametrize(
     ("what", "changes"),
-    [("data", {"batches": []}), ("config", {"seed": 3}), ("model", {})],
+    [("data", {"batches": []}), ("config", {"seed": 3}), ("model", {}), ("float model", {})],
 )
 def test_ranks_that_were_given_different_things_are_told(
     conv: Case, tmp_path: Path, what: str, changes: dict[str, Any]
@@ -292,6 +292,8 @@ def test_ranks_that_were_given_different_things_are_told(
             mine["batches"] = conv.batches[::-1]
         if rank and what == "model":
             conv.converted.fc1.scale *= 2
+        if rank and what == "float model":  # of which codes say nothing
+            conv.float_model.get_parameter("fc2.bias").data += 1
         return refine(conv, **mine)
 
     found = together(2, work, tmp_path)
