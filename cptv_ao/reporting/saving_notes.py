@@ -36,10 +36,10 @@ def saving_notes(model: GraphModule) -> list[str]:
             f"saving: torch.save(model) and pickle write a file that torch cannot load, because of "
             f"{some(unpicklable, 1)}: save with torch.jit.trace, or the state_dict, or the scales with save_scales"
         )
-    elif not _reduces(model):
+    elif reason := _not_written(model):
         notes.append(
-            "saving: torch.save(model) and pickle do not work with this torch, because of annotations that are strings "
-            "(from __future__ import annotations): save with torch.jit.trace, or the state_dict, or save_scales"
+            f"saving: torch.save(model) and pickle do not work with this torch, because of {reason}: save with "
+            "torch.jit.trace, or the state_dict, or save_scales"
         )
     forgotten = [f"{path} ({type(m).__name__})" for path, m in modules.items() if _forgets_scale(m)]
     if forgotten:
@@ -67,13 +67,15 @@ def saving_notes(model: GraphModule) -> list[str]:
     return notes
 
 
-def _reduces(model: GraphModule) -> bool:
-    """Whether torch can write down the code of a model; torch 2.13 cannot where an annotation is a string."""
+def _not_written(model: GraphModule) -> str:
+    """Why torch cannot write down the code of a model; nothing where it can."""
     try:
         model.__reduce__()  # type: ignore[no-untyped-call]
-    except Exception:  # whatever torch, or a module of the user's own, raises
-        return False
-    return True
+    except AttributeError:  # of torch 2.13
+        return "annotations that are strings (from __future__ import annotations)"
+    except Exception as error:  # whatever a module of the user's own raises
+        return f"a {type(error).__name__} ({error})"
+    return ""
 
 
 def _survives_pickle(module: nn.Module) -> bool:
