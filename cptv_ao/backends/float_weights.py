@@ -123,8 +123,9 @@ class _Nearest:
 
 
 def _nearest(candidates: Iterable[Tensor], weight: Tensor, site: ScaleSite, before: _Nearest | None = None) -> _Nearest:
-    """The first that is within half a step of the codes, else the nearest; with columns as `cptv_ao.transforms` scales
-    them where none is within a whole step."""
+    """The first that is within half a step of the codes, else the first within a whole one (there, where a refine has
+    rounded up or down, one that is scaled a little may look nearer than the weight itself), else the nearest; with
+    columns as `cptv_ao.transforms` scales them where none is within a whole step."""
     steps, found, shapes = math.inf, weight, set(before.shapes if before else ())
     seen = list[Tensor]()  # one after another: the first is it, most often, and others are made for it
     for candidate in candidates:
@@ -234,9 +235,11 @@ def _scaled(weight: Tensor, quantized: Tensor, site: ScaleSite) -> Tensor:
 
 
 def _distance(weight: Tensor, quantized: Tensor, site: ScaleSite) -> float:
-    """How many steps a weight is from its codes, at most; the codes at the ends may stand for anything beyond."""
+    """How many steps a weight is from its codes, at most, rounded up to a half or a whole one; the codes at the ends
+    may stand for anything beyond."""
     off, clipped = _off(weight, quantized, site)
-    return float(off.masked_fill_(clipped, 0.0).max())
+    steps = float(off.masked_fill_(clipped, 0.0).max())
+    return next((bound for bound in (HALF_STEP, 2 * HALF_STEP) if steps <= bound), steps)
 
 
 def _off(weight: Tensor, quantized: Tensor, site: ScaleSite) -> tuple[Tensor, Tensor]:
