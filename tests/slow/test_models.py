@@ -127,7 +127,8 @@ def test_modules_that_are_called_twice() -> None:
     _, model = nets.quantize(float_model, batches, weight_bits=3)
     sites = cptv_ao.find_sites(model)
     assert [len(sites[f"{name}.weight"].nodes) for name in ("conv", "fc", "head")] == [2, 2, 1]
-    report = check(model, float_model, batches)
+    with pytest.warns(cptv_ao.CptvWarning, match="float_model computes something else"):
+        report = check(model, float_model, batches)  # torch has fused the ReLU between two calls into both of them
     assert {move.name for move in report.moves} >= {"conv.weight", "fc.weight"}
 
 
