@@ -14,7 +14,7 @@ from cptv_ao.backends.scale_slots import BufferScaleSlot, ScaleSlot, WeightSlot,
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.qparams import QParams
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.core.weight_rounding import along_axis, round_by_reciprocal
+from cptv_ao.core.weight_rounding import round_by_reciprocal, rounding_to
 from cptv_ao.fx.decomposed_ops import calls, calls_default
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import fetch
@@ -116,9 +116,8 @@ class Pt2eWeightSlot(WeightSlot):
         if self.float_at is None:
             return False
         weight, qparams = self.float_at.tensor.detach(), self.read()
-        scale, zero_point = (along_axis(part, self.axis, weight.dim()) for part in (qparams.scale, qparams.zero_point))
-        values = ((codes - zero_point) * scale).to(weight)
-        self._put_float(torch.where(self._rounded(qparams) == codes, weight, values))
+        rounded = self._rounded(qparams)
+        self._put_float(rounding_to(weight, rounded, codes, qparams.scale, qparams.zero_point, self.axis))
         return torch.equal(self._rounded(qparams), codes)
 
     def bias(self) -> Tensor | None:

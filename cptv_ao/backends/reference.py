@@ -25,7 +25,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.qparams import PER_CHANNEL
-from cptv_ao.core.weight_rounding import along_axis
+from cptv_ao.core.weight_rounding import rounding_to
 from cptv_ao.fx.quantized_ops import is_quantized, of_module
 
 _QUANTIZE = {torch.quantize_per_tensor, torch.quantize_per_channel}
@@ -164,9 +164,7 @@ def _settle(place: _Place, codes: Tensor) -> None:
         quantized = torch.quantize_per_tensor(weight, float(scale), int(zero_point), torch.qint8)
     else:
         quantized = torch.quantize_per_channel(weight, scale, zero_point, place.axis, torch.qint8)
-    scale, zero_point = (along_axis(part, place.axis, weight.dim()) for part in (scale, zero_point))
-    value = (codes.to(weight.dtype) - zero_point) * scale
-    _replace(held, torch.where(quantized.int_repr() == codes, weight, value.to(weight.dtype)))
+    _replace(held, rounding_to(weight, quantized.int_repr(), codes, scale, zero_point, place.axis))
 
 
 def _places_by_site(

@@ -55,6 +55,15 @@ def round_by_reciprocal(weight: Tensor, qparams: QParams, axis: int | None, limi
     return nearest_codes(steps, along_axis(qparams.zero_point, axis, dims), *limits)
 
 
+def rounding_to(
+    weight: Tensor, rounded: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
+) -> Tensor:
+    """A float weight that is rounded to these codes: itself where it is (`rounded`), the values of codes elsewhere."""
+    scale, zero_point = (along_axis(part, axis, weight.dim()) for part in (scale, zero_point))
+    values = (codes.to(weight.dtype) - zero_point) * scale
+    return torch.where(rounded == codes, weight, values.to(weight.dtype))
+
+
 def count_shifted(weight: Tensor, qparams: QParams, site: ScaleSite) -> int:
     """How many codes of a float weight are not the nearest."""
     if qparams.shift is None:

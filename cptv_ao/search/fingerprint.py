@@ -44,7 +44,7 @@ def _of_model(backend: Backend) -> str:
     digest = hashlib.sha256(backend.model.code.encode())
     for name, site in backend.sites.items():
         qparams = backend.read(name)
-        _add(digest, qparams.scale, qparams.zero_point, *(t for t in (qparams.correction,) if t is not None))
+        _add(digest, qparams.scale, qparams.zero_point, qparams.correction)
         if site.kind == "weight" and not site.fixed:
             _add(digest, backend.weight(name).int_repr())
     for name, weight in backend.float_weights.items():
@@ -83,6 +83,7 @@ def _of_data(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _add(digest: Any, *tensors: Tensor) -> None:
+def _add(digest: Any, *tensors: Tensor | None) -> None:
     for tensor in tensors:
-        digest.update(raw(tensor))
+        if tensor is not None:
+            digest.update(raw(tensor))

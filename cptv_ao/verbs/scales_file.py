@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -52,14 +52,15 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
             tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = qparams.scale, qparams.zero_point
             if site.kind == "weight" and not site.fixed:
                 tensors[f"{name}.codes"] = backend.weight(name).int_repr().contiguous()
-        tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in replaceable(backend)}
+        held = replaceable(backend)
+        tensors |= {_BESIDE + part: fetch(model, part).detach().float().clone() for part in held}
         for name in _biased(backend):
             tensors[f"{name}.bias"] = _or_empty(backend.weights.slot(name).bias())
             if (correction := backend.weights.biases.correction(name)) is not None:
                 tensors[f"{name}.given"] = _or_empty(backend.weights.biases.given(name))
                 tensors[f"{name}.correction"] = correction.clone()
     sites = [_described(site) for site in backend.sites.values()]
-    write_file(path, tensors, {"sites": sites, "parameters": _parameters(backend)})
+    write_file(path, tensors, {"sites": sites, "parameters": _parameters(backend, held)})
 
 
 def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule:
@@ -82,9 +83,9 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
     with without_torch_floods():
         backend = Backend(model)
         _same_sites(path, backend, data.get("sites"))
-        _same_parameters(path, _parameters(backend), data.get("parameters"))
-        values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
         held = replaceable(backend)
+        _same_parameters(path, _parameters(backend, held), data.get("parameters"))
+        values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
         beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
         given = {name: tensors[f"{name}.bias"] for name in _biased(backend) if f"{name}.bias" in tensors}
         for part, value in beside.items():
@@ -117,13 +118,16 @@ def _same_sites(path: Any, backend: Backend, saved: Any) -> None:
         raise ScalesFileError(f"{path} is of another model: it has {len(saved)} sites, this one {len(own)}")
 
 
-def _parameters(backend: Backend) -> dict[str, str]:
-    """Digests of the float parameters that no such file holds, by path: norms, and layers that are not quantized."""
+def _parameters(backend: Backend, beside: Collection[str]) -> dict[str, str]:
+    """Digests of the float parameters that no such file holds, by path: norms, and layers that are not quantized.
+
+    Args:
+        beside: paths of those that it holds, beside what is of a site.
+    """
     slots = [
         backend.weights.slot(site.name).float_at for site in backend.sites.values() if site.name in backend.weights
     ]
     held = {*backend.tensors, *slots}
-    beside = replaceable(backend)
     found = dict[str, str]()
     for path, value in backend.model.named_parameters(remove_duplicate=False):
         if value.is_floating_point() and path not in beside and TensorSlot.of(backend.model, path) not in held:

@@ -270,13 +270,8 @@ class Parametrized(nn.Module):
         return self.fc(self.conv(x).mean((2, 3)))
 
 
-def case_of(float_model: nn.Module, *shape: int) -> Case:
-    batches = list(nets.images(16, *shape).split(4))
-    return Case(float_model, *nets.quantize(float_model, batches, weight_bits=3), batches)
-
-
 def test_a_state_dict_that_no_model_loads_is_not_advised(tmp_path: Path) -> None:
-    case = case_of(nets.seeded(Inner), 6)
+    case = made(Inner, shape=(6,))
     fresh = case.copy().converted
     wanted = refined(case)
     assert "no model loads the state_dict, because of inner_packed_weight_0" in notes(case.converted)
@@ -288,6 +283,6 @@ def test_a_state_dict_that_no_model_loads_is_not_advised(tmp_path: Path) -> None
 
 
 def test_no_module_that_refuses_to_be_pickled_loses_what_was_found() -> None:
-    case = case_of(nets.seeded(Parametrized), 3, 8, 8)
+    case = made(Parametrized, shape=(3, 8, 8))
     refined(case)
     assert "torch.save(model) and pickle" in notes(case.converted)

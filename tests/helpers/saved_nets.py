@@ -49,9 +49,13 @@ SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
 }  # fmt: skip
 
 
-def made(kind: type[nn.Module], gain: float = 1.0) -> Case:
-    """A converted model; with another gain of the calibration images the scales are others."""
+def made(kind: type[nn.Module], gain: float = 1.0, shape: tuple[int, ...] = ()) -> Case:
+    """A converted model; with another gain of the calibration images the scales are others.
+
+    Args:
+        shape: of an image, of a network that is not among `SHAPES`.
+    """
     float_model = nets.seeded(kind)
-    batches = list((nets.images(16, *SHAPES[kind]) * gain).split(4))
+    batches = list((nets.images(16, *(shape or SHAPES[kind])) * gain).split(4))
     prepared, converted = nets.quantize(float_model, batches, weight_bits=3)
     return Case(float_model, prepared, converted, batches)
