@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import photos
-from workloads import NETWORKS, quantize, quantize_exported, trained, with_outliers
+from workloads import NETWORKS, logits, quantize, quantize_exported, trained, with_outliers
 
 import cptv_ao
 
@@ -41,6 +41,11 @@ class Case:
     test: Tensor
     labels: Tensor | None
     weight_bits: int
+
+    @cached_property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """What the float network gives on the test images, and on the unseen ones."""
+        return logits(self.float_model, self.test, 100), logits(self.float_model, self.unseen, 100)
 
 
 @dataclass(frozen=True)

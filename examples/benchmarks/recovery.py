@@ -83,8 +83,8 @@ METHODS: dict[str, Callable[[str, Case, float, int], RefineConfig]] = {
 
 def judge(case: Case, model: GraphModule) -> dict[str, float]:
     """Test top-1 (agreement without labels), and KL to the float network on unseen calibration images."""
-    outputs, teacher = logits(model, case.test, 100), logits(case.float_model, case.test, 100)
-    unseen, unseen_teacher = logits(model, case.unseen, 100), logits(case.float_model, case.unseen, 100)
+    teacher, unseen_teacher = case.teacher
+    outputs, unseen = logits(model, case.test, 100), logits(model, case.unseen, 100)
     return {
         "top1": agreement(outputs, teacher) if case.labels is None else accuracy(outputs, case.labels),
         "agreement": agreement(outputs, teacher),
