@@ -53,7 +53,8 @@ class RefineConfig:
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none. A step is
             of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP, of 50 on a GPU.
             Proposals enter only where the model's own kernels confirm them.
-        learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower.
+        learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower, and
+            with `max_seconds` all do where steps are of fewer images since a forward is dear: by the square root.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
             (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.

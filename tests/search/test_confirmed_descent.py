@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from helpers.search import KL, small_config
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.search.proposals import confirmed_descent
+from cptv_ao.search.proposals import confirmed_descent, proposer
 from cptv_ao.search.proposals.gradient import GradientDescent
+from cptv_ao.search.proposals.schedule import Schedule
 from cptv_ao.simulation.twin import Twin
 
 
@@ -63,6 +65,25 @@ def test_parts_are_tried_where_seconds_are_counted_if_judging_costs_little_besid
         conv.converted, conv.batches, float_model=conv.float_model, config=config, callback=take_time, progress=False
     )
     assert bool(parts(cptv_ao.report(conv.converted))) is tried
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(None, 1.0), (10_000, 0.2)])
+def test_steps_of_few_images_are_shorter_where_there_is_no_time_for_all(
+    conv: Case, monkeypatch: pytest.MonkeyPatch, seconds: float | None, share: float
+) -> None:
+    """A forward is as dear as if it left four images to a step."""
+    rates: list[float] = []
+
+    def schedule(steps: int, rate: float, *others: Any) -> Schedule:
+        rates.append(rate)
+        return Schedule(steps, rate, *others)
+
+    monkeypatch.setattr(confirmed_descent, "Schedule", schedule)
+    monkeypatch.setattr(proposer, "_STEP_FLOPS", 0.0)
+    monkeypatch.setattr(proposer, "_STEP_LEAST", 4)
+    config = small_config(gradient_steps=2, learning_rate=0.05, passes=0, holdout=0, max_seconds=seconds)
+    cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
+    assert rates == [pytest.approx(0.05 * share)]
 
 
 def far(descent: GradientDescent, backend: Backend) -> float:

@@ -53,3 +53,14 @@ def test_a_batch_that_cannot_be_cut_stays_whole(most: int) -> None:
     whole = Batch((torch.zeros(6, 1),), {}, 6, fixed=True)
     images = StepImages(Calibration(RefineConfig(), Images((whole,), (torch.zeros(6, 1),))), most)
     assert len(images) == 1 and images.at(0)[0] is whole
+
+
+def test_steps_that_are_cut_move_less_by_the_square_root() -> None:
+    def rate(images: Batch, most: int, wanted: int | None) -> float:
+        return StepImages(Calibration(RefineConfig(), Images((images,), (double(images),))), most, wanted).rate
+
+    assert rate(batch(0, 8), 4, 16) == pytest.approx(0.5)
+    assert rate(batch(0, 2), 4, 16) == pytest.approx(0.5), "as if it were cut: the loader gives fewer at once"
+    assert rate(batch(0, 40), 32, 16) == 1.0, "no faster for more images"
+    assert rate(Batch((torch.zeros(16, 1),), {}, 16, fixed=True), 4, 16) == 1.0, "it cannot be cut, and is not"
+    assert rate(batch(0, 8), 4, None) == 1.0

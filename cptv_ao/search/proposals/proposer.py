@@ -51,7 +51,7 @@ class Proposer:
         budget: Budget,
     ) -> None:
         self._config, self._budget = calibration.config, budget
-        images = StepImages(calibration, _step_images(calibration))
+        images = _step_images(calibration)
         twin = Twin(backend).checked(calibration.search.batches[0])
         twin.reround_weights()
         if not is_cpu(self._config.device):
@@ -103,9 +103,10 @@ class Proposer:
         self._descent.resume(state)
 
 
-def _step_images(calibration: Calibration) -> int:
+def _step_images(calibration: Calibration) -> StepImages:
     if not is_per_image(calibration.config.loss):
-        return _STEP_IMAGES
+        return StepImages(calibration, _STEP_IMAGES)
     if not is_cpu(calibration.config.device):
-        return _STEP_IMAGES_ON_GPU
-    return max(_STEP_LEAST, min(_STEP_IMAGES, round(_STEP_FLOPS / calibration.cost.flops)))
+        return StepImages(calibration, _STEP_IMAGES_ON_GPU)
+    most = max(_STEP_LEAST, min(_STEP_IMAGES, round(_STEP_FLOPS / calibration.cost.flops)))
+    return StepImages(calibration, most, _STEP_IMAGES)

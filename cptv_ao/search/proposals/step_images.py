@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
@@ -16,9 +18,14 @@ class StepImages:
     Args:
         calibration: whose search images they are, or those of its pool, where it has one.
         most: images of a step.
+        wanted: images of a step that moves at the whole learning rate; None: it does whatever they are cut to.
+
+    Attributes:
+        rate: what is left of the learning rate: gradients of fewer images are noisier, and Adam's steps as long all the
+            same, so they are cut by the square root (Malladi et al., arXiv 2205.10287).
     """
 
-    def __init__(self, calibration: Calibration, most: int) -> None:
+    def __init__(self, calibration: Calibration, most: int, wanted: int | None = None) -> None:
         search, pool = calibration.search, calibration.pool
         self.batches: list[Batch] = []
         self._targets: list[Tensor | None] = []
@@ -29,6 +36,8 @@ class StepImages:
             for part, rows in batch.parts(round(batch.images / most)):
                 self.batches.append(part)
                 self._targets.append(None if target is None else target[rows])
+        each = max(most, max(batch.images for batch in self.batches))
+        self.rate = 1.0 if wanted is None else math.sqrt(min(1.0, each / wanted))
 
     def __len__(self) -> int:
         return len(self.batches)
