@@ -90,7 +90,7 @@ def _estimated(steps: Tensor, codes: Tensor) -> Tensor:
     known = (shared > 0) & (counts > 0)
     powers = torch.where(known, torch.log2(shared / counts), 0.0).nan_to_num(0.0)
     trust = torch.where(known, shared, 0.0)
-    of_rows, of_columns = torch.zeros(len(powers)), torch.zeros(powers.shape[1])
+    of_rows, of_columns = torch.zeros_like(powers[:, 0]), torch.zeros_like(powers[0])
     for _ in range(_ROUNDS):
         of_columns = _mean(powers - of_rows[:, None], trust, 0)
         of_rows = _mean(powers - of_columns, trust, 1)

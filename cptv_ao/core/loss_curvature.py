@@ -31,7 +31,7 @@ def random_direction(loss: LossChoice, outputs: Tensor, generator: torch.Generat
         Of shape ().
     """
     assert not isinstance(loss, Mapping)
-    noise = torch.randn(outputs.shape, generator=generator).to(outputs)
+    noise = torch.randn(outputs.shape, generator=generator, dtype=torch.float32).to(outputs)
     return loss.direction(outputs, noise) if isinstance(loss, JointLoss) else direction(loss, outputs, noise)
 
 

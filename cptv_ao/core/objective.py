@@ -96,7 +96,7 @@ def check_function(config: RefineConfig, teacher: Tensor) -> list[str]:
 def _others(teacher: Tensor) -> Iterator[Tensor]:
     """Outputs that are quite different from the teacher's."""
     spread = float(teacher.std(correction=0)) or float(teacher.abs().max()) or 1.0
-    noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(0)).to(teacher)
+    noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(teacher)
     yield teacher + spread * noise
     yield -teacher
     yield 3 * spread * noise

@@ -86,4 +86,4 @@ def _of_first(world: World, one: ChannelRange) -> tuple[Tensor, Tensor, Tensor]:
 
 def _spread(count: int, most: int) -> Tensor:
     """Which of so many places are kept."""
-    return torch.linspace(0, count - 1, min(count, most)).long()
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float32).long()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from helpers import pt2e
 from helpers.output_nets import GRADIENT, quantized, refined
 from helpers.quick import each_value
 from helpers.search import small_config
+from helpers.state import in_double
 from torch import Tensor
 from torch.nn import functional
 
@@ -120,15 +121,6 @@ def test_autocast_and_the_default_dtype_change_nothing(score_on: Any) -> None:
     _, plain = found(nullcontext())
     assert found(torch.autocast("cpu", dtype=torch.bfloat16)) == ((True, torch.float32), plain)
     assert found(in_double()) == ((False, torch.float64), plain)
-
-
-@contextmanager
-def in_double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("device", ["meta", "mps", "cuda:77"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import nets
+from helpers.state import in_double
 
 from cptv_ao.core.loss_curvature import random_direction
 from cptv_ao.core.losses import LOSSES
@@ -35,3 +38,12 @@ def test_a_change_that_the_loss_does_not_see_is_not_followed() -> None:
         (direction,) = torch.autograd.grad(number, outputs)
         assert float(direction.abs().max()) > 1e-2
         assert float((direction * change).sum()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_default_dtype_draws_no_other_direction() -> None:
+    outputs, found = nets.images(IMAGES, NUMBERS).requires_grad_(), []
+    for around in (nullcontext(), in_double()):
+        with around:
+            number = random_direction("mse", outputs, torch.Generator().manual_seed(0))
+        found.append(torch.autograd.grad(number, outputs)[0])
+    assert torch.equal(*found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,16 @@ def everything(model: nn.Module) -> dict[str, Any]:
 def weights(model: nn.Module) -> dict[str, Any]:
     """The state_dict as plain values: bit for bit, packed weights included."""
     return {key: _plain(value) for key, value in model.state_dict().items()}
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Another default dtype of the user's process."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def generators() -> tuple[Any, ...]:

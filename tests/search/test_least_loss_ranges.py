@@ -11,6 +11,7 @@ import torch
 from helpers import nets
 from helpers.cases import Case, backend_of
 from helpers.search import small_config
+from helpers.state import in_double
 from torch import Tensor, nn
 
 import cptv_ao
@@ -78,6 +79,17 @@ def test_what_is_found_is_as_good_as_any_of_a_grid(site: ScaleSite, tail: float,
     least = min(error(values, gradients, one, site) for one in grid)
     assert error(values, gradients, found, site) < 1.1 * least
     assert error(values, gradients, found, site) <= error(values, gradients, now, site)
+
+
+def test_the_default_dtype_finds_no_other_range(site: ScaleSite) -> None:
+    values, gradients = drawn(0, 4.0)
+    sums = histogram(values, gradients)
+    found = sums.least_error(site, NOW)
+    with in_double():
+        others = histogram(values, gradients)
+        other = others.least_error(site, NOW)
+    assert others.squares.dtype == sums.squares.dtype and torch.equal(others.squares, sums.squares)
+    assert torch.equal(other.scale, found.scale) and torch.equal(other.zero_point, found.zero_point)
 
 
 def test_outliers_that_nobody_sees_are_clipped_and_others_kept(site: ScaleSite) -> None:

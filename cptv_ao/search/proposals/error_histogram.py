@@ -44,11 +44,11 @@ class ErrorHistogram:
     """
 
     pulls: list[Tensor] = field(default_factory=list)
-    squares: Tensor = field(default_factory=lambda: torch.zeros(2 * _BINS))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(2 * _BINS, dtype=torch.float32))
 
     def begin(self) -> None:
         """What is added from now on belongs to another direction."""
-        self.pulls.append(torch.zeros(2 * _BINS))
+        self.pulls.append(torch.zeros_like(self.squares))
 
     def add(self, steps: Tensor, gradient: Tensor) -> None:
         """Values in steps of the present scale, centred at 0, and their gradients, of one shape."""
@@ -68,7 +68,7 @@ class ErrorHistogram:
         if not bool(used.any()):
             return now
         cost = _Cost(torch.stack(self.pulls)[:, used], self.squares[used], _points()[used], site)
-        start = _Found(cost, torch.ones(1), now.zero_point.float().reshape(1))
+        start = _Found(cost, torch.ones_like(cost.squares[:1]), now.zero_point.float().reshape(1))
         best = _best_range(start) if site.affine else _best_scale(start)
         if best is start:
             return now
@@ -80,7 +80,7 @@ def _points() -> Tensor:
     """Of each bin some of its values, evenly spread (2 * _BINS, _POINTS)."""
     edges = ((torch.arange(_BINS + 1) + _FIRST) << _SHIFT).to(torch.int32).view(torch.float32)
     edges[0] = 0.0
-    shares = (torch.arange(_POINTS) + 0.5) / _POINTS
+    shares = (torch.arange(_POINTS, dtype=torch.float32) + 0.5) / _POINTS
     points = edges[:-1, None] + (edges[1:] - edges[:-1])[:, None] * shares
     return torch.cat([points, -points])
 
