@@ -39,7 +39,7 @@ from cptv_ao.transforms.layer_scale import fold_scale
 from cptv_ao.transforms.linear_inputs import even_out, scalable
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
-from cptv_ao.transforms.range_clipping import _codes, _cut
+from cptv_ao.transforms.range_clipping import cut_range, observed_codes
 from cptv_ao.transforms.smooth_quant import _shiftable, _smoothable, _smoothed
 
 # How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
@@ -93,8 +93,8 @@ def _equalize_lowered(
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
     groups = _groups(backend, [norm for norm in norms if is_folded(backend, norm)])
-    codes = _codes(backend, batches[0], world) if clipped or read or groups else 0
-    cut = sum(check.used(clipped, partial(_cut, backend, codes=codes)))
+    codes = observed_codes(backend, batches[0], world) if clipped or read or groups else 0
+    cut = sum(check.used(clipped, partial(cut_range, backend, codes=codes)))
     notes = []
     if folded:
         notes.append(f"{folded} batch norms folded into the scales and biases of the layers before them")

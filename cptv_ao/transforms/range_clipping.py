@@ -23,11 +23,12 @@ _FEW = 16
 _WASTE = 0.1
 
 
-# Share of the codes of one activation beyond 7 bits that says that all 8 are used.
-_BEYOND = 0.1
+# Share of the codes of one activation beyond 7 bits that says that all 8 are used; and how far beyond: values at the
+# end of a range, as the background of images may be, are rounded one code further.
+_BEYOND, _FURTHER = 0.1, 8
 
 
-def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
+def cut_range(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     """Take the range that nothing passes through away, where some is below 0; False where it is not worth it."""
     qparams, site = backend.read(clipped.site), backend.sites[clipped.site]
     below = int(qparams.zero_point) - site.qmin
@@ -39,14 +40,16 @@ def _cut(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     return True
 
 
-def _codes(backend: Backend, batch: Batch, world: World) -> int:
+def observed_codes(backend: Backend, batch: Batch, world: World) -> int:
     """Steps between the least and the greatest code that observers calibrated for: half of the container where hardly
     any code of any value is beyond it (reduce_range)."""
     shares = [0.0]
+    activations = [site for site in backend.sites.values() if site.kind == "activation" and not site.fixed]
+    observed = {node for site in activations for node in site.nodes}
 
-    def see(_: Node, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_quantized and value.dtype == torch.quint8:
-            shares.append(float((value.int_repr() > REDUCED_QMAX).float().mean()))
+    def see(node: Node, value: Any) -> Any:
+        if node.name in observed and isinstance(value, Tensor) and value.dtype == torch.quint8:
+            shares.append(float((value.int_repr() > REDUCED_QMAX + _FURTHER).float().mean()))
         return value
 
     Watcher(backend.model).watch(batch.few(_FEW), see)

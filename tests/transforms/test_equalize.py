@@ -21,10 +21,12 @@ from torch.fx import GraphModule
 
 import cptv_ao
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import ALONE
 from cptv_ao.core.losses import kl
 from cptv_ao.search import baseline
 from cptv_ao.transforms.equalize import equalize
 from cptv_ao.transforms.lowered_patterns import Patterns
+from cptv_ao.transforms.range_clipping import observed_codes
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,17 @@ def test_ranges_are_cut_to_as_many_codes_as_the_observers_use(reduced: bool) -> 
     top = min(6.0, float(before.scale) * (codes - int(before.zero_point)))
     assert int(before.zero_point) > 0 and int(found.zero_point) == 0
     assert float(found.scale) == pytest.approx(top / codes, rel=1e-6)
+
+
+@torch.no_grad()
+def test_values_at_the_end_of_a_range_are_not_taken_for_eight_bits() -> None:
+    """They are rounded to the code behind the last one of the observers."""
+    model, batches = nets.seeded(nets.ConvNet), list(nets.images(8, 3, 16, 16).clamp(-0.5, 0.5).split(4))
+    backend = backend_of(Case(model, *nets.quantize(model, batches), batches))
+    nodes = tuple(node.name for node in backend.model.graph.nodes if node.target is torch.quantize_per_tensor)
+    given = next(iter(first_values(backend.model, nodes, batches[0]).values())).int_repr()
+    assert int(given.max()) == 128 and float((given > 127).float().mean()) > 0.2
+    assert observed_codes(backend, Batch((batches[0],), {}, 4), ALONE) == 127
 
 
 def test_it_helps(unfused: Case) -> None:
