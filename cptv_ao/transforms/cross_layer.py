@@ -28,7 +28,7 @@ from cptv_ao.transforms.channel_groups import ChannelGroup, Output, columns_of
 from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends
 from cptv_ao.transforms.equalization_factors import ReaderColumns, factor_exponents
 from cptv_ao.transforms.equivalence import Equivalence
-from cptv_ao.transforms.smooth_quant import replace_weight
+from cptv_ao.transforms.replaced_weights import replace_weight
 
 # How far below the end that a ReLU6 clips channels stay that did not reach it.
 _ROOM = 2.0

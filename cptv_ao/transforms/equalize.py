@@ -13,9 +13,8 @@ Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and s
 
 Channels of different size from layer to layer: see `cptv_ao.transforms.cross_layer`.
 
-Outlier channels behind a norm: divided there, multiplied in the weights that read it (SmoothQuant, arXiv 2211.10438).
-
-In PT2E graphs all channels that linear layers read, behind norms and attention: see `cptv_ao.transforms.linear_inputs`.
+Channels that linear layers read behind a norm, in PT2E graphs behind attention, too: see
+`cptv_ao.transforms.linear_inputs`.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from cptv_ao.transforms.channel_groups import ChannelGroup, ChannelGroups
 from cptv_ao.transforms.cross_layer import equalizable, equalized
 from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
 from cptv_ao.transforms.layer_scale import fold_scale
-from cptv_ao.transforms.linear_inputs import even_out, scalable
+from cptv_ao.transforms.linear_inputs import even_out
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
 from cptv_ao.transforms.range_clipping import cut_range, observed_codes
-from cptv_ao.transforms.smooth_quant import _shiftable, _smoothable, _smoothed
+from cptv_ao.transforms.shared_inputs import SharedInput
 
 # How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
 # that hardly varies is given as if it did not.
@@ -51,13 +50,12 @@ def equalize(
     backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
 ) -> list[str]:
     """Fold unfused batch norms and layer scales, cut ranges that functions clip, bring channels to like ranges across
-    layers, and smooth outliers of layer norms; in a PT2E graph even out and centre what linear layers read.
+    layers, and even out and centre what linear layers read.
 
     Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
     Args:
-        backend: of the model, which is written. Outliers are smoothed, and channels evened out, where the readers'
-            float weights are known.
+        backend: of the model, which is written. Channels are evened out where the readers' float weights are known.
         batches: calibration images.
         world: the ranks that all do so.
         confirmed: says whether the model as it is now will do, where the float twin does not know an op of it; without
@@ -82,7 +80,7 @@ def _equalize_lowered(
 ) -> list[str]:
     """As `equalize`, of a lowered model."""
     patterns = Patterns(backend)
-    norms, read = patterns.unfused_norms(), _smoothable(backend, patterns.read_norms())
+    norms, read = patterns.unfused_norms(), patterns.read_norms()
     scaled = patterns.scaled_layers()
     norms = _with_channels_first(backend, norms, batches[0])
     if not (norms or scaled or read or patterns.clipped_sites() or _groups(backend, norms)):
@@ -103,7 +101,7 @@ def _equalize_lowered(
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
     notes += equalized(backend, groups, batches, codes, check, world)
-    return notes + _smoothed(backend, batches, read, codes, check, world)
+    return notes + even_out(backend, read, batches, check, world, codes)
 
 
 def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
@@ -117,9 +115,7 @@ def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World)
 def smoothable(backend: Backend) -> set[str]:
     """Names of the activation sites whose outlier channels `equalize` moves, where their readers' float weights are
     known."""
-    if backend.form.simulates_itself:
-        return {name for part in SharedInputs(backend).find() if scalable(backend, part) for name in part.sites}
-    return {name for norm in _shiftable(backend, Patterns(backend).read_norms()) for name in norm.outputs}
+    return {name for part in _shared_inputs(backend) if part.scalable(backend) for name in part.sites}
 
 
 def rotatable(backend: Backend) -> set[str]:
@@ -138,12 +134,16 @@ def foldable(backend: Backend, batch: Batch) -> list[str]:
 
 def replaceable(backend: Backend) -> dict[str, str]:
     """Tensors that `equalize` may replace in a model, by path, with the site that each belongs to."""
+    shared = {path: name for part in _shared_inputs(backend) for path, name in part.tensors.items()}
     if backend.form.simulates_itself:
-        return {path: name for part in SharedInputs(backend).find() for path, name in part.tensors.items()}
+        return shared
     patterns = Patterns(backend)
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
-    tensors |= {scaled.path: scaled.weight for scaled in patterns.scaled_layers()}
-    return tensors | {path: norm.outputs[0] for norm in patterns.read_norms() for path in norm.tensors}
+    return tensors | {scaled.path: scaled.weight for scaled in patterns.scaled_layers()} | shared
+
+
+def _shared_inputs(backend: Backend) -> list[SharedInput]:
+    return SharedInputs(backend).find() if backend.form.simulates_itself else Patterns(backend).read_norms()
 
 
 def _groups(backend: Backend, folded: Sequence[UnfusedNorm]) -> list[ChannelGroup]:

@@ -9,7 +9,7 @@ the products: AWQ, arXiv 2306.00978, and Outlier Suppression+, arXiv 2304.09145)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -51,9 +51,13 @@ class ReadWeights:
     def read(cls, backend: Backend, names: Sequence[str]) -> ReadWeights:
         """Of weight sites whose float weights are known."""
         whole, site = torch.cat([backend.float_weights[name] for name in names]), backend.sites[names[0]]
-        some = torch.linspace(0, len(whole) - 1, min(len(whole), _ROWS)).long()
+        some = torch.linspace(0, len(whole) - 1, min(len(whole), _ROWS), dtype=torch.float32).long()
         steps, alone = (site.qmax - site.qmin) / 2, site.axis == 0
         return cls(whole.square().sum(0), whole[some].abs(), len(whole) / len(some), steps, alone)
+
+    def divided(self, factors: Tensor) -> ReadWeights:
+        """Their columns divided by factors (C,)."""
+        return replace(self, square=self.square / factors.square(), rows=self.rows / factors)
 
     def cost(self, square: Tensor, factors: Tensor) -> float:
         """What rounding them costs, divided by factors (C,), where they are multiplied by values of mean squares
@@ -63,19 +67,29 @@ class ReadWeights:
         return _CHOSEN * self.of / 12 * float(steps.square().sum() * (square * factors.square()).sum())
 
 
-def input_exponents(values: Tensor, mean: Tensor, weights: ReadWeights, codes: int) -> Tensor | None:
+def input_exponents(values: Tensor, weights: ReadWeights, codes: int) -> Tensor | None:
     """By which powers of two channels should be multiplied, for what is left of the roundings to be least.
 
     Args:
         values: some of them (N, C), on one scale.
-        mean: what was subtracted of each channel (C,).
         weights: that read them.
         codes: steps between the ends of the scale.
 
     Returns:
         Exponents (C,); None where none are worth it.
     """
-    square, none = (values + mean).square().mean(0), torch.zeros(values.shape[1])
+    found = torch.zeros_like(values[0])
+    while True:
+        factors = torch.exp2(found)
+        further = _further(values * factors, weights.divided(factors), codes)
+        if further is None:
+            return found if bool(found.any()) else None
+        found += further
+
+
+def _further(values: Tensor, weights: ReadWeights, codes: int) -> Tensor | None:
+    """The best of those that are tried around what is given, where it is worth it."""
+    square, none = values.square().mean(0), torch.zeros_like(values[0])
 
     def cost(exponents: Tensor) -> float:
         factors = torch.exp2(exponents)

@@ -1,12 +1,13 @@
 """Channels of what linear layers read on one scale, evened out and moved to the middle of their ranges: an equivalent
-form of a PT2E graph.
+form of a lowered or a PT2E graph.
 
-    Before: layer_norm(x, w, b)                -> quantize -> dequantize -> linear(., W, c)
-    After:  layer_norm(x, f w, f b - d)        -> quantize -> dequantize -> linear(., W / f, c + W d / f)
+    Before: layer_norm(x, w, b)                -> on a scale -> linear(., W, c)
+    After:  layer_norm(x, f w, f b - d)        -> on a scale -> linear(., W / f, c + W d / f)
 
 Channels that lie apart need a wide range and coarse steps; around 0 they need less (shifting and scaling, Outlier
-Suppression+, Wei et al., arXiv 2304.09145). What attention makes of its values is moved by their bias, and multiplied
-by their rows. Factors f are powers of two, see `cptv_ao.transforms.input_factors`; without float weights they are 1.
+Suppression+, Wei et al., arXiv 2304.09145). In PT2E graphs what attention makes of its values is moved by their bias,
+and multiplied by their rows. Factors f are powers of two, see `cptv_ao.transforms.input_factors`; without float weights
+they are 1.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from cptv_ao.transforms.bn_folding import scale_channels
 from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.input_factors import ReadWeights, input_exponents
-from cptv_ao.transforms.pt2e_patterns import SharedInput
-from cptv_ao.transforms.smooth_quant import replace_weight
+from cptv_ao.transforms.replaced_weights import replace_weight
+from cptv_ao.transforms.shared_inputs import SharedInput
 
 # A range that gets less narrow is left as it is.
 _NARROWER = 0.95
@@ -59,28 +60,37 @@ class _Form:
 
 
 def even_out(
-    backend: Backend, shared: Sequence[SharedInput], batches: Sequence[Batch], check: Equivalence, world: World
+    backend: Backend,
+    shared: Sequence[SharedInput],
+    batches: Sequence[Batch],
+    check: Equivalence,
+    world: World,
+    codes: int | None = None,
 ) -> list[str]:
     """Even out and centre the channels of these inputs, as far as it is worth it and nothing else reads them, and tell
     of it.
 
     Args:
-        backend: of a PT2E graph, which is written: what these inputs come from, the layers that read them, and their
-            scales.
+        backend: of a graph, which is written: what these inputs come from, the layers that read them, and their scales.
         shared: of it.
         batches: calibration images.
         check: of it.
         world: the ranks that all do so.
+        codes: steps between the ends of an input whose range is to hold all that was seen; None: as many as its site
+            has, and the range leaves as much room, or clips as much, as before.
+
+    Returns:
+        What was done, one line each; nothing where the float twin does not know an op.
     """
-    shared = [part for part in shared if _centrable(part) or _scalable(backend, part)]
+    shared = [part for part in shared if part.centrable or _scalable(backend, part)]
     if not shared or check.twin is None:
         return []
     ends = channel_ends(check.twin, {part.value: last_dimension for part in shared}, batches, world)
-    forms = [_form(backend, part, ends[part.value]) for part in shared if part.value in ends]
-    forms = [form for form in forms if form.factors is not None or form.middle is not None]
-    entries = _entries(check.twin, [form.shared for form in forms], check.few) if forms else {}
-    found = [form for form in forms if form.shared.value in entries]
-    done = check.used(found, lambda form: _use(backend, form, entries[form.shared.value]))
+    shared = [part for part in shared if part.value in ends]
+    done = list[_Form]()
+    # What attention makes of its values first: their factors change weights that read a norm.
+    for parts in ([part for part in shared if part.weight is None], [part for part in shared if part.weight]):
+        done += _written(backend, [_form(backend, part, ends[part.value], codes) for part in parts], check, codes)
     counts = [form.scaled for form in done]
     centred = sum(form.middle is not None for form in done)
     notes = []
@@ -92,34 +102,23 @@ def even_out(
     return notes
 
 
-def _centrable(shared: SharedInput) -> bool:
-    """Whether what is subtracted can be given back."""
-    return all(reader.bias for reader in shared.readers)
-
-
-def scalable(backend: Backend, shared: SharedInput) -> bool:
-    """Whether the weights around an input can be multiplied by channel, and rounded anew."""
-    owner = backend.sites[shared.owner]
-    multiplied = shared.weight is not None or (owner.axis == 0 and backend.weights.shiftable(owner.name))
-    return multiplied and all(backend.weights.shiftable(reader.weight) for reader in shared.readers)
-
-
 def _scalable(backend: Backend, shared: SharedInput) -> bool:
-    """Whether they are known, too."""
-    return scalable(backend, shared) and backend.float_weights.keys() >= {one.weight for one in shared.readers}
+    """Whether its channels can be multiplied, and the weights that make up for it are known."""
+    return shared.scalable(backend) and backend.float_weights.keys() >= {one.weight for one in shared.readers}
 
 
-def _form(backend: Backend, shared: SharedInput, ends: ChannelRange) -> _Form:
-    """What is worth it."""
-    middle = (ends.low + ends.high) / 2 if _centrable(shared) else torch.zeros_like(ends.low)
-    exponents = None
+def _form(backend: Backend, shared: SharedInput, ends: ChannelRange, codes: int | None) -> _Form:
+    """What is worth it. Factors are those of the values around their middles, for what is subtracted is rounded
+    neither by the scale nor with the weights."""
+    factors = None
     if _scalable(backend, shared) and bool((ends.high > ends.low).any()):
+        values = ends.some.T - ((ends.low + ends.high) / 2 if shared.centrable else 0.0)
         site, weights = backend.sites[shared.sites[0]], [reader.weight for reader in shared.readers]
-        values = ends.some.T - middle
-        exponents = input_exponents(values, middle, ReadWeights.read(backend, weights), site.qmax - site.qmin)
-    factors = None if exponents is None else torch.exp2(exponents)
+        steps = site.qmax - site.qmin if codes is None else codes
+        exponents = input_exponents(values, ReadWeights.read(backend, weights), steps)
+        factors = None if exponents is None else torch.exp2(exponents)
     scaled = ends if factors is None else ends.times(factors)
-    moves = _centrable(shared) and _narrower(scaled)
+    moves = shared.centrable and _narrower(scaled)
     return _Form(shared, ends, factors, (scaled.low + scaled.high) / 2 if moves else None)
 
 
@@ -133,11 +132,13 @@ def _narrower(ends: ChannelRange) -> bool:
     return _STILL * ends.span < 2 * _half(ends) < _NARROWER * ends.span
 
 
-def _entries(twin: Twin, shared: Sequence[SharedInput], few: Batch) -> dict[str, Tensor]:
-    """By value, which entry of its source each channel (C,) comes from: sources give numbers of entries in the place
-    of what they compute, and these arrive as they are, since the weights of attention add up to one."""
-    sources, found = {part.source for part in shared}, dict[str, Tensor]()
-    values = {part.value for part in shared}
+def _entries(twin: Twin, forms: Sequence[_Form], few: Batch) -> dict[str, Tensor]:
+    """By value, which entry of its source each channel (C,) comes from: a norm is itself the source; layers give
+    numbers of entries in the place of what they compute, and these arrive as they are, since the weights of attention
+    add up to one."""
+    found = {form.shared.value: torch.arange(len(form.ends.low)) for form in forms if form.shared.weight is not None}
+    mixed = [form.shared for form in forms if form.shared.weight is None]
+    sources, values = {part.source for part in mixed}, {part.value for part in mixed}
 
     def see(node: Node, value: Any) -> Any:
         if node.name in sources and isinstance(value, Tensor):
@@ -149,13 +150,22 @@ def _entries(twin: Twin, shared: Sequence[SharedInput], few: Batch) -> dict[str,
                 found[node.name] = entries
         return value
 
-    Watcher(twin.module).watch(few, see)
+    if mixed:
+        Watcher(twin.module).watch(few, see)
     return found
 
 
-def _use(backend: Backend, form: _Form, entries: Tensor) -> _Form:
-    """Write a form. Scales of the input become smaller by as much as its range: they leave as much room, or clip as
-    much, as before."""
+def _written(backend: Backend, forms: Sequence[_Form], check: Equivalence, codes: int | None) -> list[_Form]:
+    """Those that change something and could be written."""
+    assert check.twin is not None
+    forms = [form for form in forms if form.factors is not None or form.middle is not None]
+    entries = _entries(check.twin, forms, check.few)
+    known = [form for form in forms if form.shared.value in entries]
+    return check.used(known, lambda form: _use(backend, form, entries[form.shared.value], codes))
+
+
+def _use(backend: Backend, form: _Form, entries: Tensor, codes: int | None) -> _Form:
+    """Write a form, and the scales of its input."""
     shared, ends, span = form.shared, form.ends, form.ends.span
     if form.factors is not None:
         _multiply(backend, shared, form.factors, entries)
@@ -165,34 +175,40 @@ def _use(backend: Backend, form: _Form, entries: Tensor) -> _Form:
         _subtract(backend, shared, form.middle, entries)
         low, high = -_half(ends), _half(ends)
     for name in shared.sites:
-        site = backend.sites[name]
-        share = float(backend.read(name).scale) * (site.qmax - site.qmin) / span
-        backend.write(name, qparams_for_range(low * share, high * share, site))
+        site, share = backend.sites[name], 1.0
+        if codes is None:
+            share = float(backend.read(name).scale) * (site.qmax - site.qmin) / span
+        backend.write(name, qparams_for_range(low * share, high * share, site, codes))
     return form
 
 
 def _multiply(backend: Backend, shared: SharedInput, factors: Tensor, entries: Tensor) -> None:
     """Multiply the channels of the source, and divide the columns of the readers."""
-    bias = fetch(backend.model, shared.bias).detach()
-    rows = torch.ones_like(bias)
+    given = {path: fetch(backend.model, path).detach() for path in (shared.weight, shared.bias) if path is not None}
+    rows = torch.ones_like(next(iter(given.values())))
     rows[entries] = factors.to(rows)
+    for path, value in given.items():
+        backend.rewrites.put(shared.owner, path, value * rows)
     if shared.weight is None:
         scale_channels(backend, shared.owner, rows, None)
-    else:
-        weight = fetch(backend.model, shared.weight).detach()
-        backend.rewrites.put(shared.owner, shared.weight, weight * rows)
-    backend.rewrites.put(shared.owner, shared.bias, bias * rows)
     for reader in shared.readers:
         replace_weight(backend, reader.weight, backend.float_weights[reader.weight] / factors)
 
 
 def _subtract(backend: Backend, shared: SharedInput, middle: Tensor, entries: Tensor) -> None:
     """Subtract the middles from the source's bias, and give them back in those of the readers."""
+    assert shared.bias is not None
     bias = fetch(backend.model, shared.bias).detach().clone()
     bias[entries] -= middle.to(bias)
     backend.rewrites.put(shared.owner, shared.bias, bias)
     for reader in shared.readers:
-        assert reader.bias is not None
-        weight, given = backend.float_weights.get(reader.weight), fetch(backend.model, reader.bias).detach()
-        weight = backend.weight(reader.weight).dequantize() if weight is None else weight
-        backend.rewrites.put(reader.weight, reader.bias, given + (weight @ middle).to(given))
+        weight = backend.float_weights.get(reader.weight)
+        missing = (backend.weight(reader.weight).dequantize() if weight is None else weight) @ middle
+        if reader.bias is not None:
+            given = fetch(backend.model, reader.bias).detach()
+            backend.rewrites.put(reader.weight, reader.bias, given + missing.to(given))
+        else:
+            own = backend.weights.biases.given(reader.weight)
+            codes = backend.weight(reader.weight).int_repr()
+            whole = missing if own is None else own + missing
+            backend.weights.write_codes(reader.weight, backend.read(reader.weight), codes, whole)

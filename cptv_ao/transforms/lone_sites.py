@@ -20,6 +20,7 @@ from cptv_ao.fx.quantized_ops import of_node
 from cptv_ao.fx.readers import own_path, read_once, reads
 
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps", "output_scale", "output_zero_point")
+_PARAMETERS = ("weight", "bias")
 # What functions let through above 0; nothing below.
 CLIPS = {RELU: math.inf, RELU6: 6.0}
 
@@ -83,19 +84,21 @@ class LoneSites:
             return None
         return self.outputs.get(readers[0].name)
 
-    def layer_norm(self, node: Node) -> tuple[list[str], Sequence[int]] | None:
-        """Paths of weight and bias, and the normalized shape."""
+    def layer_norm(self, node: Node) -> tuple[tuple[str | None, str | None], Sequence[int]] | None:
+        """Paths of weight and bias, None where there is none, and the normalized shape."""
         if node.op == "call_module":
-            module: Any = self.modules[str(node.target)]
-            if type(module) is not nnq.LayerNorm or str(node.target) not in self._once:
+            path, module = str(node.target), self.modules[str(node.target)]
+            if type(module) is not nnq.LayerNorm or path not in self._once:
                 return None
-            held = [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
-            return [f"{node.target}.{name}" for name in held], module.normalized_shape
+            held = {name: f"{path}.{name}" for name in _PARAMETERS if getattr(module, name, None) is not None}
+            return (held.get("weight"), held.get("bias")), module.normalized_shape
         if packet_of(node.target) is not torch.ops.quantized.layer_norm:
             return None
         given: dict[str, Any] = dict(zip(_LAYER_NORM, node.args, strict=False)) | node.kwargs
-        found = self.own_tensors(given, ("weight", "bias"))
-        return None if found is None or "weight" not in found else (list(found.values()), given["normalized_shape"])
+        found = self.own_tensors(given, _PARAMETERS)
+        if found is None or "weight" not in found:
+            return None
+        return (found["weight"], found.get("bias")), given["normalized_shape"]
 
     def highs(self, node: Node) -> list[float] | None:
         """What each reader of a value lets through of it above 0; None where one also reads what is below."""

@@ -3,7 +3,7 @@
 
     unfused norm:  quantized layer -> dequantize -> batch_norm -> quantize_per_tensor
     scaled layer:  quantized layer -> quantized.mul by a tensor of the model
-    read norm:     quantized layer norm -> linear layers only
+    read norm:     quantized layer norm -> linear layers only, see `cptv_ao.transforms.shared_inputs`
     clipped site:  an activation -> ReLU or ReLU6 only
 """
 
@@ -22,6 +22,7 @@ from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.quantized_ops import SUMS, of_node
 from cptv_ao.fx.readers import reads, users_of
 from cptv_ao.transforms.lone_sites import LoneSites
+from cptv_ao.transforms.shared_inputs import Reader, SharedInput
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
@@ -66,23 +67,6 @@ class ScaledLayer:
 
 
 @dataclass(frozen=True)
-class ReadNorm:
-    """A quantized layer norm that only linear layers read.
-
-    Attributes:
-        outputs: its sites, of the same qparams.
-        node: its name in the graph.
-        tensors: paths of its weight and bias.
-        readers: sites of the weights that read it.
-    """
-
-    outputs: tuple[str, ...]
-    node: str
-    tensors: tuple[str, ...]
-    readers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class ClippedSite:
     """An activation of which the functions that read it let through what is in 0..high alone."""
 
@@ -98,7 +82,7 @@ class Patterns:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._graph, self._lone = backend.model.graph, LoneSites(backend)
+        self._backend, self._graph, self._lone = backend, backend.model.graph, LoneSites(backend)
 
     def unfused_norms(self) -> list[UnfusedNorm]:
         """In graph order."""
@@ -108,7 +92,7 @@ class Patterns:
         """In graph order."""
         return self._all(self._scaled)
 
-    def read_norms(self) -> list[ReadNorm]:
+    def read_norms(self) -> list[SharedInput]:
         """In graph order."""
         return self._all(self._read)
 
@@ -155,18 +139,19 @@ class Patterns:
                 return ScaledLayer(weight.name, output.name, held.name, product.name, path)
         return None
 
-    def _read(self, node: Node) -> ReadNorm | None:
+    def _read(self, node: Node) -> SharedInput | None:
         output, norm = self._lone.outputs.get(node.name), self._lone.layer_norm(node)
         if output is None or norm is None:
             return None
-        tensors, shape = norm
+        (weight, bias), shape = norm
         users = [user for user in users_of(node) if reads(user)]
         readers = [self._lone.weights[user.name] for user in users if user.name in self._lone.weights]
         layers = [of_node(user, self._lone.modules) for user in users]
         linear = all(layer is not None and layer.product == "linear" for layer in layers)
-        if not (tensors and users) or len(shape) != 1 or len(readers) < len(users) or not linear:
+        if weight is None or not users or len(shape) != 1 or len(readers) < len(users) or not linear:
             return None
-        return ReadNorm((output.name,), node.name, tuple(tensors), tuple(reader.name for reader in readers))
+        packed = tuple(Reader(reader.name, None, self._backend.correctable(reader.name)) for reader in readers)
+        return SharedInput((output.name,), node.name, node.name, output.name, weight, bias, packed)
 
     def _clipped(self, node: Node) -> ClippedSite | None:
         site = self._lone.outputs.get(node.name)

@@ -1,7 +1,7 @@
 """Places in a PT2E graph where an equivalent form gives the scales of linear layers' inputs more to work with; found
 here, used in `cptv_ao.transforms.equalize`.
 
-    a norm:     aten.layer_norm(x, w, b)                 -> quantize -> dequantize -> aten.linear only
+    a norm:     aten.layer_norm(x, w, b) or rms_norm     -> quantize -> dequantize -> aten.linear only
     attention:  aten.linear -> ... values of attention   -> quantize -> dequantize -> aten.linear only
 
 What is subtracted from each channel of the bias on the left is missing behind the quantize node: the weights of
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +21,11 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.readers import own_path, read_once, reads, users_of
+from cptv_ao.transforms.shared_inputs import Reader, SharedInput
 
 _aten = torch.ops.aten
+# Norms, and where their weights and biases are among the arguments.
+_NORMS: dict[Any, tuple[int, int | None]] = {_aten.layer_norm: (2, 3), _aten.rms_norm: (2, None)}
 # Ops that move values of channels about, or pick some.
 _PICKS: set[Any] = {
     operator.getitem, _aten.chunk, _aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.unbind,
@@ -32,42 +34,6 @@ _MOVES = _PICKS | {
     _aten.alias, _aten.clone, _aten.contiguous, _aten.dropout, _aten.expand, _aten.flatten, _aten.permute,
     _aten.reshape, _aten.squeeze, _aten.transpose, _aten.unflatten, _aten.unsqueeze, _aten.view,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A linear layer: the site of its weight, and the path of its bias."""
-
-    weight: str
-    bias: str | None
-
-
-@dataclass(frozen=True)
-class SharedInput:
-    """A value whose channels share one scale, and that linear layers read alone.
-
-    Attributes:
-        sites: of its quantize nodes, which have the same qparams.
-        value, source: names of the node that gives it, and of the norm or linear layer that its channels are from.
-        owner: a site of the source, to whose state its tensors belong.
-        weight, bias: paths of the source's parameters; the weight of a norm alone, which nothing else reads then.
-        readers: the linear layers.
-    """
-
-    sites: tuple[str, ...]
-    value: str
-    source: str
-    owner: str
-    weight: str | None
-    bias: str
-    readers: tuple[Reader, ...]
-
-    @property
-    def tensors(self) -> dict[str, str]:
-        """Paths of what an equivalent form may replace, with the site that each belongs to."""
-        source = [self.bias] if self.weight is None else [self.weight, self.bias]
-        biases = {reader.bias: reader.weight for reader in self.readers if reader.bias is not None}
-        return dict.fromkeys(source, self.owner) | biases
 
 
 class SharedInputs:
@@ -100,13 +66,21 @@ class SharedInputs:
         source = self._source(value)
         if source is None or not read or len(read) < len(readers):
             return None
-        norm = _op(source) is _aten.layer_norm
-        weight = own_path(_argument(source, 2), self._once) if norm else None
-        bias = own_path(_argument(source, 3 if norm else 2), self._once)
-        if bias is None or (norm and (weight is None or len(source.args[1]) != 1)):  # type: ignore[arg-type]
+        norm = _op(source) in _NORMS
+        weight, bias = self._norm_parameters(source) if norm else (None, own_path(_argument(source, 2), self._once))
+        if (weight if norm else bias) is None:
             return None
         owner = names[0] if norm else self._weight(source) or names[0]
         return SharedInput(tuple(names), value.name, source.name, owner, weight, bias, tuple(read))
+
+    def _norm_parameters(self, norm: Node) -> tuple[str | None, str | None]:
+        """Paths of the weight and the bias of a norm over the last dimension; no weight where something else reads
+        one of them."""
+        at, bias_at = _NORMS[_op(norm)]
+        given = None if bias_at is None else _argument(norm, bias_at)
+        weight, bias = own_path(_argument(norm, at), self._once), own_path(given, self._once)
+        shape: Any = norm.args[1]
+        return (weight, bias) if len(shape) == 1 and (bias or given is None) else (None, None)
 
     def _alone(self, names: list[str]) -> bool:
         """Whether these sites are tied to each other at most."""
@@ -134,7 +108,7 @@ class SharedInputs:
         node: Any = value
         while isinstance(node, Node):
             op = _op(node)
-            if op is _aten.layer_norm:
+            if op in _NORMS:
                 return node if node is value else None
             users = [user for user in node.users if reads(user)]
             if node is not value and len(users) > 1 and not all(_op(user) in _PICKS for user in users):

@@ -40,7 +40,7 @@ def test_unlike_channels_are_brought_to_sizes_that_cost_less(codes: int, alone: 
     size = torch.exp2(torch.arange(CHANNELS) % 6.0)
     values, weight = values * size, weight / size
     none = torch.zeros(CHANNELS)
-    found = input_exponents(values, none, read(weight, alone), codes)
+    found = input_exponents(values, read(weight, alone), codes)
     assert found is not None and torch.equal(found, found.round())
     assert error(values, weight, found, codes) < 0.5 * error(values, weight, none, codes)
 
@@ -48,7 +48,7 @@ def test_unlike_channels_are_brought_to_sizes_that_cost_less(codes: int, alone: 
 @pytest.mark.parametrize("codes", [15, 255])
 def test_like_channels_stay(codes: int) -> None:
     values, weight = drawn(0)
-    assert input_exponents(values, torch.zeros(CHANNELS), read(weight), codes) is None
+    assert input_exponents(values, read(weight), codes) is None
 
 
 def test_weights_of_few_codes_take_no_more_than_they_can() -> None:
@@ -57,7 +57,7 @@ def test_weights_of_few_codes_take_no_more_than_they_can() -> None:
     size = torch.exp2(torch.arange(CHANNELS) % 6.0)
     values, weight = values * size, weight * size
     two_bits = ReadWeights(weight.square().sum(0), weight.abs(), 1.0, 1.5, True)
-    found = input_exponents(values, torch.zeros(CHANNELS), two_bits, 255)
+    found = input_exponents(values, two_bits, 255)
     assert found is None or float(found.max() - found.min()) < 5
 
 
@@ -65,8 +65,8 @@ def test_weights_of_few_codes_take_no_more_than_they_can() -> None:
 def test_channels_that_are_always_zero_cost_nothing(dead: slice) -> None:
     values, weight = drawn(2)
     values[:, dead] = 0
-    found = input_exponents(values, torch.zeros(CHANNELS), read(weight), 15)
+    found = input_exponents(values, read(weight), 15)
     assert found is None or bool(found.isfinite().all())
     weight[:, dead] = 0
-    found = input_exponents(values, torch.zeros(CHANNELS), read(weight), 15)
+    found = input_exponents(values, read(weight), 15)
     assert found is None or bool(found.isfinite().all())

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pt2e
-from helpers.attention import BATCHES, DIM, NOTE, Gated, apart, quantized, refine, steps
+from helpers import nets, pt2e
+from helpers.attention import BATCHES, DIM, NOTE, Attending, Gated, apart, quantized, refine, steps
 from helpers.quick import each_value
 from helpers.state import weights
 from torch import Tensor, nn
@@ -153,6 +153,29 @@ def test_a_linear_layer_without_a_bias_lets_its_input_be_scaled_not_moved() -> N
     wanted = in_float(backend)
     assert "evened out" in equalize(backend, [FIRST])[0]
     torch.testing.assert_close(in_float(backend), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Rooted(Attending):
+    """Norms without a bias, the first one of root mean squares."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self.norm1, self.norm2 = nn.RMSNorm(DIM), nn.LayerNorm(DIM, bias=False)
+
+
+@torch.no_grad()
+def test_norms_without_a_bias_are_only_multiplied() -> None:
+    model: Any = nets.seeded(lambda: Rooted("fused"))
+    for norm, layer in ((model.norm1, model.qkv), (model.norm2, model.fc1)):
+        norm.weight[::2] *= 16
+        layer.weight[:, ::2] /= 16
+    graph = quantized(model)
+    backend, coarse = opened(graph, model), error(graph, model)
+    wanted = in_float(backend)
+    notes = equalize(backend, [FIRST])
+    assert "of 2 inputs of linear layers evened out" in notes[0] and "moved" not in notes[0]
+    torch.testing.assert_close(in_float(backend), wanted, rtol=1e-4, atol=1e-4)
+    assert error(graph, model) < 0.7 * coarse
 
 
 def test_a_search_starts_there_and_keeps_its_word(tmp_path: Path) -> None:

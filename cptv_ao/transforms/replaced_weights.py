@@ -1,0 +1,24 @@
+"""Other float weights in the place of those that are known, in scales that are wider or narrower by as much."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.qparams import QParams
+from cptv_ao.core.sites import ScaleSite
+
+
+def replace_weight(backend: Backend, name: str, weight: Tensor) -> None:
+    """Give a layer another float weight in the place of the one that is known, and scales that are wider by as much."""
+    qparams, site = backend.read(name), backend.sites[name]
+    wider = _peak(weight, site) / _peak(backend.float_weights[name], site)
+    backend.weights.set_float(name, weight)
+    backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
+
+
+def _peak(weight: Tensor, site: ScaleSite) -> Tensor:
+    """Largest magnitude that each scale of a weight is for; 1 where all are zero."""
+    peak = weight.abs().amax() if site.axis is None else weight.abs().flatten(1).amax(1)
+    return torch.where(peak > 0, peak, 1.0)
