@@ -52,7 +52,8 @@ def main() -> None:
     outputs = logits(quantized, data.test)
 
     digest = hashlib.sha256(outputs.numpy().tobytes()).hexdigest()[:16]
-    print(f"rank {rank}: outputs of the refined model {digest}", flush=True)
+    # One write, or the ranks' lines run into one another.
+    print(f"rank {rank}: outputs of the refined model {digest}\n", end="", flush=True)
     if rank == 0:
         after = accuracy(outputs, data.test_labels)
         print(f"{len(data.test)} test images: {before:.4f} -> {after:.4f} in {seconds:.0f} s")
