@@ -11,6 +11,7 @@ only evaluates.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -119,7 +120,8 @@ def resumed(args: argparse.Namespace, model: nn.Module, first: Tensor) -> tuple[
             )
     models = []
     for name in (QUANTIZED, REFINED):
-        _, converted = quantize(model, [first], weight_bits=args.weight_bits, engine=args.engine)
+        # Of a copy: a conversion shares its norms with the float network, and their values are written into them.
+        _, converted = quantize(copy.deepcopy(model), [first], weight_bits=args.weight_bits, engine=args.engine)
         converted.load_state_dict(torch.load(args.out / name, weights_only=False))  # packed weights are objects
         models.append(converted)
     return models[0], models[1], saved["report"]
