@@ -97,7 +97,7 @@ def test_the_refined_scales_survive_a_state_dict(case: Case) -> None:
 def test_the_same_seed_gives_the_same_scales_and_another_seed_others(case: Case) -> None:
     def refined(seed: int) -> dict[str, Any]:
         copied = case.copy()
-        config = small_config(seed=seed)
+        config = small_config(seed=seed, equalize=False)  # no search: its gain is the same of any seed
         return weights(
             cptv_ao.refine(copied.converted, case.batches, float_model=case.float_model, config=config, progress=False)
         )
