@@ -37,9 +37,15 @@ class ChannelRange:
     some: Tensor
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Of the range that holds all channels, and 0."""
+        return min(0.0, float(self.low.min())), max(0.0, float(self.high.max()))
+
+    @property
     def span(self) -> float:
-        """Width of the range that holds all channels, and 0."""
-        return max(0.0, float(self.high.max())) - min(0.0, float(self.low.min()))
+        """Width of that range."""
+        low, high = self.bounds
+        return high - low
 
     def times(self, factors: Tensor) -> ChannelRange:
         """Of channels that are multiplied by positive factors (C,)."""
@@ -64,7 +70,7 @@ def channel_ends(
             rows = wanted[node.name](numbers)
             if rows is not None:
                 low, high, square = rows.amin(1), rows.amax(1), rows.square().mean(1) * share
-                some = rows[:, _spread(rows.shape[1], math.ceil(share * _KEPT))]
+                some = rows[:, spread(rows.shape[1], math.ceil(share * _KEPT))]
                 if (known := seen.get(node.name)) is not None:
                     low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
                     square, some = square + known.square, torch.cat([known.some, some], 1)
@@ -84,6 +90,6 @@ def _of_first(world: World, one: ChannelRange) -> tuple[Tensor, Tensor, Tensor]:
     return world.from_first(one.low), world.from_first(one.high), world.from_first(one.square)
 
 
-def _spread(count: int, most: int) -> Tensor:
+def spread(count: int, most: int) -> Tensor:
     """Which of so many places are kept."""
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float32).long()

@@ -105,7 +105,7 @@ def _equalize(backend: Backend, group: ChannelGroup, seen: Mapping[str, ChannelR
     for name, _ in group.readers:
         _divide(backend, name, factors)
     for output, one in zip(group.outputs, ends, strict=True):
-        low, high = min(0.0, float((one.low * factors).min())), max(0.0, float((one.high * factors).max()))
+        low, high = one.times(factors).bounds
         for name in output.sites:
             backend.write(name, qparams_for_range(low, high, backend.sites[name], codes))
     return int((exponents != 0).sum())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.transforms.channel_ranges import spread
 
 # Powers of the sizes of channels and of columns that factors are made of.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -51,7 +52,7 @@ class ReadWeights:
     def read(cls, backend: Backend, names: Sequence[str]) -> ReadWeights:
         """Of weight sites whose float weights are known."""
         whole, site = torch.cat([backend.float_weights[name] for name in names]), backend.sites[names[0]]
-        some = torch.linspace(0, len(whole) - 1, min(len(whole), _ROWS), dtype=torch.float32).long()
+        some = spread(len(whole), _ROWS)
         steps, alone = (site.qmax - site.qmin) / 2, site.axis == 0
         return cls(whole.square().sum(0), whole[some].abs(), len(whole) / len(some), steps, alone)
 

@@ -170,7 +170,7 @@ def _use(backend: Backend, form: _Form, entries: Tensor, codes: int | None) -> _
     if form.factors is not None:
         _multiply(backend, shared, form.factors, entries)
         ends = ends.times(form.factors)
-    low, high = min(0.0, float(ends.low.min())), max(0.0, float(ends.high.max()))
+    low, high = ends.bounds
     if form.middle is not None:
         _subtract(backend, shared, form.middle, entries)
         low, high = -_half(ends), _half(ends)
