@@ -23,9 +23,10 @@ _FEW = 16
 _WASTE = 0.1
 
 
-# Share of the codes of one activation beyond 7 bits that says that all 8 are used; and how far beyond: values at the
-# end of a range, as the background of images may be, are rounded one code further.
-_BEYOND, _FURTHER = 0.1, 8
+#: Share of the codes of one activation beyond 7 bits that says that all 8 are used.
+BEYOND = 0.1
+# How far beyond: values at the end of a range, as the background of images may be, are rounded one code further.
+_FURTHER = 8
 
 
 def cut_range(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
@@ -40,6 +41,11 @@ def cut_range(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     return True
 
 
+def share_beyond_half(value: Tensor) -> float:
+    """Share of the codes of a quantized tensor that lie well beyond half of the container."""
+    return float((value.int_repr() > REDUCED_QMAX + _FURTHER).float().mean())
+
+
 def observed_codes(backend: Backend, batch: Batch, world: World) -> int:
     """Steps between the least and the greatest code that observers calibrated for: half of the container where hardly
     any code of any value is beyond it (reduce_range)."""
@@ -49,8 +55,8 @@ def observed_codes(backend: Backend, batch: Batch, world: World) -> int:
 
     def see(node: Node, value: Any) -> Any:
         if node.name in observed and isinstance(value, Tensor) and value.dtype == torch.quint8:
-            shares.append(float((value.int_repr() > REDUCED_QMAX + _FURTHER).float().mean()))
+            shares.append(share_beyond_half(value))
         return value
 
     Watcher(backend.model).watch(batch.few(_FEW), see)
-    return REDUCED_QMAX if world.first(max(shares)) < _BEYOND else 2 * REDUCED_QMAX + 1
+    return REDUCED_QMAX if world.first(max(shares)) < BEYOND else 2 * REDUCED_QMAX + 1

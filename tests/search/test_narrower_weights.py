@@ -114,7 +114,12 @@ def test_limits_are_lifted_where_it_is_accepted_and_only_there(accepted: bool, r
             assert factor == pytest.approx(127 / 255 if reduce_range else 1.0)
             for own, qparams in proposed.items() if accepted else ():
                 backend.write(own, qparams)
-    assert names[-1] == NAME and limit() == (255 if accepted else 127)
+    assert names[-1] == NAME and limit() == (255 if accepted or not reduce_range else 127)
+    if not accepted:
+        proposer._searched.follow()
+        followed, wanted = proposer._searched.twin(images), model(images)
+        apart = float((followed - wanted).abs().mean() / wanted.abs().mean())
+        assert apart < 0.02, "what is proposed next is for the network that is there, not for one that is clipped"
 
 
 @pytest.mark.parametrize("seed", range(3))

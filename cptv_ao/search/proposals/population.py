@@ -110,6 +110,7 @@ class Population:
         if not biases.dear:
             yield from self._narrower(population)
             yield from self._least_loss(population)
+        self._limits.release()
         if coarse:
             yield from self._roundings(coarse)
 
