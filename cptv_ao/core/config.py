@@ -47,9 +47,9 @@ class RefineConfig:
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, channels get like ranges across layers, and so do those behind a layer norm that only linear layers
-            read (both where their float weights are known); these move to the middle of their ranges, by biases. In
-            PT2E graphs the last alone, behind attention too. Only where `include` and `kinds` leave nothing out; never
-            of reference models.
+            read (both where their float weights are known); these move to the middle of their ranges, by biases, as do
+            keys of attention. In PT2E graphs only what linear layers read is changed, behind norms and attention. Only
+            where `include` and `kinds` leave nothing out; never of reference models.
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none. A step is
             of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP, of 50 on a GPU.
             Proposals enter only where the model's own kernels confirm them.

@@ -131,6 +131,9 @@ HARDSIGMOID = Op(
     ("hardsigmoid",),
 )
 TANH = Op("tanh", "fixed", (functional.tanh, torch.tanh, torch.tanh_), ("tanh", "tanh_"), (nn.Tanh,), ("tanh",))
+SOFTMAX = Op(
+    "softmax", "fixed", (functional.softmax, torch.softmax), ("softmax",), (nn.Softmax,), ("softmax", "_softmax")
+)
 GETATTR = Op("getattr", "asks", (getattr,))
 QUANTIZE = Op(
     "quantize",
@@ -215,14 +218,7 @@ OPS = (
     SIGMOID,
     HARDSIGMOID,
     TANH,
-    Op(
-        "softmax",
-        "fixed",
-        (functional.softmax, torch.softmax),
-        ("softmax",),
-        (nn.Softmax,),
-        ("softmax", "_softmax"),
-    ),
+    SOFTMAX,
     Op("cat", "joins", (torch.cat,), (), (), ("cat",)),
     Op("stack", "joins", (torch.stack,), (), (), ("stack",)),
     Op("size", "asks", (), ("size", "shape"), (), ("sym_size",)),

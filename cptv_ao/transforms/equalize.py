@@ -14,7 +14,8 @@ Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and s
 Channels of different size from layer to layer: see `cptv_ao.transforms.cross_layer`.
 
 Channels that linear layers read behind a norm, in PT2E graphs behind attention, too: see
-`cptv_ao.transforms.linear_inputs`.
+`cptv_ao.transforms.linear_inputs`. Keys of attention in lowered models: see
+`cptv_ao.transforms.attention_keys`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
+from cptv_ao.transforms.attention_keys import centre_keys
+from cptv_ao.transforms.attention_patterns import AttentionPatterns
 from cptv_ao.transforms.bn_folding import _fold, is_folded
 from cptv_ao.transforms.channel_groups import ChannelGroup, ChannelGroups
 from cptv_ao.transforms.cross_layer import equalizable, equalized
@@ -50,7 +53,7 @@ def equalize(
     backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
 ) -> list[str]:
     """Fold unfused batch norms and layer scales, cut ranges that functions clip, bring channels to like ranges across
-    layers, and even out and centre what linear layers read.
+    layers, and even out and centre what linear layers read, and keys of attention.
 
     Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
@@ -81,9 +84,9 @@ def _equalize_lowered(
     """As `equalize`, of a lowered model."""
     patterns = Patterns(backend)
     norms, read = patterns.unfused_norms(), patterns.read_norms()
-    scaled = patterns.scaled_layers()
+    scaled, keys = patterns.scaled_layers(), AttentionPatterns(backend).keys()
     norms = _with_channels_first(backend, norms, batches[0])
-    if not (norms or scaled or read or patterns.clipped_sites() or _groups(backend, norms)):
+    if not (norms or scaled or read or keys or patterns.clipped_sites() or _groups(backend, norms)):
         return []
     check = Equivalence(backend, batches, world, confirmed)
     folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
@@ -91,7 +94,7 @@ def _equalize_lowered(
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
     groups = _groups(backend, [norm for norm in norms if is_folded(backend, norm)])
-    codes = observed_codes(backend, batches[0], world) if clipped or read or groups else 0
+    codes = observed_codes(backend, batches[0], world) if clipped or read or groups or keys else 0
     cut = sum(check.used(clipped, partial(cut_range, backend, codes=codes)))
     notes = []
     if folded:
@@ -101,6 +104,7 @@ def _equalize_lowered(
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
     notes += equalized(backend, groups, batches, codes, check, world)
+    notes += centre_keys(backend, keys, batches, check, world, codes)
     return notes + even_out(backend, read, batches, check, world, codes)
 
 

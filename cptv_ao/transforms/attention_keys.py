@@ -1,0 +1,134 @@
+"""Keys of attention moved to the middle of their ranges: an equivalent form of a lowered graph.
+
+    softmax(q k^T) = softmax(q (k - c)^T), for q c is the same for all keys
+
+Channels of keys lie apart (a large bias, or what all tokens have in common). They share a scale with each other, and
+with queries and values where one layer gives all three; without what they have in common its steps are finer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import World
+from cptv_ao.core.qparams import qparams_for_range
+from cptv_ao.fx.node_runner import Watcher
+from cptv_ao.simulation.qtensor import QTensor, real
+from cptv_ao.simulation.twin import Twin
+from cptv_ao.transforms.attention_patterns import Keys
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
+from cptv_ao.transforms.equivalence import Equivalence
+
+# A range that gets less narrow is left as it is.
+_NARROWER = 0.95
+# How near to whole numbers the numbers of channels must arrive.
+_WHOLE = 0.1
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is subtracted from the channels of the layer that gives keys, (C,)."""
+
+    keys: Keys
+    middle: Tensor
+
+
+def centre_keys(
+    backend: Backend, keys: Sequence[Keys], batches: Sequence[Batch], check: Equivalence, world: World, codes: int
+) -> list[str]:
+    """Move keys to the middle of their ranges, as far as it is worth it, and tell of it.
+
+    Args:
+        backend: of a lowered model, which is written: the biases of the layers that give keys, and scales behind them.
+        keys: of it.
+        batches: calibration images.
+        check: of it.
+        world: the ranks that all do so.
+        codes: steps between the ends of a range, which is to hold all that was seen.
+
+    Returns:
+        What was done, one line; nothing where the float twin does not know an op.
+    """
+    if not keys or check.twin is None:
+        return []
+    channels = _channels(check.twin, keys, check.few)
+    ends = channel_ends(check.twin, {one.source: last_dimension for one in keys}, batches, world)
+    forms = [
+        _Form(one, middle)
+        for one, own in zip(keys, channels, strict=True)
+        if own is not None and one.source in ends and (middle := _middle(ends[one.source], own)) is not None
+    ]
+    done = check.used(forms, lambda form: _write(backend, form))
+    if not done:
+        return []
+    sites = {node: name for form in done for node, name in form.keys.sites.items()}
+    for node, seen in channel_ends(check.twin, dict.fromkeys(sites, _as_one), batches, world).items():
+        if seen.span > 0:
+            backend.write(sites[node], qparams_for_range(*seen.bounds, backend.sites[sites[node]], codes))
+    return [f"keys of {len(done)} attentions moved to the middle of their ranges, which no softmax sees"]
+
+
+def _as_one(values: Tensor) -> Tensor:
+    return values.reshape(1, -1)
+
+
+def _channels(twin: Twin, keys: Sequence[Keys], few: Batch) -> list[Tensor | None]:
+    """Which channels of their source keys are, found by what arrives where sources give numbers of channels in the
+    place of what they compute; None where this is something else."""
+    sources, places = {one.source for one in keys}, {one.node for one in keys}
+
+    def arriving(numbers: Callable[[int], Tensor]) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def see(node: Node, value: Any) -> Any:
+            if node.name in sources and (given := real(value)) is not None:
+                put = numbers(given.shape[-1]).to(given).expand(given.shape)
+                value = value.with_codes(put / value.scale) if isinstance(value, QTensor) else put
+            if node.name in places and (given := real(value)) is not None:
+                seen[node.name] = given
+            return value
+
+        Watcher(twin.module).watch(few, see)
+        return seen
+
+    # The first channel is 1: what multiplies the numbers on the way is seen on ones.
+    found, ones = arriving(lambda count: torch.arange(1, count + 1)), arriving(torch.ones)
+    return [_arrived(found[one.node] / ones[one.node], one.dim) if one.node in found else None for one in keys]
+
+
+def _arrived(numbers: Tensor, dim: int) -> Tensor | None:
+    """The channels (K,) of numbers that all rows have alike, each once in a row."""
+    if numbers.dim() < 2:
+        return None
+    rows = numbers.movedim(dim, -1)
+    whole = rows[..., :1, :].round()
+    if not bool(((rows - whole).abs() < _WHOLE).all()):
+        return None
+    return torch.tensor(sorted(set(whole.flatten().long().tolist()))) - 1
+
+
+def _middle(ends: ChannelRange, channels: Tensor) -> Tensor | None:
+    """Of these channels, 0 of the others (C,); None where the range of all does not get narrower by it."""
+    middle = torch.zeros_like(ends.low)
+    if not 0 <= int(channels.min()) <= int(channels.max()) < len(middle):
+        return None
+    middle[channels] = ((ends.low + ends.high) / 2)[channels]
+    span = float((ends.high - middle).max().clamp_min(0.0) - (ends.low - middle).min().clamp_max(0.0))
+    return middle if span < _NARROWER * ends.span else None
+
+
+def _write(backend: Backend, form: _Form) -> _Form:
+    """Give the layer its other bias."""
+    weight = form.keys.weight
+    bias = backend.weights.biases.given(weight)
+    whole = -form.middle if bias is None else bias - form.middle
+    backend.weights.write_codes(weight, backend.read(weight), backend.weight(weight).int_repr(), whole)
+    return form
