@@ -26,6 +26,7 @@ from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.attention_patterns import Keys
 from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
+from cptv_ao.transforms.replaced_weights import add_to_bias
 
 # A range that gets less narrow is left as it is.
 _NARROWER = 0.95
@@ -127,8 +128,5 @@ def _middle(ends: ChannelRange, channels: Tensor) -> Tensor | None:
 
 def _write(backend: Backend, form: _Form) -> _Form:
     """Give the layer its other bias."""
-    weight = form.keys.weight
-    bias = backend.weights.biases.given(weight)
-    whole = -form.middle if bias is None else bias - form.middle
-    backend.weights.write_codes(weight, backend.read(weight), backend.weight(weight).int_repr(), whole)
+    add_to_bias(backend, form.keys.weight, -form.middle)
     return form

@@ -32,7 +32,7 @@ from cptv_ao.transforms.bn_folding import scale_channels
 from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.input_factors import ReadWeights, input_exponents
-from cptv_ao.transforms.replaced_weights import replace_weight
+from cptv_ao.transforms.replaced_weights import add_to_bias, replace_weight
 from cptv_ao.transforms.shared_inputs import SharedInput
 
 # A range that gets less narrow is left as it is.
@@ -208,7 +208,4 @@ def _subtract(backend: Backend, shared: SharedInput, middle: Tensor, entries: Te
             given = fetch(backend.model, reader.bias).detach()
             backend.rewrites.put(reader.weight, reader.bias, given + missing.to(given))
         else:
-            own = backend.weights.biases.given(reader.weight)
-            codes = backend.weight(reader.weight).int_repr()
-            whole = missing if own is None else own + missing
-            backend.weights.write_codes(reader.weight, backend.read(reader.weight), codes, whole)
+            add_to_bias(backend, reader.weight, missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.qparams import REDUCED_QMAX, qparams_for_range
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.transforms.lowered_patterns import ClippedSite
 
@@ -41,22 +43,22 @@ def cut_range(backend: Backend, clipped: ClippedSite, codes: int) -> bool:
     return True
 
 
-def share_beyond_half(value: Tensor) -> float:
-    """Share of the codes of a quantized tensor that lie well beyond half of the container."""
-    return float((value.int_repr() > REDUCED_QMAX + _FURTHER).float().mean())
+def shares_beyond_half(backend: Backend, batch: Batch, sites: Iterable[ScaleSite]) -> dict[str, float]:
+    """Share of the codes of these activations that lie well beyond half of the container, by node."""
+    shares, observed = dict[str, float](), {node for site in sites for node in site.nodes}
+
+    def see(node: Node, value: Any) -> Any:
+        if node.name in observed and isinstance(value, Tensor) and value.dtype == torch.quint8:
+            shares[node.name] = float((value.int_repr() > REDUCED_QMAX + _FURTHER).float().mean())
+        return value
+
+    Watcher(backend.model).watch(batch, see)
+    return shares
 
 
 def observed_codes(backend: Backend, batch: Batch, world: World) -> int:
     """Steps between the least and the greatest code that observers calibrated for: half of the container where hardly
     any code of any value is beyond it (reduce_range)."""
-    shares = [0.0]
     activations = [site for site in backend.sites.values() if site.kind == "activation" and not site.fixed]
-    observed = {node for site in activations for node in site.nodes}
-
-    def see(node: Node, value: Any) -> Any:
-        if node.name in observed and isinstance(value, Tensor) and value.dtype == torch.quint8:
-            shares.append(share_beyond_half(value))
-        return value
-
-    Watcher(backend.model).watch(batch.few(_FEW), see)
-    return REDUCED_QMAX if world.first(max(shares)) < BEYOND else 2 * REDUCED_QMAX + 1
+    shares = shares_beyond_half(backend, batch.few(_FEW), activations)
+    return REDUCED_QMAX if world.first(max(shares.values(), default=0.0)) < BEYOND else 2 * REDUCED_QMAX + 1

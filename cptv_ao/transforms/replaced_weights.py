@@ -1,4 +1,5 @@
-"""Other float weights in the place of those that are known, in scales that are wider or narrower by as much."""
+"""Other float weights in the place of those that are known, in scales that are wider or narrower by as much; and other
+biases beside them."""
 
 from __future__ import annotations
 
@@ -16,6 +17,12 @@ def replace_weight(backend: Backend, name: str, weight: Tensor) -> None:
     wider = _peak(weight, site) / _peak(backend.float_weights[name], site)
     backend.weights.set_float(name, weight)
     backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
+
+
+def add_to_bias(backend: Backend, name: str, added: Tensor) -> None:
+    """Add to the bias (C,) that is packed with a weight, whose codes stay; where none is, that is the bias."""
+    given, codes = backend.weights.biases.given(name), backend.weight(name).int_repr()
+    backend.weights.write_codes(name, backend.read(name), codes, added if given is None else given + added)
 
 
 def _peak(weight: Tensor, site: ScaleSite) -> Tensor:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
-from torch import Tensor
-
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, rescaled
 from cptv_ao.core.sites import ScaleSite
-from cptv_ao.fx.node_runner import Recorder, ordered
 from cptv_ao.search.proposals.following import follow
 from cptv_ao.search.proposals.initial_scales import HALF_CONTAINER
 from cptv_ao.simulation.saturation import saturating_inputs
 from cptv_ao.simulation.twin import Twin
-from cptv_ao.transforms.range_clipping import BEYOND, share_beyond_half
+from cptv_ao.transforms.range_clipping import BEYOND, shares_beyond_half
 
 
 class SaturationLimits:
@@ -79,11 +75,10 @@ class SaturationLimits:
         them below was refused, and a twin that clips computes something else."""
         if not self.limited:
             return
-        model, recorder = self._backend.model, Recorder(self._backend.model)
-        with torch.no_grad():
-            recorder.run(*ordered(model, self._probe))
-        limited = sorted(self.limited)
-        shares = [self._world.most(_share_beyond(recorder, self._groups[lead]))[0] for lead in limited]
+        limited = {lead: self._groups[lead] for lead in sorted(self.limited)}
+        found = shares_beyond_half(self._backend, self._probe, (site for group in limited.values() for site in group))
+        highest = [max(found.get(node, 0.0) for site in group for node in site.nodes) for group in limited.values()]
+        shares = [self._world.most(share)[0] for share in highest]
         if max(shares) >= BEYOND:
             self.limit([lead for lead, share in zip(limited, shares, strict=True) if share == 0.0])
 
@@ -94,10 +89,3 @@ class SaturationLimits:
                 for twin in self._limited_twins:
                     twin.sites.limit([site.name], REDUCED_QMAX if lead in leads else site.qmax)
         self.limited = set(leads)
-
-
-def _share_beyond(recorder: Recorder, group: tuple[ScaleSite, ...]) -> float:
-    """The largest share of codes beyond half of the container, of the activations of a group."""
-    values = (recorder.values.get(node) for site in group for node in site.nodes)
-    given = (value for value in values if isinstance(value, Tensor) and value.is_quantized)
-    return max((share_beyond_half(value) for value in given), default=0.0)
