@@ -143,7 +143,7 @@ class SiteErrors:
             for histogram in self._histograms.values():
                 histogram.begin()
             for name, found in seen.items():
-                for steps, gradient in found:
+                for steps, gradient in (map(torch.atleast_1d, one) for one in found):
                     own = _rows(len(steps), part.images, direction, directions)
                     self._histograms[self._leads[name]].add(steps[own], gradient[own])
 
