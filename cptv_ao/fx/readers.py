@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from torch import nn
 from torch.fx import Node
 
 from cptv_ao.fx.ops import op_of
@@ -30,6 +31,25 @@ def own_path(value: Any, once: Container[str]) -> str | None:
     if not isinstance(value, Node) or value.op != "get_attr" or len(value.users) != 1:
         return None
     return str(value.target) if str(value.target) in once else None
+
+
+def is_shared(layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer, or its weight, is at more than one place among the modules of a model."""
+    return sum(one is layer or getattr(one, "weight", None) is layer.weight for one in modules.values()) > 1
+
+
+def own_table(node: Node, modules: Mapping[str, nn.Module], once: Container[str]) -> str | None:
+    """Path of the float table whose rows a node gives, where one node alone reads it.
+
+    Args:
+        modules: of the model.
+        once: as `read_once` gives it.
+    """
+    path = str(node.target)
+    module = modules.get(path) if node.op == "call_module" else None
+    if type(module) is not nn.Embedding or module.max_norm is not None or path not in once:
+        return None
+    return None if is_shared(module, modules) else f"{path}.weight"
 
 
 def users_of(node: Node) -> list[Node]:

@@ -15,18 +15,18 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx import Graph, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.rotations import WORTH, rotation
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
+from cptv_ao.transforms.float_model.float_streams import FloatStreams
 from cptv_ao.transforms.float_model.obstacles import innermost, not_convertible
-from cptv_ao.transforms.float_model.residual_streams import ResidualStream, ResidualStreams
-from cptv_ao.transforms.float_model.rotation import peak_ratio, rotate, rotation
+from cptv_ao.transforms.float_model.rotation import rotate, shown_ratio
 from cptv_ao.transforms.float_model.smooth_quant import smooth
+from cptv_ao.transforms.residual_streams import ResidualStream
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What FX fuses with a ReLU behind it.
 _FUSED = (*_CONVOLUTIONS, nn.Linear, nn.BatchNorm2d)
-# By how much the largest values of a residual stream must become smaller to be worth a rotation.
-_ROTATED = 1.5
 _RELUS = {torch.relu, nn.functional.relu, "relu", "relu_"}
 
 _Told = TypeVar("_Told")
@@ -118,7 +118,7 @@ class Rewriter:
         whether there were any."""
 
         def streams(model: nn.Module) -> list[ResidualStream]:
-            return ResidualStreams(model, run.graph, run.env).find()
+            return FloatStreams(model, run.graph, run.env).find()
 
         def turned(model: nn.Module, sums: tuple[Node, ...], turn: Tensor) -> list[str]:
             return rotate(model, next(own for own in streams(model) if own.sums == sums), turn)
@@ -126,8 +126,8 @@ class Rewriter:
         done = False
         for stream in streams(self.model):
             turn = rotation(stream.width)
-            ratio = peak_ratio(stream, run.env, turn)
-            if ratio < _ROTATED:
+            ratio = shown_ratio(stream, run.env, turn)
+            if ratio < WORTH:
                 continue
             ends = self._changed(partial(turned, sums=stream.sums, turn=turn))
             if ends is not None:

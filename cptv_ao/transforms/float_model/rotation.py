@@ -14,7 +14,6 @@ Where the model returns the norm, a linear layer behind it rotates back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,48 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from cptv_ao.transforms.float_model.residual_streams import Layer, Reader, ResidualStream, Writer
-
-# A channel is spread the further the flatter a rotation is: entries are held to so many times 1 / sqrt(width), in turn
-# with what makes the matrix orthogonal again.
-_CAP, _ROUNDS, _STEPS, _LAST_STEPS = 1.2, 40, 1, 12
+from cptv_ao.core.rotations import peak_ratio
+from cptv_ao.fx.paths import fetch
+from cptv_ao.transforms.residual_streams import Layer, Norm, Reader, ResidualStream, Writer
 
 
-def rotation(width: int) -> Tensor:
-    """An orthogonal matrix (width, width), float64, that gives a vector of ones back and spreads each channel over all;
-    always the same one."""
-    generator = torch.Generator().manual_seed(width)
-    ones = torch.full((width, width), 1 / width, dtype=torch.float64)
-    others = torch.eye(width, dtype=torch.float64) - ones
-    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
-    for _ in range(_ROUNDS):
-        turn = ones + others @ turn.clamp(-_CAP / math.sqrt(width), _CAP / math.sqrt(width)) @ others
-        turn = _orthogonal(turn, _STEPS)
-    return _orthogonal(turn, _LAST_STEPS)
-
-
-def _orthogonal(near: Tensor, steps: int) -> Tensor:
-    """The orthogonal matrix nearest to one (N, N) whose singular values are below sqrt(3) (Newton and Schulz)."""
-    for _ in range(steps):
-        near = 1.5 * near - 0.5 * near @ (near.T @ near)
-    return near
-
-
-def peak_ratio(stream: ResidualStream, shown: Mapping[Node, Any], turn: Tensor) -> float:
-    """How many times larger the largest values of a stream are than those of the rotated one, in the geometric mean of
-    its sums.
+def shown_ratio(stream: ResidualStream, shown: Mapping[Node, Any], turn: Tensor) -> float:
+    """How many times larger the largest values of a stream are than those of the rotated one.
 
     Args:
         shown: what the nodes gave on example images.
         turn: the rotation.
     """
-    ratios = []
-    for node in stream.sums:
-        value = shown.get(node)
-        if isinstance(value, Tensor) and value.dim() and value.shape[-1] == stream.width:
-            peak, turned = value.abs().max(), (value @ turn.T.to(value)).abs().max()
-            ratios.append(math.log(float(peak) / float(turned)) if peak > 0 and turned > 0 else 0.0)
-    return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+    values = (shown.get(node) for node in stream.sums)
+    sums = [one for one in values if isinstance(one, Tensor) and one.dim() and one.shape[-1] == stream.width]
+    return peak_ratio(sums, turn)
 
 
 def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
@@ -74,12 +46,12 @@ def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
     """
     with torch.no_grad():
         for writer in stream.writers:
-            _turn_written(writer, turn)
-        for tensor in stream.tensors:
+            _turn_written(model, writer, turn)
+        for path in stream.tensors:
+            tensor = fetch(model, path)
             tensor.copy_(_wide(tensor) @ turn.T)
         for reader in stream.readers:
-            layers = reader.layers or (_appended(model, reader),)
-            _turn_read(reader, layers, turn)
+            _turn_read(model, reader, turn)
     return [reader.end for reader in stream.readers if not reader.layers]
 
 
@@ -87,46 +59,59 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-def _turn_written(writer: Writer, turn: Tensor) -> None:
-    layer, factors = writer.layer, writer.factors
-    if factors is not None:
-        turn = turn * _wide(factors)
+def _turn_written(model: nn.Module, writer: Writer, turn: Tensor) -> None:
+    weight, bias = fetch(model, writer.layer.weight), _bias(model, writer.layer)
+    if writer.factors is not None:
+        factors = fetch(model, writer.factors)
+        turn = turn * _wide(factors).flatten()
         factors.fill_(1.0)
-    layer.weight.copy_((turn @ _wide(layer.weight).flatten(1)).reshape(layer.weight.shape))
-    if layer.bias is not None:
-        layer.bias.copy_(turn @ _wide(layer.bias))
+    weight.copy_((turn @ _wide(weight).flatten(1)).reshape(weight.shape))
+    if bias is not None:
+        bias.copy_(turn @ _wide(bias))
 
 
-def _turn_read(reader: Reader, layers: tuple[Layer, ...], turn: Tensor) -> None:
-    for layer in layers:
-        weight = _wide(layer.weight)
-        if reader.norm is not None:
-            gain, offset = reader.norm
-            if offset is not None:
-                _add_to_bias(layer, weight @ _wide(offset))
+def _turn_read(model: nn.Module, reader: Reader, turn: Tensor) -> None:
+    gain, offset = (None, None) if reader.norm is None else _parameters(model, reader.norm)
+    for layer in reader.layers or (_appended(model, reader.end, gain),):
+        held = fetch(model, layer.weight)
+        weight = _wide(held)
+        if offset is not None:
+            _add_to_bias(model, layer, weight @ _wide(offset))
+        if gain is not None:
             weight = weight * _wide(gain)
-        layer.weight.copy_(weight @ turn.T)
-    for tensor, neutral in zip(reader.norm or (), (1.0, 0.0), strict=False):
+        held.copy_(weight @ turn.T)
+    for tensor, neutral in ((gain, 1.0), (offset, 0.0)):
         if tensor is not None:
             tensor.fill_(neutral)
 
 
-def _add_to_bias(layer: Layer, added: Tensor) -> None:
-    if layer.bias is not None:
-        layer.bias.add_(added.to(layer.bias))
-    elif layer.module is not None:
-        layer.module.bias = nn.Parameter(added.to(layer.weight))
+def _parameters(model: nn.Module, norm: Norm) -> tuple[Tensor, Tensor | None]:
+    return fetch(model, norm[0]), None if norm[1] is None else fetch(model, norm[1])
+
+
+def _bias(model: nn.Module, layer: Layer) -> Any:
+    return None if layer.bias is None else fetch(model, layer.bias)
+
+
+def _add_to_bias(model: nn.Module, layer: Layer, added: Tensor) -> None:
+    bias = _bias(model, layer)
+    if bias is not None:
+        bias.add_(added.to(bias))
+    elif layer.bias is not None:
+        owner, _, name = layer.bias.rpartition(".")
+        setattr(model.get_submodule(owner), name, nn.Parameter(added.to(fetch(model, layer.weight))))
     elif bool(added.any()):
         raise RuntimeError("a function without a bias cannot be given one")
 
 
-def _appended(model: nn.Module, reader: Reader) -> Layer:
-    """A linear layer that gives what it is given, at the end behind a norm."""
-    assert reader.norm is not None
-    width, before = len(reader.norm[0]), model.get_submodule(reader.end)
-    layer = nn.Linear(width, width).to(reader.norm[0])
+def _appended(model: nn.Module, end: str, gain: Tensor | None) -> Layer:
+    """A linear layer that gives what it is given, behind a norm of this weight, or an identity at the end."""
+    assert gain is not None
+    width, before = len(gain), model.get_submodule(end)
+    layer = nn.Linear(width, width).to(gain)
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)
-    owner, _, name = reader.end.rpartition(".")
-    setattr(model.get_submodule(owner), name, layer if type(before) is nn.Identity else nn.Sequential(before, layer))
-    return Layer(layer.weight, layer.bias, layer)
+    owner, _, name = end.rpartition(".")
+    path = end if type(before) is nn.Identity else f"{end}.1"
+    setattr(model.get_submodule(owner), name, layer if path == end else nn.Sequential(before, layer))
+    return Layer(f"{path}.weight", f"{path}.bias", (width, width))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from cptv_ao.core.channel_scaling import outlier_exponents
 from cptv_ao.fx.paths import fetch
-from cptv_ao.fx.readers import own_path, read_once
+from cptv_ao.fx.readers import is_shared, own_path, read_once
 
 
 def smooth(model: nn.Module, graph: Graph, values: Mapping[Node, Any]) -> int:
@@ -59,16 +59,23 @@ def norm_parameters(
     node: Node, model: nn.Module, modules: Mapping[str, nn.Module], once: Container[str]
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a norm over the last dimension, where nothing else uses them."""
+    paths = norm_paths(node, modules, once)
+    if paths is None:
+        return None
+    return fetch(model, paths[0]), None if paths[1] is None else fetch(model, paths[1])
+
+
+def norm_paths(node: Node, modules: Mapping[str, nn.Module], once: Container[str]) -> tuple[str, str | None] | None:
+    """As `norm_parameters`, where they are."""
     if node.op == "call_module":
-        norm = modules[str(node.target)]
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or str(node.target) not in once:
+        path, norm = str(node.target), modules[str(node.target)]
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or path not in once:
             return None
-        return norm.weight, norm.bias
+        return f"{path}.weight", None if norm.bias is None else f"{path}.bias"
     if node.target is not functional.layer_norm:
         return None
     given = dict(zip(("input", "normalized_shape", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    paths = [own_path(given.get(name), once) for name in ("weight", "bias")]
-    weight, bias = (None if path is None else fetch(model, path) for path in paths)
+    weight, bias = (own_path(given.get(name), once) for name in ("weight", "bias"))
     if weight is None or (bias is None and given.get("bias") is not None):
         return None
     return weight, bias
@@ -85,12 +92,7 @@ def _readers(
         layer = modules.get(str(user.target)) if user.op == "call_module" else None
         if type(layer) is not nn.Linear or str(user.target) not in once:
             return []
-        if shared(layer, modules):
+        if is_shared(layer, modules):
             return []
         layers.append(layer)
     return layers
-
-
-def shared(layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer, or its weight, is at more than one place among the modules of a model."""
-    return sum(one is layer or getattr(one, "weight", None) is layer.weight for one in modules.values()) > 1
