@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_constants import float_tensors, rearranged
 from cptv_ao.backends.trained_weights import fused_weights, trained_scales
+from cptv_ao.backends.turned_weights import TurnedWeights
 from cptv_ao.core.channel_scaling import fold_factors, power_exponents
 from cptv_ao.core.errors import FloatModelMismatchError
 from cptv_ao.core.sites import ScaleSite, weight_name
@@ -58,6 +59,7 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
     modules = dict(float_model.named_modules(remove_duplicate=False))
     fused = fused_weights(float_model)
     held, unknown = deque(float_tensors(float_model)), list[str]()
+    turned = TurnedWeights(backend.model, float_model)
     by_module, nodes = backend.form.weights_of_modules, {node.name: node for node in backend.model.graph.nodes}
     for site in backend.sites.values():
         if site.kind != "weight" or site.fixed:
@@ -75,12 +77,15 @@ def attach_float_weights(backend: Backend, float_model: nn.Module) -> list[str]:
         functional = of_node(user, {}) is not None  # its weight is no module's
         candidates: Iterable[Tensor] = ()
         if not functional and path in modules:
-            candidates = chain(_module_weights(modules, path), [fused[path]] if path in fused else [])
+            own = _module_weights(modules, path)
+            first = list(islice(own, 1))
+            candidates = chain(first, *map(turned.of, first), own, [fused[path]] if path in fused else [])
         elif by_module and not functional:
             _refuse_module(path)
         found = _nearest(candidates, weight, site)
         if found.steps > 2 * HALF_STEP and (functional or not by_module):
-            found = _nearest((p for p in held if p.numel() == weight.numel()), weight, site, found)
+            like = [tensor for tensor in held if tensor.numel() == weight.numel()]
+            found = _nearest(chain(like, *map(turned.of, like)), weight, site, found)
             _turn_behind(held, found.weight)
             if found.steps > 2 * HALF_STEP:
                 found = _nearest(_moved(held, weight), weight, site, found)

@@ -41,9 +41,13 @@ class Rewrites:
         self._replaced: dict[str, dict[str, Tensor]] = {}
 
     def put(self, name: str, path: str, value: Tensor) -> None:
-        """Replace a tensor that the op of a site computes with; the float model may hold the one that was there."""
-        given = fetch(self._model, path)
-        self._replaced.setdefault(name, {}).setdefault(path, given)
+        """Replace a tensor that the op of a site computes with; the float model may hold the one that was there.
+
+        What was replaced for another site before stays a part of the state of that one.
+        """
+        given, known = fetch(self._model, path), any(path in held for held in self._replaced.values())
+        if not known:
+            self._replaced.setdefault(name, {})[path] = given
         TensorSlot.of(self._model, path).put(value)
 
     def tie(self, lead: str, passed: str) -> None:

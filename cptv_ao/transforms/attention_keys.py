@@ -24,7 +24,7 @@ from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import QTensor, real
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.attention_patterns import Keys
-from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
+from cptv_ao.transforms.channel_ranges import ChannelRange, as_one, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.replaced_weights import add_to_bias
 
@@ -71,14 +71,10 @@ def centre_keys(
     if not done:
         return []
     sites = {node: name for form in done for node, name in form.keys.sites.items()}
-    for node, seen in channel_ends(check.twin, dict.fromkeys(sites, _as_one), batches, world).items():
+    for node, seen in channel_ends(check.twin, dict.fromkeys(sites, as_one), batches, world).items():
         if seen.span > 0:
             backend.write(sites[node], qparams_for_range(*seen.bounds, backend.sites[sites[node]], codes))
     return [f"keys of {len(done)} attentions moved to the middle of their ranges, which no softmax sees"]
-
-
-def _as_one(values: Tensor) -> Tensor:
-    return values.reshape(1, -1)
 
 
 def _channels(twin: Twin, keys: Sequence[Keys], few: Batch) -> list[Tensor | None]:

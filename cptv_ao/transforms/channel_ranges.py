@@ -58,6 +58,11 @@ def last_dimension(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).T
 
 
+def as_one(values: Tensor) -> Tensor:
+    """Values as those of one channel."""
+    return values.reshape(1, -1)
+
+
 def channel_ends(
     twin: Twin, wanted: Mapping[str, ByChannel], batches: Sequence[Batch], world: World
 ) -> dict[str, ChannelRange]:

@@ -43,6 +43,7 @@ from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNo
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
 from cptv_ao.transforms.range_clipping import cut_range, observed_codes
 from cptv_ao.transforms.shared_inputs import SharedInput
+from cptv_ao.transforms.stream_rotation import outlying_streams, rotate_streams, turnable
 
 # How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
 # that hardly varies is given as if it did not.
@@ -86,7 +87,8 @@ def _equalize_lowered(
     norms, read = patterns.unfused_norms(), patterns.read_norms()
     scaled, keys = patterns.scaled_layers(), AttentionPatterns(backend).keys()
     norms = _with_channels_first(backend, norms, batches[0])
-    if not (norms or scaled or read or keys or patterns.clipped_sites() or _groups(backend, norms)):
+    streams = outlying_streams(backend, batches[0].few(FEW), world)
+    if not (norms or scaled or read or keys or streams or patterns.clipped_sites() or _groups(backend, norms)):
         return []
     check = Equivalence(backend, batches, world, confirmed)
     folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
@@ -94,7 +96,7 @@ def _equalize_lowered(
     clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
     groups = _groups(backend, [norm for norm in norms if is_folded(backend, norm)])
-    codes = observed_codes(backend, batches[0], world) if clipped or read or groups or keys else 0
+    codes = observed_codes(backend, batches[0], world) if clipped or read or groups or keys or streams else 0
     cut = sum(check.used(clipped, partial(cut_range, backend, codes=codes)))
     notes = []
     if folded:
@@ -103,6 +105,7 @@ def _equalize_lowered(
         notes.append(f"{scales} layer scales folded into the layers before them")
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
+    notes += rotate_streams(backend, streams, batches, check, world, codes)
     notes += equalized(backend, groups, batches, codes, check, world)
     notes += centre_keys(backend, keys, batches, check, world, codes)
     return notes + even_out(backend, read, batches, check, world, codes)
@@ -143,7 +146,8 @@ def replaceable(backend: Backend) -> dict[str, str]:
         return shared
     patterns = Patterns(backend)
     tensors = {path: norm.weight for norm in patterns.unfused_norms() for path in norm.tensors.values()}
-    return tensors | {scaled.path: scaled.weight for scaled in patterns.scaled_layers()} | shared
+    scaled = {scaled.path: scaled.weight for scaled in patterns.scaled_layers()}
+    return turnable(backend) | tensors | scaled | shared
 
 
 def _shared_inputs(backend: Backend) -> list[SharedInput]:

@@ -19,10 +19,15 @@ def replace_weight(backend: Backend, name: str, weight: Tensor) -> None:
     backend.write(name, QParams(qparams.scale * wider.double(), qparams.zero_point))
 
 
+def replace_bias(backend: Backend, name: str, bias: Tensor) -> None:
+    """Give a layer another bias (C,) than the one that is packed with its weight, whose codes stay."""
+    backend.weights.write_codes(name, backend.read(name), backend.weight(name).int_repr(), bias)
+
+
 def add_to_bias(backend: Backend, name: str, added: Tensor) -> None:
-    """Add to the bias (C,) that is packed with a weight, whose codes stay; where none is, that is the bias."""
-    given, codes = backend.weights.biases.given(name), backend.weight(name).int_repr()
-    backend.weights.write_codes(name, backend.read(name), codes, added if given is None else given + added)
+    """Add to the bias (C,) that is packed with a weight; where none is, that is the bias."""
+    given = backend.weights.biases.given(name)
+    replace_bias(backend, name, added if given is None else given + added)
 
 
 def _peak(weight: Tensor, site: ScaleSite) -> Tensor:

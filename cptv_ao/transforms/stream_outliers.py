@@ -19,7 +19,7 @@ def stream_notes(backend: Backend, few: Batch) -> list[str]:
     """A sentence where sums of a residual stream have outlier channels, which `cptv_ao.recipe` spreads over all.
 
     Args:
-        backend: of the lowered model, as it was given.
+        backend: of the lowered model.
         few: some search images, on which the model is run where it has such sums.
     """
     sites = {backend.sites[name].nodes[0] for name in rotatable(backend)}

@@ -51,6 +51,8 @@ from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
+from cptv_ao.transforms.equivalence import FEW
+from cptv_ao.transforms.returned_norms import ReturnedNorms, returned_norms
 from cptv_ao.transforms.stream_outliers import stream_notes
 from cptv_ao.verbs.calibrated import calibrated
 
@@ -141,9 +143,13 @@ def refine(
         sources, given, searched = FloatSources.of(opened, float_model), opened.given, opened.backend.model
         listeners = (callback,) if callback is not None and world.rank == 0 else ()
         asked = _Asked(_allowed(config, opened), world, budget, listeners, progress and world.rank == 0, checkpoint)
-        with eval_mode(searched, float_model), restored_on_error(given, opened.backend):
+        with (
+            eval_mode(searched, float_model),
+            returned_norms(searched) as norms,
+            restored_on_error(given, opened.backend),
+        ):
             batches = read_batches(calib_loader, opened.backend.form.intake(searched))
-            report = _refine(opened.backend, batches, sources, asked)
+            report = _refine(opened.backend, batches, sources, asked, norms)
             if report.moves:
                 opened.commit()
             opened.backend.weights.biases.remember()
@@ -152,7 +158,9 @@ def refine(
     return given
 
 
-def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked: _Asked) -> Outcome:
+def _refine(
+    backend: Backend, batches: list[Batch], sources: FloatSources, asked: _Asked, norms: ReturnedNorms
+) -> Outcome:
     """The method: what is known of the model, what it is scored on, where it is searched, the search, the verdict."""
     config, budget = asked.config, asked.budget
     blocks = len(find_blocks(backend.sites.values(), config.blocks))
@@ -161,6 +169,10 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         progress = SearchProgress(bar, budget)
         unknown = _attach_weights(backend, sources)
         checkpoint = _checkpoint(backend, batches, sources, asked)
+        # Another form rounds its weights anew, as they were not trained (QAT).
+        equalizes = config.equalize and config.searches_all and not backend.weights.trained
+        if equalizes:
+            norms.open(backend, batches[0].few(FEW), asked.world)
         progress.stage("outputs of the float network")
         planned = None if checkpoint is None else checkpoint.image_seconds
         calibration, told = calibrated(backend, batches, sources, config, asked.world, planned)
@@ -178,8 +190,6 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
             report = unsearched(verdict.given, len(given), calibration, asked.config.told(), notes, budget.seconds)
             return replace(report, outputs=scores.told(report))
 
-        # Another form rounds its weights anew, as they were not trained (QAT).
-        equalizes = config.equalize and config.searches_all and not backend.weights.trained
         progress.stage("equal forms")
         scored = not is_exact(backend, verdict)
         form = equalized_baseline(backend, verdict.given, calibration, scored) if equalizes else None
@@ -194,9 +204,10 @@ def _refine(backend: Backend, batches: list[Batch], sources: FloatSources, asked
         with stop_on_interrupt(budget.stop):
             search.run()
 
-    notes += at_state(backend, before, lambda: _told_of_the_given(backend, calibration))
+    notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
-    report = replace(report, outputs=scores.told(report))
+    notes = [*report.notes, *stream_notes(backend, calibration.probe)]
+    report = replace(report, outputs=scores.told(report), notes=tuple(notes))
     forwards = target.image_forwards + scores.image_forwards + search.image_forwards
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
 
@@ -207,12 +218,6 @@ def _unknown(backend: Backend) -> list[str]:
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=4)
     return notes
-
-
-def _told_of_the_given(backend: Backend, calibration: Calibration) -> list[str]:
-    """What is said of the model as it was given: what its kernels do, and what no scale makes up for."""
-    few = calibration.probe
-    return [*agreement_notes(backend, few, calibration.config), *stream_notes(backend, few)]
 
 
 def _told_seconds(calibration: Calibration, scores: OutputScores) -> float:

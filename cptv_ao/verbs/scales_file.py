@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from cptv_ao.core.tensor_file import read_file, write_file
 from cptv_ao.core.tensors import raw
 from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.equalize import replaceable
+from cptv_ao.transforms.returned_norms import ends_turned, has_place, with_layers
 
 _BESIDE = "beside."
 
@@ -60,7 +62,8 @@ def save_scales(model: GraphModule, path: str | os.PathLike[str]) -> None:
                 tensors[f"{name}.given"] = _or_empty(backend.weights.biases.given(name))
                 tensors[f"{name}.correction"] = correction.clone()
     sites = [_described(site) for site in backend.sites.values()]
-    write_file(path, tensors, {"sites": sites, "parameters": _parameters(backend, held)})
+    data = {"sites": sites, "parameters": _parameters(backend, held), "rotated_back": ends_turned(model)}
+    write_file(path, tensors, data)
 
 
 def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule:
@@ -83,24 +86,42 @@ def load_scales(model: GraphModule, path: str | os.PathLike[str]) -> GraphModule
     with without_torch_floods():
         backend = Backend(model)
         _same_sites(path, backend, data.get("sites"))
-        held = replaceable(backend)
-        _same_parameters(path, _parameters(backend, held), data.get("parameters"))
-        values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
-        beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
-        given = {name: tensors[f"{name}.bias"] for name in _biased(backend) if f"{name}.bias" in tensors}
-        for part, value in beside.items():
-            _expect_like(path, part, fetch(model, part), value)
-        biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
-        corrected = {name: _corrected(name, tensors) for name in given if f"{name}.correction" in tensors}
-        with torch.inference_mode(False), torch.no_grad(), restored_on_error(model, backend):
-            with backend.writing():
-                for name, (qparams, codes) in values.items():
-                    backend.write_exactly(name, qparams, codes, biases.get(name))
-            for part, value in beside.items():
-                backend.rewrites.put(held[part], part, value.to(fetch(model, part).dtype))
-        backend.weights.biases.know(corrected)
-        backend.weights.biases.remember()
+        with _layers_of(path, model, data.get("rotated_back"), tensors):
+            _load(path, backend, tensors, data)
     return model
+
+
+def _load(path: Any, backend: Backend, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+    """Put what a file holds into a model of the same sites, and with the same layers behind returned norms."""
+    model, held = backend.model, replaceable(backend)
+    _same_parameters(path, _parameters(backend, held), data.get("parameters"))
+    values = {name: _value(path, backend, site, tensors) for name, site in backend.sites.items()}
+    beside = {part: tensors[_BESIDE + part] for part in held if _BESIDE + part in tensors}
+    given = {name: tensors[f"{name}.bias"] for name in _biased(backend) if f"{name}.bias" in tensors}
+    for part, value in beside.items():
+        _expect_like(path, part, fetch(model, part), value)
+    biases = {name: _bias(path, backend, name, bias) for name, bias in given.items()}
+    corrected = {name: _corrected(name, tensors) for name in given if f"{name}.correction" in tensors}
+    with torch.inference_mode(False), torch.no_grad(), restored_on_error(model, backend):
+        with backend.writing():
+            for name, (qparams, codes) in values.items():
+                backend.write_exactly(name, qparams, codes, biases.get(name))
+        for part, value in beside.items():
+            backend.rewrites.put(held[part], part, value.to(fetch(model, part).dtype))
+    backend.weights.biases.know(corrected)
+    backend.weights.biases.remember()
+
+
+def _layers_of(
+    path: Any, model: GraphModule, saved: Any, tensors: Mapping[str, Tensor]
+) -> AbstractContextManager[None]:
+    """The model with the layers behind returned norms that the one in a file had."""
+    ends = saved if isinstance(saved, dict) else {}
+    weights = {name: tensors.get(f"{_BESIDE}{name}.weight", torch.zeros(0)) for name in ends}
+    for name, end in ends.items():
+        if weights[name].dim() != 2 or not has_place(model, end, name):
+            raise ScalesFileError(f"{path} is of another model: it has a linear layer {name} behind {end} there")
+    return with_layers(model, ends, {name: len(weight) for name, weight in weights.items()})
 
 
 def _described(site: ScaleSite) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""Residual streams of a lowered model rotated: an equivalent form, in which a few large channels are spread over all.
+
+See `cptv_ao.transforms.float_model.rotation` for the method, which does the same to a float model. Here the weights of
+layers and the tensors of norms are replaced; where a norm is returned, a linear layer in float rotates back: see
+`cptv_ao.transforms.returned_norms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import Tensor, nn
+
+from cptv_ao.backends.backend import Backend
+from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import World
+from cptv_ao.core.qparams import qparams_for_range
+from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
+from cptv_ao.core.sites import ScaleSite
+from cptv_ao.fx.paths import fetch
+from cptv_ao.transforms.channel_ranges import as_one, channel_ends
+from cptv_ao.transforms.equivalence import Equivalence
+from cptv_ao.transforms.lone_sites import LoneSites
+from cptv_ao.transforms.lowered_patterns import Patterns
+from cptv_ao.transforms.lowered_streams import LoweredStreams, Shown
+from cptv_ao.transforms.replaced_weights import replace_bias, replace_weight
+from cptv_ao.transforms.residual_streams import Layer, Norm, Reader, ResidualStream, Writer
+
+
+@dataclass(frozen=True)
+class OutlyingStream:
+    """A stream whose largest values are `ratio` times larger than those of the rotated one."""
+
+    stream: ResidualStream
+    ratio: float
+
+
+def outlying_streams(backend: Backend, few: Batch, world: World) -> list[OutlyingStream]:
+    """The streams of a lowered model that are worth a rotation, as a few images show it.
+
+    Args:
+        backend: of it, with the float weights of all layers around a stream.
+        world: the ranks that all ask so.
+    """
+    if backend.form.simulates_itself or not Patterns(backend).normed_sums():
+        return []
+    shown, found = Shown(backend, few), list[OutlyingStream]()
+    for stream in LoweredStreams(backend, shown).find():
+        sums = (shown.sums[node.name] for node in stream.sums)
+        values = [value for value in sums if value.dim() and value.shape[-1] == stream.width]
+        ratio = world.first(peak_ratio(values, rotation(stream.width)))
+        if ratio >= WORTH:
+            found.append(OutlyingStream(stream, ratio))
+    return found
+
+
+def rotate_streams(
+    backend: Backend,
+    found: Sequence[OutlyingStream],
+    batches: Sequence[Batch],
+    check: Equivalence,
+    world: World,
+    codes: int,
+) -> list[str]:
+    """Rotate streams that norms give to layers alone, and tell of it; nothing where the float twin does not know an op.
+
+    Args:
+        backend: of the model, which is written: weights, tensors, and the scales of what is rotated.
+        batches: calibration images.
+        check: of the model.
+        world: the ranks that all do so.
+        codes: steps between the ends of an activation that observers calibrated for.
+    """
+    if check.twin is None:
+        return []
+    open_ones = [one for one in found if _is_open(backend, one.stream)]
+    done = check.used(open_ones, partial(_rotate, backend))
+    if done:
+        _put_on_scales(backend, [one.stream for one in done], batches, check, world, codes)
+    return [
+        f"a residual stream of {len(one.stream.sums)} sums rotated: its largest values are {one.ratio:.1f} times "
+        "smaller so"
+        for one in done
+    ]
+
+
+def turnable(backend: Backend) -> dict[str, str]:
+    """Tensors that `rotate_streams` may replace in a lowered model, by path, with the site that each belongs to."""
+    sums, lone = Patterns(backend).normed_sums(), LoneSites(backend)
+    if not sums:
+        return {}
+    paths = list[str]()
+    for node in backend.model.graph.nodes:
+        module = lone.modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) in (nn.Linear, nn.Embedding, nnq.LayerNorm):
+            paths += [f"{node.target}.{name}" for name in ("weight", "bias") if hasattr(module, name)]
+        elif node.op == "get_attr":
+            paths.append(str(node.target))
+    held = {path: value for path in paths if isinstance(value := fetch(backend.model, path), Tensor)}
+    return {path: sums[0] for path, value in held.items() if value.is_floating_point() and value.dim()}
+
+
+def _is_open(backend: Backend, stream: ResidualStream) -> bool:
+    """Whether layers read all its norms, and no factors are left behind those that write."""
+    factors = [writer.factors for writer in stream.writers if writer.factors is not None]
+    folded = all(bool((fetch(backend.model, path) == 1).all()) for path in factors)
+    return folded and all(reader.layers for reader in stream.readers)
+
+
+def _rotate(backend: Backend, found: OutlyingStream) -> OutlyingStream:
+    """Write the weights and tensors of a rotated stream."""
+    stream = found.stream
+    tensors, turn = _Tensors(backend, stream), rotation(stream.width)
+    for writer in stream.writers:
+        _turn_written(tensors, writer, turn)
+    for path in stream.tensors:
+        tensors.put(path, tensors.wide(path) @ turn.T)
+    for reader in stream.readers:
+        _turn_read(tensors, reader, turn)
+    return found
+
+
+def _turn_written(tensors: _Tensors, writer: Writer, turn: Tensor) -> None:
+    weight, bias = tensors.of_layer(writer.layer)
+    turned = (turn @ weight.flatten(1)).reshape(weight.shape)
+    tensors.put_layer(writer.layer, turned, None if bias is None else turn @ bias)
+
+
+def _turn_read(tensors: _Tensors, reader: Reader, turn: Tensor) -> None:
+    gain, offset = tensors.of_norm(reader.norm)
+    for layer in reader.layers:
+        weight, bias = tensors.of_layer(layer)
+        if offset is not None:
+            bias = weight @ offset + (0.0 if bias is None else bias)
+        tensors.put_layer(layer, (weight if gain is None else weight * gain) @ turn.T, bias)
+    for path, neutral in zip(reader.norm or (), (1.0, 0.0), strict=False):
+        if path is not None:
+            tensors.put(path, torch.full_like(tensors.wide(path), neutral))
+
+
+class _Tensors:
+    """What a rotation reads and writes, in float64; tensors that are replaced belong to the first sum of a stream."""
+
+    def __init__(self, backend: Backend, stream: ResidualStream) -> None:
+        self._backend = backend
+        self._owner = _sites_at(backend, [stream])[0].name
+
+    def wide(self, path: str) -> Tensor:
+        held: Tensor = fetch(self._backend.model, path)
+        return held.detach().double()
+
+    def put(self, path: str, value: Tensor) -> None:
+        self._backend.rewrites.put(self._owner, path, value.to(fetch(self._backend.model, path).dtype))
+
+    def of_norm(self, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = norm or (None, None)
+        return None if weight is None else self.wide(weight), None if bias is None else self.wide(bias)
+
+    def of_layer(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        if layer.bias is None:
+            bias = self._backend.weights.biases.given(layer.weight)
+            return self._backend.float_weights[layer.weight].double(), None if bias is None else bias.detach().double()
+        held = fetch(self._backend.model, layer.bias)
+        return self.wide(layer.weight), None if held is None else self.wide(layer.bias)
+
+    def put_layer(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
+        if layer.bias is not None:
+            self.put(layer.weight, weight)
+            if bias is not None:
+                self.put(layer.bias, bias)
+            return
+        replace_weight(self._backend, layer.weight, weight.float())
+        if bias is not None:
+            replace_bias(self._backend, layer.weight, bias.float())
+
+
+def _sites_at(backend: Backend, streams: Sequence[ResidualStream]) -> list[ScaleSite]:
+    """Of the activations in streams, and in the norms that read them."""
+    nodes = {node.name for stream in streams for node in stream.nodes}
+    activations = (site for site in backend.sites.values() if site.kind == "activation" and not site.fixed)
+    return [site for site in activations if not nodes.isdisjoint(site.nodes)]
+
+
+def _put_on_scales(
+    backend: Backend,
+    streams: Sequence[ResidualStream],
+    batches: Sequence[Batch],
+    check: Equivalence,
+    world: World,
+    codes: int,
+) -> None:
+    """Give what is rotated, and what moves with it, scales that hold it."""
+    assert check.twin is not None
+    leads, groups = {site.tied: None for site in _sites_at(backend, streams)}, backend.sites.groups()
+    moving = [group for lead in leads if (group := groups.get(lead))]
+    nodes = {node for group in moving for site in group for node in site.nodes}
+    seen = channel_ends(check.twin, dict.fromkeys(nodes, as_one), batches, world)
+    for group in moving:
+        bounds = [seen[node].bounds for site in group for node in site.nodes if node in seen]
+        low, high = min((one[0] for one in bounds), default=0.0), max((one[1] for one in bounds), default=0.0)
+        for site in group if high > low else ():
+            backend.write(site.name, qparams_for_range(low, high, site, codes))
