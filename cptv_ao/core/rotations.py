@@ -12,29 +12,37 @@ from torch import Tensor
 #: By how many times the largest values of a residual stream must become smaller to be worth a rotation.
 WORTH = 1.5
 # A channel is spread the further the flatter a rotation is: entries are held to so many times 1 / sqrt(width), in turn
-# with what makes the matrix orthogonal again.
-_CAP, _ROUNDS, _STEPS, _LAST_STEPS = 1.2, 40, 1, 12
+# with what makes the matrix orthogonal again, and at the end so many times in float64.
+_CAP, _ROUNDS, _LAST_STEPS = 1.2, 40, 4
 
 
 @cache
 def rotation(width: int) -> Tensor:
-    """An orthogonal matrix (width, width), float64, that gives a vector of ones back and spreads each channel over all;
-    always the same one, which is not to be written."""
+    """An orthogonal matrix (width, width), float64, that gives a vector of ones back and spreads each channel over all.
+
+    Always the same one, but for how a machine rounds in float32; it is not to be written.
+    """
     generator = torch.Generator().manual_seed(width)
-    ones = torch.full((width, width), 1 / width, dtype=torch.float64)
-    others = torch.eye(width, dtype=torch.float64) - ones
-    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q.float()
+    most = _CAP / math.sqrt(width)
     for _ in range(_ROUNDS):
-        turn = ones + others @ turn.clamp(-_CAP / math.sqrt(width), _CAP / math.sqrt(width)) @ others
-        turn = _orthogonal(turn, _STEPS)
-    return _orthogonal(turn, _LAST_STEPS)
+        turn = _orthogonal(_fixing_ones(turn.clamp(-most, most)))
+    turn = _fixing_ones(turn.double())
+    for _ in range(_LAST_STEPS):
+        turn = _orthogonal(turn)
+    return turn
 
 
-def _orthogonal(near: Tensor, steps: int) -> Tensor:
-    """The orthogonal matrix nearest to one (N, N) whose singular values are below sqrt(3) (Newton and Schulz)."""
-    for _ in range(steps):
-        near = 1.5 * near - 0.5 * near @ (near.T @ near)
-    return near
+def _fixing_ones(turn: Tensor) -> Tensor:
+    """A matrix (N, N) that gives a vector of ones back, and does to all that is at right angles to it what it did."""
+    mean = turn.mean(0) + turn.mean(1)[:, None] - turn.mean()
+    return turn - mean + 1 / len(turn)
+
+
+def _orthogonal(near: Tensor) -> Tensor:
+    """Nearer to the orthogonal matrix that is nearest to one (N, N) with singular values below sqrt(3) (Newton and
+    Schulz)."""
+    return 1.5 * near - 0.5 * near @ (near.T @ near)
 
 
 def peak_ratio(values: Iterable[Tensor], turn: Tensor) -> float:

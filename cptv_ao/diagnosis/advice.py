@@ -74,7 +74,7 @@ def _why(site: SiteDiagnosis, findings: Findings) -> str:
         if site.name in findings.smoothable:
             return f"{told}, which refine, given float_model, moves into the layers behind it"
         if site.name in findings.rotatable:
-            return f"{told}, which cptv_ao.recipe, before prepare_fx, spreads over all if the layers allow it"
+            return f"{told}, which refine, given float_model, spreads over all if the layers allow it"
         return told
     if site.kind == "activation" and site.used is not None and site.used < _NARROW:
         return f", which uses {percent(site.used)} of its code range"

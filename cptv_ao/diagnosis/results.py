@@ -95,7 +95,7 @@ class Findings:
         float_ops: other ops that compute in float, by kind, with how many of each.
         unknown: quantized ops that were not understood, as of `find_sites`.
         smoothable: activation sites behind norms, whose outlier channels refine moves into the layers that read them.
-        rotatable: activation sites of residual streams, whose outlier channels `cptv_ao.recipe` may spread over all.
+        rotatable: activation sites of residual streams, whose outlier channels refine may spread over all.
         wide_weights: weights with codes beyond their nominal range, as `name (-4..4 for -4..3)`.
         saturating: activation sites on which a kernel of this machine saturates, on these images.
         broken_kernels: sentences on kernels of this engine that compute something else than their layers.

@@ -91,13 +91,26 @@ class ReturnedNorms:
                     put_behind(self._model, reader.end, path, idle(found.stream.width))
                     self._paths.append(path)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is said of those that turn something."""
+        return [
+            f"{path}, a linear layer in float that is new, rotates back what a norm returns: the state_dict has its "
+            "weight and bias, so it is save_scales that carries everything to another conversion"
+            for path in self._paths
+            if not self._is_idle(path)
+        ]
+
     def close(self) -> None:
         """Take out those that turn nothing."""
         for path in self._paths:
-            weight = fetch(self._model, path).weight
-            if torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)):
+            if self._is_idle(path):
                 take_out(self._model, path)
         self._paths.clear()
+
+    def _is_idle(self, path: str) -> bool:
+        weight = fetch(self._model, path).weight
+        return torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))
 
 
 def free_name(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""What a report says of residual streams whose range a few channels set: no scale helps, a rotation beforehand does."""
+"""What a report says of residual streams whose range a few channels set: no scale helps, a rotation does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cptv_ao.transforms.equalize import rotatable
 
 
 def stream_notes(backend: Backend, few: Batch) -> list[str]:
-    """A sentence where sums of a residual stream have outlier channels, which `cptv_ao.recipe` spreads over all.
+    """A sentence where sums of a residual stream have outlier channels, which a rotation spreads over all.
 
     Args:
         backend: of the lowered model.
@@ -30,8 +30,8 @@ def stream_notes(backend: Backend, few: Batch) -> list[str]:
         return []
     return [
         f"a few channels set the range of {len(ratios)} of {len(sites)} sums of the residual stream (up to "
-        f"{max(ratios):.0f}x the median channel), which no scale makes up for: cptv_ao.recipe, before prepare_fx, "
-        "spreads them over all channels if the layers allow it"
+        f"{max(ratios):.0f}x the median channel), which no scale makes up for: refine, given float_model, spreads them "
+        "over all channels if the layers allow it"
     ]
 
 

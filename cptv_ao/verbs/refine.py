@@ -153,7 +153,7 @@ def refine(
             if report.moves:
                 opened.commit()
             opened.backend.weights.biases.remember()
-            put_on(given, replace(report, notes=(*report.notes, *saving_notes(given))))
+            put_on(given, replace(report, notes=(*report.notes, *norms.notes, *saving_notes(given))))
             world.same("the end of the search", b"")  # from here on nothing fails: all ranks keep what was found
     return given
 

@@ -122,9 +122,7 @@ def test_advice_names_block_site_and_reason(made: Diagnosis) -> None:
     assert advice(made) == f"{start}, whose range is set by 3 outlier channels (12x): run refine"
     assert advice(made, clipped=0.07) == f"{start}, which clips 7.0 % of its values: run refine"
     in_a_stream = Findings(rotatable=(made.sites[0].name,))
-    spread = (
-        "3 outlier channels (12x), which cptv_ao.recipe, before prepare_fx, spreads over all if the layers allow it"
-    )
+    spread = "3 outlier channels (12x), which refine, given float_model, spreads over all if the layers allow it"
     assert advice(made, findings=in_a_stream) == f"{start}, whose range is set by {spread}: run refine"
     moved = "3 outlier channels (12x), which refine, given float_model, moves into the layers behind it: run refine"
     behind_norm = Findings(smoothable=(made.sites[0].name,))

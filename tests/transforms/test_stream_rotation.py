@@ -52,7 +52,7 @@ def quantized(make: Any, seed: int = 0, batches: list[Tensor] | None = None) -> 
 def refined(case: Case, config: cptv_ao.RefineConfig = SMALL) -> list[str]:
     """What the report says of rotations."""
     cptv_ao.refine(case.converted, case.batches, float_model=case.float_model, config=config, progress=False)
-    return [note for note in cptv_ao.report(case.converted).notes if "rotated" in note]
+    return [note for note in cptv_ao.report(case.converted).notes if "sums rotated" in note]
 
 
 @torch.no_grad()
