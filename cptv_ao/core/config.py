@@ -38,7 +38,7 @@ class RefineConfig:
         search: strategy of the block visits: `evolution` (default), `paper` (arXiv 2211.09643), `cma` (extra `cma`).
         population: individuals tried beside the observers' scales: `output_error`, per-channel weight scales that
             least change each layer's output, then codes that do (GPTQ, arXiv 2210.17323), and weights that give back
-            what was taken before them (GPTAQ, arXiv 2504.02692; both not with `rounding_rate=0`, nor of 8 bits);
+            what was taken before them (GPTAQ, arXiv 2504.02692, not of 8 bits; both not with `rounding_rate=0`);
             `ranges`, the activations' whole container and half of it, and where kernels saturate on the whole one
             that with weights of fewer codes; `curvature`, activation ranges that least change the loss, to second
             order, by the gradients of random directions of the outputs in float; `biases`, which give each layer's
@@ -46,10 +46,12 @@ class RefineConfig:
             anew with each proposal of the gradient steps. Not of reference models.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
-            through, channels get like ranges across layers, and so do those behind a layer norm that only linear layers
-            read (both where their float weights are known); these move to the middle of their ranges, by biases, as do
-            keys of attention. In PT2E graphs only what linear layers read is changed, behind norms and attention. Only
-            where `include` and `kinds` leave nothing out; never of reference models.
+            through, residual streams of which a few channels are far larger than the others are rotated (behind a norm
+            that is returned a linear layer in float, which is new, rotates back), channels get like ranges across
+            layers, and so do those behind a layer norm that only linear layers read (all three where their float
+            weights are known); these move to the middle of their ranges, by biases, as do keys of attention. In PT2E
+            graphs only what linear layers read is changed, behind norms and attention. Only where `include` and
+            `kinds` leave nothing out; never of reference models.
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none. A step is
             of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP, of 50 on a GPU.
             Proposals enter only where the model's own kernels confirm them.

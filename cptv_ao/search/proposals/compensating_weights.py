@@ -16,9 +16,10 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import Assignment, QParams
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import shift_of
 from cptv_ao.fx.running import call
-from cptv_ao.search.proposals.sequential_rounding import input_rows, is_roundable, rounded_in_turn, steps_and_ends
+from cptv_ao.search.proposals.sequential_rounding import input_rows, rounded_in_turn, steps_and_ends
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
@@ -28,6 +29,11 @@ from cptv_ao.simulation.twin import Twin
 _DAMPING = 0.05
 # A scale moves by this factor at most.
 _SCALE = 1.1
+
+
+def _is_roundable(twin: Twin, site: ScaleSite) -> bool:
+    """Whether it matters which of two codes a weight is rounded to, and it need not be the nearest."""
+    return site.axis in (None, 0) and site.is_coarse and twin.sites.shiftable_weight(site.name) is not None
 
 
 def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
@@ -40,7 +46,7 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> As
     """
     runs = Counter(layer.weight.site.name for layer in twin.layers)
     once = [layer for layer in twin.layers if runs[layer.weight.site.name] == 1 and layer.weight.site.name in names]
-    layers = [one for one in once if one.weight.site.axis in (None, 0) and is_roundable(twin, one.weight.site)]
+    layers = [one for one in once if _is_roundable(twin, one.weight.site)]
     with twin.in_float(twin.names):
         wanted = layer_inputs(twin, batch)
     found: Assignment = {}

@@ -111,8 +111,7 @@ class Population:
             yield from self._narrower(population)
             yield from self._least_loss(population)
         self._limits.release()
-        if coarse:
-            yield from self._roundings(coarse)
+        yield from self._roundings([lead for lead, group in groups.items() if group[0].kind == "weight"], coarse)
 
     def _tried(self, individuals: Iterable[Proposal]) -> Iterator[Proposal]:
         """Individuals, of which those that are refused are remembered; they change the limits only where they are
@@ -153,11 +152,12 @@ class Population:
         if self._budget.left and not self._ranges.done:
             yield from self._tried([("activation ranges of least loss", found)])
 
-    def _roundings(self, coarse: Collection[str]) -> Iterator[Proposal]:
-        """Of weights of few codes; those that compensate, if there is time for them."""
+    def _roundings(self, weights: Collection[str], coarse: Collection[str]) -> Iterator[Proposal]:
+        """Of weights; of few codes also those that compensate, if there is time for them."""
         wanted = "output_error" in self._config.population and self._config.rounding_rate
-        if wanted and self._budget.left:
-            yield "weights rounded for least output error", partial(self._rounded_in_turn, coarse)
+        if wanted and weights and self._budget.left:
+            yield "weights rounded for least output error", partial(self._rounded_in_turn, weights)
+        if wanted and coarse and self._budget.left:
             worth = self._cost.images(_TOLD_BY, forwards=24, share=_SHARE, least=0)
             if worth and self._budget.left:
                 few = self._batch.few(worth)

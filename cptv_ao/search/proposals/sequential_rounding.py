@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams
-from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.qtensor import QTensor, dequantize
@@ -26,13 +25,8 @@ _ROWS, _DAMPING = 16_384, 0.01
 _BLOCK = 128
 
 
-def is_roundable(twin: Twin, site: ScaleSite) -> bool:
-    """Whether it matters which of two codes a weight is rounded to, and it need not be the nearest."""
-    return site.is_coarse and twin.sites.shiftable_weight(site.name) is not None
-
-
 def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> Assignment:
-    """The present scales, with weights that are rounded so; without those that have too many codes to gain by it.
+    """The present scales, with weights that are rounded so.
 
     Args:
         twin: whose layers are given their inputs: of rounded activations and float weights.
@@ -45,7 +39,7 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
         for batch in batches:
             for layer, value in layer_inputs(twin, batch).items():
                 site = layer.weight.site
-                if site.name in names and is_roundable(twin, site):
+                if site.name in names and twin.sites.shiftable_weight(site.name) is not None:
                     rows = input_rows(layer, value)
                     if rows is not None:
                         gram = rows.transpose(1, 2) @ rows
