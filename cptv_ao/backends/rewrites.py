@@ -55,6 +55,11 @@ class Rewrites:
         self._change([passed], tied=lead)
         self.passed[passed] = lead
 
+    def join(self, one: str, other: str) -> None:
+        """Let the sites that move with one of two also move with those of the other; a state from before undoes it."""
+        lead, joined = self.sites[one].tied, self.sites[other].tied
+        self._change([site.name for site in self.sites.values() if site.tied == joined], tied=lead)
+
     def fix(self, names: Collection[str], why: str) -> None:
         """Let sites not move; a state from before undoes it."""
         self._change(names, fixed=why)

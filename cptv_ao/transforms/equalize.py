@@ -11,7 +11,11 @@ Factors by channel behind a layer (LayerScale) become part of it: see `cptv_ao.t
 
 Ranges below 0, or above 6, of what a ReLU or ReLU6 reads: they take codes and say nothing.
 
+A few channels of a residual stream that are far larger than the others: see `cptv_ao.transforms.stream_rotation`.
+
 Channels of different size from layer to layer: see `cptv_ao.transforms.cross_layer`.
+
+Values that are put on a second scale: see `cptv_ao.transforms.second_scales`.
 
 Channels that linear layers read behind a norm, in PT2E graphs behind attention, too: see
 `cptv_ao.transforms.linear_inputs`. Keys of attention in lowered models: see
@@ -42,6 +46,7 @@ from cptv_ao.transforms.linear_inputs import even_out
 from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
 from cptv_ao.transforms.range_clipping import cut_range, observed_codes
+from cptv_ao.transforms.second_scales import stay_on_first
 from cptv_ao.transforms.shared_inputs import SharedInput
 from cptv_ao.transforms.stream_rotation import outlying_streams, rotate_streams, turnable
 
@@ -53,8 +58,8 @@ _FOLDED = 1e-2
 def equalize(
     backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
 ) -> list[str]:
-    """Fold unfused batch norms and layer scales, cut ranges that functions clip, bring channels to like ranges across
-    layers, and even out and centre what linear layers read, and keys of attention.
+    """Fold unfused batch norms and layer scales, cut ranges that functions clip, rotate residual streams, bring
+    channels to like ranges across layers, and even out and centre what linear layers read, and keys of attention.
 
     Each is left where it makes the model compute something else in float (see `cptv_ao.transforms.equivalence`).
 
@@ -89,7 +94,7 @@ def _equalize_lowered(
     norms = _with_channels_first(backend, norms, batches[0])
     streams = outlying_streams(backend, batches[0].few(FEW), world)
     if not (norms or scaled or read or keys or streams or patterns.clipped_sites() or _groups(backend, norms)):
-        return []
+        return stay_on_first(backend)
     check = Equivalence(backend, batches, world, confirmed)
     folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
     scales = sum(check.used(scaled, partial(fold_scale, backend), _FOLDED))
@@ -108,7 +113,8 @@ def _equalize_lowered(
     notes += rotate_streams(backend, streams, batches, check, world, codes)
     notes += equalized(backend, groups, batches, codes, check, world)
     notes += centre_keys(backend, keys, batches, check, world, codes)
-    return notes + even_out(backend, read, batches, check, world, codes)
+    notes += even_out(backend, read, batches, check, world, codes)
+    return notes + stay_on_first(backend)
 
 
 def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
@@ -126,8 +132,8 @@ def smoothable(backend: Backend) -> set[str]:
 
 
 def rotatable(backend: Backend) -> set[str]:
-    """Names of the activation sites of residual streams, whose outlier channels a rotation of the float model spreads
-    (see `cptv_ao.transforms.float_model.rotation`), if its layers allow one."""
+    """Names of the activation sites of residual streams, whose outlier channels a rotation spreads over all (see
+    `cptv_ao.transforms.stream_rotation`), if its layers allow one."""
     return set() if backend.form.simulates_itself else set(Patterns(backend).normed_sums())
 
 

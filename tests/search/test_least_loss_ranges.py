@@ -201,7 +201,7 @@ def test_a_search_gains_where_a_range_is_far_too_wide(conv: Case) -> None:
     config = small_config(population=("curvature",), passes=0)
     cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
     report = cptv_ao.report(conv.converted)
-    assert report.stages[0].startswith("activation ranges of least loss: accepted")
+    assert any(stage.startswith("activation ranges of least loss: accepted") for stage in report.stages)
     assert report.after.search < 0.2 * report.before.search
 
 

@@ -134,7 +134,7 @@ def test_worse_on_the_kernels_is_rejected(conv: Case, device: str, monkeypatch: 
         return names
 
     monkeypatch.setattr(SimulatedBackend, "commit", committed)
-    report = _refined(conv, _simulated(device, loss=treacherous))
+    report = _refined(conv, _simulated(device, loss=treacherous, equalize=False))
     assert confirming
     assert report.status is cptv_ao.Status.REJECTED
     assert report.moves == ()
