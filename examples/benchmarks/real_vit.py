@@ -3,9 +3,9 @@
 DINOv2 ViT-S/14 at 224 (`examples/dinov2.py` says what to install): 400 calibration crops, 300 test crops of other
 photographs, which choose nothing. Each cell is a file in `results/real_vit`, written as soon as it is there, so that an
 interrupted run goes on where it stopped; the table and the curves come from them. `--only` picks rows, `--seconds`
-limits. Rows of *recipe* are of the same float network after `cptv_ao.recipe`. Two of the limits are rivals: `gradient`
-is Adam on all scales for 300 seconds (as in `recovery.py`), and `nncf` is NNCF's quantization of the same float network
-at its own pace (extra `rivals`), which leaves norms, GELU, softmax and the residual stream in float. Run it alone.
+limits. Two of the limits are rivals: `gradient` is Adam on all scales for 300 seconds (as in `recovery.py`), and `nncf`
+is NNCF's quantization of the same float network at its own pace (extra `rivals`), which leaves norms, GELU, softmax and
+the residual stream in float. Run it alone.
 """
 
 from __future__ import annotations
@@ -52,11 +52,6 @@ ROWS: dict[str, Quantize] = {
     "PT2E W4A8": partial(_exported, weight_bits=4),
     "PT2E W4A4": partial(_exported, weight_bits=4, activation_bits=4),
 }
-# Rows of a float network that `cptv_ao.recipe` has rotated.
-ROTATED = {f"{row}, recipe": ROWS[row] for row in ("W8A8", "W4A8", "PT2E W4A4")}
-ROWS |= ROTATED
-# As many crops as the recipe needs.
-_SHOWN_TO_RECIPE = 8
 OURS, RIVALS = ("0", "60", "300", "none"), ("gradient", "nncf")
 LIMITS = OURS + RIVALS
 # Of the gradient: the seconds, and the learning rate that most of the small workloads are best with.
@@ -74,8 +69,6 @@ def measured(row: str, limit: str, data: Photographs, teacher: Tensor, threads: 
     if limit == "nncf":
         model, seconds = _nncf(data)
     else:
-        if row in ROTATED:
-            float_model = cptv_ao.recipe(float_model, (data.calibration[:_SHOWN_TO_RECIPE],)).model
         model = ROWS[row](copy.deepcopy(float_model), data.calibration[:_OBSERVED])
         started = time.monotonic()
 
