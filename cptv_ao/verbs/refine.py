@@ -169,15 +169,15 @@ def _refine(
         progress = SearchProgress(bar, budget)
         unknown = _attach_weights(backend, sources)
         checkpoint = _checkpoint(backend, batches, sources, asked)
-        # Another form rounds its weights anew, as they were not trained (QAT).
-        equalizes = config.equalize and config.searches_all and not backend.weights.trained
-        if equalizes:
-            norms.open(backend, batches[0].few(FEW), asked.world)
         progress.stage("outputs of the float network")
         planned = None if checkpoint is None else checkpoint.image_seconds
         calibration, told = calibrated(backend, batches, sources, config, asked.world, planned)
         told += progress.begun(calibration, sum(batch.images for batch in batches))
 
+        # Another form rounds its weights anew, as they were not trained (QAT).
+        equalizes = config.equalize and config.searches_all and not backend.weights.trained
+        if equalizes:
+            norms.open(backend, calibration.probe.few(FEW), asked.world)
         config, given = calibration.config, {name: backend.read(name) for name in backend.sites}
         progress.stage("losses of the model as it was given")
         kernels = SplitEvaluators(backend.model, calibration)
