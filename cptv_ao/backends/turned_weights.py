@@ -14,8 +14,9 @@ from cptv_ao.core.rotations import rotation
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.paths import fetch
 
-# So many vectors around a layer are tried as what its rows or columns were multiplied by.
-_NEAR = 6
+# So many vectors around a layer are tried as what its rows or columns were multiplied by; where both were, so many of
+# each.
+_NEAR, _NEAREST = 24, 4
 
 
 class TurnedWeights:
@@ -48,8 +49,9 @@ class TurnedWeights:
         wide, place = weight.detach().to("cpu", torch.float64), self._places.get(weight.data_ptr(), 0)
         written = self._near(wide.shape[0], place)
         read = self._near(wide.shape[1], place) if wide.dim() == 2 else []
-        alone = [*((None, one) for one in read), *((one, None) for one in written)]
-        for row, column in (*alone, *product(written, read)):
+        alone = [*((one, None) for one in written), *((None, one) for one in read)]
+        both = product(written[:_NEAREST], read[:_NEAREST])
+        for row, column in (*alone, *both):
             turned = wide
             if column is not None:
                 turned = (turned * column) @ rotation(len(column)).T
@@ -58,13 +60,13 @@ class TurnedWeights:
             yield turned.reshape(wide.shape).float()
 
     def _near(self, width: int, place: int) -> list[Tensor]:
-        """Vectors of this width around the module at a place, without its own, then ones; nothing where no norm of this
+        """Ones, then vectors of this width around the module at a place, without its own; nothing where no norm of this
         width says that there was a rotation."""
         if width not in self._widths:
             return []
         others = [(abs(place - own), vector) for own, vector in self._vectors if len(vector) == width and own != place]
         near = [vector for _, vector in sorted(others, key=lambda one: one[0])[:_NEAR]]
-        return [*near, torch.ones(width, dtype=torch.float64)]
+        return [torch.ones(width, dtype=torch.float64), *near]
 
 
 def _norm_weights(model: GraphModule) -> Iterator[str]:
