@@ -67,7 +67,7 @@ class LoweredStreams(StreamFinder):
         known, path = of_node(node, self._lone.modules), str(node.target)
         if known is None:
             module = self._lone.modules.get(path) if node.op == "call_module" else None
-            if type(module) is not nn.Linear or path not in self._once:
+            if type(module) is not nn.Linear or module.bias is None or path not in self._once:
                 return None
             return Layer(f"{path}.weight", f"{path}.bias", tuple(module.weight.shape))
         site = self._lone.weights.get(node.name)

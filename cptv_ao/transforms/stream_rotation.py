@@ -105,10 +105,10 @@ def turnable(backend: Backend) -> dict[str, str]:
 
 
 def _is_open(backend: Backend, stream: ResidualStream) -> bool:
-    """Whether layers read all its norms, and no factors are left behind those that write."""
+    """Whether layers read all its norms, no factors are left behind those that write, and scales may move."""
     factors = [writer.factors for writer in stream.writers if writer.factors is not None]
     folded = all(bool((fetch(backend.model, path) == 1).all()) for path in factors)
-    return folded and all(reader.layers for reader in stream.readers)
+    return folded and all(reader.layers for reader in stream.readers) and bool(_sites_at(backend, [stream]))
 
 
 def _rotate(backend: Backend, found: OutlyingStream) -> OutlyingStream:

@@ -34,6 +34,7 @@ from helpers.streams import (
     images,
 )
 from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 import cptv_ao
 
@@ -110,6 +111,22 @@ def test_what_has_no_outliers_stays() -> None:
     case = quantized(lambda: Headless(0.0))
     code = case.converted.code
     assert not refined(case) and case.converted.code == code
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_that_stays_in_float_is_rotated_where_it_has_a_bias(bias: bool) -> None:
+    model, batches = nets.seeded(Stream if bias else NoBias), [images(16, i) for i in range(4)]
+    mapping = nets.mapping(8).set_module_name("head", None)
+    prepared = prepare_fx(copy.deepcopy(model), mapping, (batches[0],))
+    for batch in batches:
+        prepared(batch)
+    case, test = Case(model, prepared, convert_fx(prepared), batches), images(32, seed=9)
+    assert type(case.converted.head) is nn.Linear
+    head = case.converted.head.weight.detach().clone()
+    assert len(refined(case)) == int(bias)
+    assert torch.equal(case.converted.head.weight, head) is not bias
+    with torch.no_grad():
+        torch.testing.assert_close(in_float(backend_of(case), test), case.float_model(test), rtol=2e-3, atol=2e-3)
 
 
 def test_where_a_norm_is_returned_a_linear_layer_turns_back() -> None:
@@ -205,6 +222,42 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(cptv_ao.ScalesFileError, match="rotated_back"):
         cptv_ao.load_scales(taken.converted, tmp_path / "refined")
     assert everything(other.converted) == state and other.converted.code == code
+
+
+def test_the_prepared_model_gives_float_weights_too() -> None:
+    case = quantized(Headless)
+    prepared = prepare_fx(copy.deepcopy(case.float_model), nets.mapping(8), (case.batches[0],))
+    for batch in case.batches:
+        prepared(batch)
+    (_,) = refined(Case(prepared, prepared, case.converted, case.batches))
+    assert not refined(Case(prepared, prepared, case.converted, case.batches)), "it is rotated once"
+
+
+def test_a_search_on_the_simulation_ships_it() -> None:
+    case = quantized(Headless)
+    config = cptv_ao.RefineConfig(max_evaluations=4, gradient_steps=2, score_on="simulation")
+    (_,) = refined(case, config)
+    report = cptv_ao.report(case.converted)
+    assert report.after.search < 0.3 * report.before.search and "rotated_back" in case.converted.code
+
+
+def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    config, events = cptv_ao.RefineConfig(max_evaluations=12, gradient_steps=4, seed=1), list[Any]()
+    whole, parts = quantized(Headless), quantized(Headless)
+    refined(whole, config)
+
+    def interrupt(event: Any) -> None:
+        events.append(event)
+        if len(events) == 8:
+            raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {"float_model": parts.float_model, "config": config, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        cptv_ao.refine(parts.converted, parts.batches, checkpoint=tmp_path / "search", callback=interrupt, **arguments)
+    assert "rotated_back" not in parts.converted.code
+    cptv_ao.refine(parts.converted, parts.batches, checkpoint=tmp_path / "search", **arguments)
+    test = images(8, seed=9)
+    assert torch.equal(parts.converted(test), whole.converted(test))
 
 
 def test_an_embedding_stays_one() -> None:
