@@ -8,6 +8,7 @@ FX puts such pairs around what has no quantized kernel, or where it observes bot
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ def stay_on_first(backend: Backend) -> list[str]:
 
 
 def _pairs(backend: Backend) -> list[tuple[str, str]]:
-    """Sites that move apart, of the first and of the second scale, in graph order."""
+    """Sites that move apart, of the first and of the second scale, in graph order; parts of a value that are put on
+    several scales (queries, keys and values of one layer) may be of other sizes each."""
     modules = dict(backend.model.named_modules(remove_duplicate=False))
     activations = (site for site in backend.sites.values() if site.kind == "activation")
     by_node, found = {node: site for site in activations for node in site.nodes}, list[tuple[str, str]]()
@@ -45,7 +47,8 @@ def _pairs(backend: Backend) -> list[tuple[str, str]]:
         alike = (first.qmin, first.qmax) == (second.qmin, second.qmax)
         if alike and first.tied != second.tied and not first.fixed and not second.fixed:
             found.append((first.name, second.name))
-    return found
+    parts = Counter(first for first, _ in found)
+    return [pair for pair in found if parts[pair[0]] == 1]
 
 
 def _first(value: Any, by_node: Mapping[str, ScaleSite], modules: Mapping[str, nn.Module]) -> ScaleSite | None:

@@ -91,6 +91,29 @@ def test_what_is_computed_in_between_has_a_scale_of_its_own() -> None:
     assert not [line for line in equalize(backend_of(case), [Batch((case.batches[0],), {}, 8)]) if "stay on" in line]
 
 
+class InParts(Flattened):
+    """Two halves of what a layer gives are put on scales of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 5), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.conv(x).flatten(2).transpose(1, 2).chunk(2, -1)
+        out: Tensor = self.left(left) + self.right(right)
+        return out
+
+
+def test_parts_of_a_value_keep_scales_of_their_own() -> None:
+    model, batches = nets.seeded(InParts), list(nets.images(32, 3, 16, 16).split(8))
+    case = Case(model, *nets.quantize(model, batches), batches)
+    backend = backend_of(case)
+    equalize(backend, [Batch((batches[0],), {}, 8)])
+    joined = [group for group in backend.sites.groups().values() if len(group) > 1]
+    assert all("chunk" not in node for group in joined for site in group for node in site.nodes)
+    assert len(joined) <= 1
+
+
 def test_a_search_tells_of_it_and_is_no_worse() -> None:
     case = quantized(nets.seeded(Flattened))
     given = copy.deepcopy(case.converted)
