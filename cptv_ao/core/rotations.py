@@ -49,10 +49,13 @@ def peak_ratio(values: Iterable[Tensor], turn: Tensor) -> float:
     """How many times larger the largest of values (..., width) is than that of the rotated ones, in the geometric mean.
 
     Args:
+        values: those of another width are left out.
         turn: the rotation.
     """
     ratios = []
     for value in values:
+        if not value.dim() or value.shape[-1] != len(turn):
+            continue
         peak, turned = value.abs().max(), (value @ turn.T.to(value)).abs().max()
         ratios.append(math.log(float(peak) / float(turned)) if peak > 0 and turned > 0 else 0.0)
     return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0

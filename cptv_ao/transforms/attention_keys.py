@@ -19,12 +19,11 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import QTensor, real
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.attention_patterns import Keys
-from cptv_ao.transforms.channel_ranges import ChannelRange, as_one, channel_ends, last_dimension
+from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, hold_ranges, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.replaced_weights import add_to_bias
 
@@ -70,10 +69,8 @@ def centre_keys(
     done = check.used(forms, lambda form: _write(backend, form))
     if not done:
         return []
-    sites = {node: name for form in done for node, name in form.keys.sites.items()}
-    for node, seen in channel_ends(check.twin, dict.fromkeys(sites, as_one), batches, world).items():
-        if seen.span > 0:
-            backend.write(sites[node], qparams_for_range(*seen.bounds, backend.sites[sites[node]], codes))
+    names = [name for form in done for name in form.keys.sites.values()]
+    hold_ranges(backend, check.twin, names, batches, world, codes)
     return [f"keys of {len(done)} attentions moved to the middle of their ranges, which no softmax sees"]
 
 

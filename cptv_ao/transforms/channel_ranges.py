@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.image_subsets import first_images
+from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
@@ -58,11 +60,6 @@ def last_dimension(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).T
 
 
-def as_one(values: Tensor) -> Tensor:
-    """Values as those of one channel."""
-    return values.reshape(1, -1)
-
-
 def channel_ends(
     twin: Twin, wanted: Mapping[str, ByChannel], batches: Sequence[Batch], world: World
 ) -> dict[str, ChannelRange]:
@@ -89,6 +86,27 @@ def channel_ends(
     return {
         name: ChannelRange(*_of_first(world, one), kept) for (name, one), kept in zip(seen.items(), some, strict=True)
     }
+
+
+def hold_ranges(
+    backend: Backend, twin: Twin, names: Iterable[str], batches: Sequence[Batch], world: World, codes: int
+) -> None:
+    """Give activations, and what moves with them, scales that hold all that they are in float.
+
+    Args:
+        twin: of the model as it is.
+        names: of sites.
+        codes: steps between the ends of a range.
+    """
+    groups = backend.sites.groups()
+    moving = [groups[lead] for lead in dict.fromkeys(backend.sites[name].tied for name in names) if lead in groups]
+    nodes = [node for group in moving for site in group for node in site.nodes]
+    seen = channel_ends(twin, dict.fromkeys(nodes, lambda values: values.reshape(1, -1)), batches, world)
+    for group in moving:
+        bounds = [seen[node].bounds for site in group for node in site.nodes if node in seen]
+        low, high = min((one[0] for one in bounds), default=0.0), max((one[1] for one in bounds), default=0.0)
+        for site in group if high > low else ():
+            backend.write(site.name, qparams_for_range(low, high, site, codes))
 
 
 def _of_first(world: World, one: ChannelRange) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.stream_rotation import outlying_streams
+from cptv_ao.transforms.turned_streams import idle_layer
 
 #: Name of the first such layer.
 NAME = "rotated_back"
@@ -43,16 +44,6 @@ def take_out(model: GraphModule, path: str) -> None:
     model.graph.erase_node(node)
     delattr(model, path)
     model.recompile()
-
-
-def idle(width: int) -> nn.Linear:
-    """A linear layer that gives what it is given."""
-    layer = nn.Linear(width, width, device="meta", dtype=torch.float32)  # draws no random numbers
-    layer = layer.to_empty(device="cpu")
-    with torch.no_grad():
-        layer.weight.copy_(torch.eye(width))
-        layer.bias.zero_()
-    return layer.requires_grad_(False).eval()
 
 
 def ends_turned(model: GraphModule) -> dict[str, str]:
@@ -88,7 +79,7 @@ class ReturnedNorms:
             for reader in found.stream.readers:
                 if not reader.layers:
                     path = free_name(self._model)
-                    put_behind(self._model, reader.end, path, idle(found.stream.width))
+                    put_behind(self._model, reader.end, path, _idle(found.stream.width))
                     self._paths.append(path)
 
     @property
@@ -111,6 +102,10 @@ class ReturnedNorms:
     def _is_idle(self, path: str) -> bool:
         weight = fetch(self._model, path).weight
         return torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))
+
+
+def _idle(width: int) -> nn.Linear:
+    return idle_layer(width).requires_grad_(False).eval()
 
 
 def free_name(model: nn.Module) -> str:
@@ -148,7 +143,7 @@ def with_layers(model: GraphModule, wanted: Mapping[str, str], widths: Mapping[s
         for path in taken:
             take_out(model, path)
         for path in put:
-            put_behind(model, wanted[path], path, idle(widths[path]))
+            put_behind(model, wanted[path], path, _idle(widths[path]))
             done.append(path)
         yield
     except BaseException:

@@ -11,24 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.channel_ranges import as_one, channel_ends
+from cptv_ao.transforms.channel_ranges import hold_ranges
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.lone_sites import LoneSites
 from cptv_ao.transforms.lowered_patterns import Patterns
 from cptv_ao.transforms.lowered_streams import LoweredStreams, Shown
 from cptv_ao.transforms.replaced_weights import replace_bias, replace_weight
-from cptv_ao.transforms.residual_streams import Layer, Norm, Reader, ResidualStream, Writer
+from cptv_ao.transforms.residual_streams import Layer, ResidualStream
+from cptv_ao.transforms.turned_streams import HeldTensors, turn_stream
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def outlying_streams(backend: Backend, few: Batch, world: World) -> list[Outlyin
     shown, found = Shown(backend, few), list[OutlyingStream]()
     for stream in LoweredStreams(backend, shown).find():
         sums = (shown.sums[node.name] for node in stream.sums)
-        values = [value for value in sums if value.dim() and value.shape[-1] == stream.width]
-        ratio = world.first(peak_ratio(values, rotation(stream.width)))
+        ratio = world.first(peak_ratio(sums, rotation(stream.width)))
         if ratio >= WORTH:
             found.append(OutlyingStream(stream, ratio))
     return found
@@ -80,7 +78,8 @@ def rotate_streams(
     open_ones = [one for one in found if _is_open(backend, one.stream)]
     done = check.used(open_ones, partial(_rotate, backend))
     if done:
-        _put_on_scales(backend, [one.stream for one in done], batches, check, world, codes)
+        names = [site.name for site in _sites_at(backend, [one.stream for one in done])]
+        hold_ranges(backend, check.twin, names, batches, world, codes)
     return [
         f"a residual stream of {len(one.stream.sums)} sums rotated: its largest values are {one.ratio:.1f} times "
         "smaller so"
@@ -114,35 +113,11 @@ def _is_open(backend: Backend, stream: ResidualStream) -> bool:
 def _rotate(backend: Backend, found: OutlyingStream) -> OutlyingStream:
     """Write the weights and tensors of a rotated stream."""
     stream = found.stream
-    tensors, turn = _Tensors(backend, stream), rotation(stream.width)
-    for writer in stream.writers:
-        _turn_written(tensors, writer, turn)
-    for path in stream.tensors:
-        tensors.put(path, tensors.wide(path) @ turn.T)
-    for reader in stream.readers:
-        _turn_read(tensors, reader, turn)
+    turn_stream(_Tensors(backend, stream), stream, rotation(stream.width))
     return found
 
 
-def _turn_written(tensors: _Tensors, writer: Writer, turn: Tensor) -> None:
-    weight, bias = tensors.of_layer(writer.layer)
-    turned = (turn @ weight.flatten(1)).reshape(weight.shape)
-    tensors.put_layer(writer.layer, turned, None if bias is None else turn @ bias)
-
-
-def _turn_read(tensors: _Tensors, reader: Reader, turn: Tensor) -> None:
-    gain, offset = tensors.of_norm(reader.norm)
-    for layer in reader.layers:
-        weight, bias = tensors.of_layer(layer)
-        if offset is not None:
-            bias = weight @ offset + (0.0 if bias is None else bias)
-        tensors.put_layer(layer, (weight if gain is None else weight * gain) @ turn.T, bias)
-    for path, neutral in zip(reader.norm or (), (1.0, 0.0), strict=False):
-        if path is not None:
-            tensors.put(path, torch.full_like(tensors.wide(path), neutral))
-
-
-class _Tensors:
+class _Tensors(HeldTensors):
     """What a rotation reads and writes, in float64; tensors that are replaced belong to the first sum of a stream."""
 
     def __init__(self, backend: Backend, stream: ResidualStream) -> None:
@@ -156,12 +131,7 @@ class _Tensors:
     def put(self, path: str, value: Tensor) -> None:
         self._backend.rewrites.put(self._owner, path, value.to(fetch(self._backend.model, path).dtype))
 
-    def of_norm(self, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
-        weight, bias = norm or (None, None)
-        return None if weight is None else self.wide(weight), None if bias is None else self.wide(bias)
-
     def of_layer(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias."""
         if layer.bias is None:
             bias = self._backend.weights.biases.given(layer.weight)
             return self._backend.float_weights[layer.weight].double(), None if bias is None else bias.detach().double()
@@ -184,24 +154,3 @@ def _sites_at(backend: Backend, streams: Sequence[ResidualStream]) -> list[Scale
     nodes = {node.name for stream in streams for node in stream.nodes}
     activations = (site for site in backend.sites.values() if site.kind == "activation" and not site.fixed)
     return [site for site in activations if not nodes.isdisjoint(site.nodes)]
-
-
-def _put_on_scales(
-    backend: Backend,
-    streams: Sequence[ResidualStream],
-    batches: Sequence[Batch],
-    check: Equivalence,
-    world: World,
-    codes: int,
-) -> None:
-    """Give what is rotated, and what moves with it, scales that hold it."""
-    assert check.twin is not None
-    leads, groups = {site.tied: None for site in _sites_at(backend, streams)}, backend.sites.groups()
-    moving = [group for lead in leads if (group := groups.get(lead))]
-    nodes = {node for group in moving for site in group for node in site.nodes}
-    seen = channel_ends(check.twin, dict.fromkeys(nodes, as_one), batches, world)
-    for group in moving:
-        bounds = [seen[node].bounds for site in group for node in site.nodes if node in seen]
-        low, high = min((one[0] for one in bounds), default=0.0), max((one[1] for one in bounds), default=0.0)
-        for site in group if high > low else ():
-            backend.write(site.name, qparams_for_range(low, high, site, codes))

@@ -15,12 +15,12 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx import Graph, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.core.rotations import WORTH, rotation
+from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
 from cptv_ao.transforms.float_model.float_streams import FloatStreams
 from cptv_ao.transforms.float_model.obstacles import innermost, not_convertible
-from cptv_ao.transforms.float_model.rotation import rotate, shown_ratio
+from cptv_ao.transforms.float_model.rotation import rotate
 from cptv_ao.transforms.float_model.smooth_quant import smooth
 from cptv_ao.transforms.residual_streams import ResidualStream
 
@@ -126,7 +126,8 @@ class Rewriter:
         done = False
         for stream in streams(self.model):
             turn = rotation(stream.width)
-            ratio = shown_ratio(stream, run.env, turn)
+            sums = (value for node in stream.sums if isinstance(value := run.env.get(node), Tensor))
+            ratio = peak_ratio(sums, turn)
             if ratio < WORTH:
                 continue
             ends = self._changed(partial(turned, sums=stream.sums, turn=turn))

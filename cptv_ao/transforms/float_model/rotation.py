@@ -14,28 +14,14 @@ Where the model returns the norm, a linear layer behind it rotates back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
-from cptv_ao.core.rotations import peak_ratio
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.residual_streams import Layer, Norm, Reader, ResidualStream, Writer
-
-
-def shown_ratio(stream: ResidualStream, shown: Mapping[Node, Any], turn: Tensor) -> float:
-    """How many times larger the largest values of a stream are than those of the rotated one.
-
-    Args:
-        shown: what the nodes gave on example images.
-        turn: the rotation.
-    """
-    values = (shown.get(node) for node in stream.sums)
-    sums = [one for one in values if isinstance(one, Tensor) and one.dim() and one.shape[-1] == stream.width]
-    return peak_ratio(sums, turn)
+from cptv_ao.transforms.residual_streams import Layer, Reader, ResidualStream
+from cptv_ao.transforms.turned_streams import HeldTensors, idle_layer, turn_stream
 
 
 def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
@@ -44,74 +30,52 @@ def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
     Returns:
         The paths of these layers.
     """
+    readers = tuple(
+        reader if reader.layers else replace(reader, layers=(_appended(model, reader),)) for reader in stream.readers
+    )
     with torch.no_grad():
-        for writer in stream.writers:
-            _turn_written(model, writer, turn)
-        for path in stream.tensors:
-            tensor = fetch(model, path)
-            tensor.copy_(_wide(tensor) @ turn.T)
-        for reader in stream.readers:
-            _turn_read(model, reader, turn)
+        turn_stream(_Tensors(model), replace(stream, readers=readers), turn)
     return [reader.end for reader in stream.readers if not reader.layers]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+class _Tensors(HeldTensors):
+    """Those of a float model, which are written."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def wide(self, path: str) -> Tensor:
+        held: Tensor = fetch(self._model, path)
+        return held.detach().to("cpu", torch.float64)
+
+    def put(self, path: str, value: Tensor) -> None:
+        fetch(self._model, path).copy_(value)
+
+    def of_layer(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        there = layer.bias is not None and fetch(self._model, layer.bias) is not None
+        return self.wide(layer.weight), self.wide(layer.bias) if there and layer.bias is not None else None
+
+    def put_layer(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
+        self.put(layer.weight, weight)
+        if bias is None:
+            return
+        if layer.bias is None:
+            if bool(bias.any()):
+                raise RuntimeError("a function without a bias cannot be given one")
+        elif fetch(self._model, layer.bias) is None:
+            owner, _, name = layer.bias.rpartition(".")
+            own = nn.Parameter(bias.to(fetch(self._model, layer.weight)))
+            setattr(self._model.get_submodule(owner), name, own)
+        else:
+            self.put(layer.bias, bias)
 
 
-def _turn_written(model: nn.Module, writer: Writer, turn: Tensor) -> None:
-    weight, bias = fetch(model, writer.layer.weight), _bias(model, writer.layer)
-    if writer.factors is not None:
-        factors = fetch(model, writer.factors)
-        turn = turn * _wide(factors).flatten()
-        factors.fill_(1.0)
-    weight.copy_((turn @ _wide(weight).flatten(1)).reshape(weight.shape))
-    if bias is not None:
-        bias.copy_(turn @ _wide(bias))
-
-
-def _turn_read(model: nn.Module, reader: Reader, turn: Tensor) -> None:
-    gain, offset = (None, None) if reader.norm is None else _parameters(model, reader.norm)
-    for layer in reader.layers or (_appended(model, reader.end, gain),):
-        held = fetch(model, layer.weight)
-        weight = _wide(held)
-        if offset is not None:
-            _add_to_bias(model, layer, weight @ _wide(offset))
-        if gain is not None:
-            weight = weight * _wide(gain)
-        held.copy_(weight @ turn.T)
-    for tensor, neutral in ((gain, 1.0), (offset, 0.0)):
-        if tensor is not None:
-            tensor.fill_(neutral)
-
-
-def _parameters(model: nn.Module, norm: Norm) -> tuple[Tensor, Tensor | None]:
-    return fetch(model, norm[0]), None if norm[1] is None else fetch(model, norm[1])
-
-
-def _bias(model: nn.Module, layer: Layer) -> Any:
-    return None if layer.bias is None else fetch(model, layer.bias)
-
-
-def _add_to_bias(model: nn.Module, layer: Layer, added: Tensor) -> None:
-    bias = _bias(model, layer)
-    if bias is not None:
-        bias.add_(added.to(bias))
-    elif layer.bias is not None:
-        owner, _, name = layer.bias.rpartition(".")
-        setattr(model.get_submodule(owner), name, nn.Parameter(added.to(fetch(model, layer.weight))))
-    elif bool(added.any()):
-        raise RuntimeError("a function without a bias cannot be given one")
-
-
-def _appended(model: nn.Module, end: str, gain: Tensor | None) -> Layer:
-    """A linear layer that gives what it is given, behind a norm of this weight, or an identity at the end."""
-    assert gain is not None
-    width, before = len(gain), model.get_submodule(end)
-    layer = nn.Linear(width, width).to(gain)
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    owner, _, name = end.rpartition(".")
-    path = end if type(before) is nn.Identity else f"{end}.1"
-    setattr(model.get_submodule(owner), name, layer if path == end else nn.Sequential(before, layer))
+def _appended(model: nn.Module, reader: Reader) -> Layer:
+    """A linear layer that gives what it is given, at the end behind a norm."""
+    assert reader.norm is not None
+    gain, before = fetch(model, reader.norm[0]), model.get_submodule(reader.end)
+    width, layer = len(gain), idle_layer(len(gain)).to(gain)
+    owner, _, name = reader.end.rpartition(".")
+    path = reader.end if type(before) is nn.Identity else f"{reader.end}.1"
+    setattr(model.get_submodule(owner), name, layer if path == reader.end else nn.Sequential(before, layer))
     return Layer(f"{path}.weight", f"{path}.bias", (width, width))
