@@ -28,19 +28,19 @@ class TurnedWeights:
     """
 
     def __init__(self, model: GraphModule, float_model: nn.Module) -> None:
-        modules = dict(float_model.named_modules(remove_duplicate=False))
-        held = [(place, own) for place, m in enumerate(modules.values()) for own in m.parameters(recurse=False)]
+        named, self._widths = dict(float_model.named_parameters(remove_duplicate=False)), set[int]()
+        for path in _norm_weights(model):
+            now, then = fetch(model, path), named.get(path)
+            if then is not None and _is_plain(now) and not _is_plain(then):
+                self._widths.add(now.numel())
+        modules = float_model.modules() if self._widths else ()
+        held = [(place, own) for place, module in enumerate(modules) for own in module.parameters(recurse=False)]
         self._places = {own.data_ptr(): place for place, own in held}
         self._vectors = [
             (place, own.detach().flatten().to("cpu", torch.float64))
             for place, own in held
             if own.is_floating_point() and own.dim() and own.numel() == own.shape[-1]
         ]
-        named, self._widths = dict(float_model.named_parameters(remove_duplicate=False)), set[int]()
-        for path in _norm_weights(model):
-            now, then = fetch(model, path), named.get(path)
-            if then is not None and _is_plain(now) and not _is_plain(then):
-                self._widths.add(now.numel())
 
     def of(self, weight: Tensor) -> Iterator[Tensor]:
         """What may have become of the weight (O, K, ...) of a layer, float32, the likeliest first."""

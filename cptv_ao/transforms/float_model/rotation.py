@@ -30,9 +30,7 @@ def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
     Returns:
         The paths of these layers.
     """
-    readers = tuple(
-        reader if reader.layers else replace(reader, layers=(_appended(model, reader),)) for reader in stream.readers
-    )
+    readers = tuple(reader if reader.layers else _read_by_a_layer(model, reader) for reader in stream.readers)
     with torch.no_grad():
         turn_stream(_Tensors(model), replace(stream, readers=readers), turn)
     return [reader.end for reader in stream.readers if not reader.layers]
@@ -70,12 +68,18 @@ class _Tensors(HeldTensors):
             self.put(layer.bias, bias)
 
 
-def _appended(model: nn.Module, reader: Reader) -> Layer:
-    """A linear layer that gives what it is given, at the end behind a norm."""
+def _read_by_a_layer(model: nn.Module, reader: Reader) -> Reader:
+    """A norm that is returned, with a linear layer behind it, or in the place of an identity there, that gives what it
+    is given."""
     assert reader.norm is not None
-    gain, before = fetch(model, reader.norm[0]), model.get_submodule(reader.end)
-    width, layer = len(gain), idle_layer(len(gain)).to(gain)
-    owner, _, name = reader.end.rpartition(".")
-    path = reader.end if type(before) is nn.Identity else f"{reader.end}.1"
-    setattr(model.get_submodule(owner), name, layer if path == reader.end else nn.Sequential(before, layer))
-    return Layer(f"{path}.weight", f"{path}.bias", (width, width))
+    end, (weight, bias) = reader.end, reader.norm
+    before, gain = model.get_submodule(end), fetch(model, weight)
+    behind: nn.Module = idle_layer(len(gain)).to(gain)
+    owner, _, name = end.rpartition(".")
+    path = end
+    if type(before) is not nn.Identity:  # the norm itself
+        path, behind = f"{end}.1", nn.Sequential(before, behind)
+        weight, bias = f"{end}.0.weight", None if bias is None else f"{end}.0.bias"
+    setattr(model.get_submodule(owner), name, behind)
+    own = Layer(f"{path}.weight", f"{path}.bias", (len(gain), len(gain)))
+    return replace(reader, norm=(weight, bias), layers=(own,))
