@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cptv_ao.core.heap import kept_heap
 from cptv_ao.core.precision import gpu_products
 
 # How the warnings begin that torch gives in every forward of a quantized model.
@@ -72,6 +73,7 @@ def plain_torch() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(without_torch_floods())
         stack.enter_context(gpu_products(tf32=False))
+        stack.enter_context(kept_heap())
         yield
 
 

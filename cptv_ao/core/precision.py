@@ -1,9 +1,10 @@
-"""How exact a GPU multiplies float32 numbers."""
+"""How exact matrices of float32 numbers are multiplied."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,3 +41,29 @@ def _convolutions(wanted: list[Any] | None) -> list[Any]:
     for kind, precision in zip(kinds, wanted or before, strict=True):
         kind.fp32_precision = precision
     return before
+
+
+@contextmanager
+def cpu_products_in_bfloat16() -> Iterator[None]:
+    """Matrix products on a CPU of float32 numbers rounded to bfloat16 (8 bits of mantissa; sums in float32) while the
+    context lasts, where it has instructions for them, which take half the time. Elsewhere nothing is touched.
+
+    Whole numbers up to 256 are multiplied exactly.
+    """
+    if not _multiplies_bfloat16():
+        yield
+        return
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))

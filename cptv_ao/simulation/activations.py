@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import hooked
 from cptv_ao.fx.running import own_inputs
+from cptv_ao.simulation.products import tensor_cores
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.qtensor_ops import Requantizer
 from cptv_ao.simulation.twin import Twin
@@ -76,7 +77,8 @@ def steps_and_gradients(
     all_codes = [codes for found in seen.values() for codes in found]
     if not all_codes or not number.requires_grad:
         return {}
-    gradients = iter(torch.autograd.grad(number, all_codes, allow_unused=True))
+    with tensor_cores(number):
+        gradients = iter(torch.autograd.grad(number, all_codes, allow_unused=True))
     pairs = {
         name: [(codes.detach(), pulled) for codes, pulled in zip(found, gradients, strict=False) if pulled is not None]
         for name, found in seen.items()

@@ -112,6 +112,21 @@ def test_inputs_are_kept_while_they_fit_and_are_the_same_if_not(vit_w3: Case) ->
         assert torch.equal(value, values(first[1])[name]), name
 
 
+def test_nothing_is_kept_where_it_would_hardly_be_asked_for_again(vit_w3: Case) -> None:
+    """A step of a large network has few images of many: what is kept of the first few is in the way of all others."""
+    twin, parts = twin_of(vit_w3.converted, vit_w3.float_model), [batch_of(x) for x in vit_w3.batches[:2]]
+    size = sum(v.numel() * 4 for v in values(LayerInputTargets(twin, 0).wanted((0, 0), parts[0])).values())
+    forwards = []
+    for batches in (2, 3):
+        features = LayerInputTargets(twin, size)
+        features.images = batches * parts[0].images
+        for _ in range(2):
+            for index, part in enumerate(parts):
+                features.wanted((index, 0), part)
+        forwards.append(features.image_forwards // parts[0].images)
+    assert forwards == [3, 4]
+
+
 def test_the_distance_and_its_gradient(vit_w3: Case) -> None:
     """Against the definition, in float64 and with autograd."""
     batch, twin = batch_of(vit_w3.batches[0]), twin_of(vit_w3.converted, vit_w3.float_model)

@@ -41,6 +41,7 @@ class BatchGradient:
         self._runner = PartRunner(twin, groups, objective, self.features)
         self._most = largest_part(twin)
         self._differentiable: bool | None = None  # asked once, for a loss that is not known
+        self._held: dict[bool, Tensor] = {}
 
     @property
     def image_forwards(self) -> int:
@@ -48,7 +49,8 @@ class BatchGradient:
         return self._runner.image_forwards + self.features.image_forwards
 
     def follows(self, images: StepImages) -> bool:
-        """Whether there is anything to follow on these."""
+        """Whether there is anything to follow on these, which are all that batches are of from now on."""
+        self.features.images = sum(batch.images for batch in images.batches)
         objective = self._objective
         return objective.per_image or objective.feature_weight > 0 or self._follows(images.at(0)[1])
 
@@ -67,7 +69,8 @@ class BatchGradient:
                 batch.
 
         Returns:
-            The loss, its gradient with respect to all leaves one after another, and the feature pull.
+            The loss, its gradient with respect to all leaves one after another, which holds until the next call, and the
+            feature pull.
 
         Raises:
             torch.cuda.OutOfMemoryError: not even the graph of one image fits into the memory of the card, or there are
@@ -100,7 +103,7 @@ class BatchGradient:
             if balances:
                 excess = float(loss - self._objective.loss(teacher, teacher)) if follows else 1.0
                 feature_pull = self._balanced(excess, apart)
-        total = outputs.new_zeros(sum(leaf.numel() for leaf in leaves))
+        total: Tensor | None = None
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
             found: dict[int, Tensor] = {}
@@ -108,19 +111,33 @@ class BatchGradient:
                 part, rows = parts[number]
                 share = part.images / batch.images
                 if pull is None and captures:
-                    own = self._runner.at_once((index, number), part, teacher[rows], leaves, feature_pull or 0.0)
-                    outputs[rows], found[number] = own[0], own[1] * share
+                    given, pulls = self._runner.at_once(
+                        (index, number), part, teacher[rows], leaves, feature_pull or 0.0
+                    )
+                    outputs[rows], found[number] = given, pulls * share
                     continue
                 graph = graphs.pop(number, None) or self._runner.forward((index, number), part, share)
                 outputs[rows] = graph.outputs.detach()
                 pulled = self._objective.pull_at(rows, outputs, teacher) if pull is None else pull[rows]
-                found[number] = graph.gradient(leaves, pulled, feature_pull or 0.0)
+                found[number] = graph.gradient(leaves, pulled, feature_pull or 0.0, self._room(leaves, total is None))
                 del graph
             for number in around:
-                total += self._world.sum(found[number] if number in found else torch.zeros_like(total))
+                mine = found[number] if number in found else outputs.new_zeros(sum(leaf.numel() for leaf in leaves))
+                own = self._world.sum(mine)
+                total = own if total is None else total.add_(own)
         if loss is None:
             loss = self._objective.loss(self._world.sum(outputs), teacher)
+        assert total is not None
         return loss, total, feature_pull or 0.0
+
+    def _room(self, leaves: Sequence[Tensor], first: bool) -> Tensor | None:
+        """What the gradient of a part is written into: always the same, for what that of a large network takes is dear
+        to ask for. The first is what those of the other parts are added to. None where ranks share the parts."""
+        if self._world.size > 1:
+            return None
+        if first not in self._held:
+            self._held[first] = leaves[0].new_empty(sum(leaf.numel() for leaf in leaves), requires_grad=False)
+        return self._held[first]
 
     def _all_forward(
         self,

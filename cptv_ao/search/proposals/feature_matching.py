@@ -35,11 +35,15 @@ Targets = dict[WeightedLayer, Target]
 
 
 class LayerInputTargets:
-    """The layer inputs in float, asked once per part of a batch as long as they fit into a cache.
+    """The layer inputs in float, asked once per part of a batch as long as they fit into a cache; where those of less
+    than half of the images do, each time, for few would be asked for again.
 
     Args:
         twin: whose float mode is asked.
         cache_bytes: what is kept of the layer inputs at most.
+
+    Attributes:
+        images: of all batches.
     """
 
     def __init__(self, twin: Twin, cache_bytes: int) -> None:
@@ -47,6 +51,7 @@ class LayerInputTargets:
         #: In float, too, values are held in steps: always the same ones, so that it does not show what was kept.
         self.steps = {name: {"scale": twin.sites.modules[name].scale.clone()} for name in twin.names}
         self._kept: dict[tuple[int, int], Targets] = {}
+        self.images = 0
         #: images that the twin ran in float
         self.image_forwards = 0
 
@@ -67,7 +72,7 @@ class LayerInputTargets:
         says = torch.stack([says for _, says in found.values()]).tolist() if found else []  # one read of all of them
         targets = {layer: target for (layer, (target, _)), own in zip(found.items(), says, strict=True) if own}
         size = sum(target.codes.numel() * target.codes.element_size() for target in targets.values())
-        if size <= self._left:
+        if size <= self._left and size * self.images <= 2 * self._cache_bytes * part.images:
             self._left -= size
             self._kept[key] = targets
         return targets

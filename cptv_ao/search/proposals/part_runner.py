@@ -28,15 +28,22 @@ class PartGraph:
     outputs: Tensor
     features: Tensor
 
-    def gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float | Tensor) -> Tensor:
-        """With respect to all leaves, one after another, where the loss pulls so much at outputs and features."""
+    def gradient(
+        self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float | Tensor, room: Tensor | None = None
+    ) -> Tensor:
+        """With respect to all leaves, one after another, where the loss pulls so much at outputs and features.
+
+        Args:
+            room: what it is written into and returned as, if that is there.
+        """
         ends, pulls = [self.outputs], [pull]
         if self.features.requires_grad:
             own = torch.full_like(self.features, feature_pull) if isinstance(feature_pull, float) else feature_pull
             ends, pulls = [*ends, self.features], [*pulls, own]
         with tensor_cores(self.outputs):
             found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
-        return torch.cat([gradient.reshape(-1) for gradient in found])
+        flat = [gradient.reshape(-1) for gradient in found]
+        return torch.cat(flat) if room is None else torch.cat(flat, out=room)
 
 
 class PartRunner:
