@@ -8,29 +8,22 @@ with queries and values where one layer gives all three; without what they have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
-from cptv_ao.fx.node_runner import Watcher
-from cptv_ao.simulation.qtensor import QTensor, real
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.attention_patterns import Keys
-from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, hold_ranges, last_dimension
+from cptv_ao.transforms.channel_paths import WHOLE, arriving
+from cptv_ao.transforms.channel_ranges import NARROWER, ChannelRange, channel_ends, hold_ranges, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.replaced_weights import add_to_bias
-
-# A range that gets less narrow is left as it is.
-_NARROWER = 0.95
-# How near to whole numbers the numbers of channels must arrive.
-_WHOLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,26 +68,10 @@ def centre_keys(
 
 
 def _channels(twin: Twin, keys: Sequence[Keys], few: Batch) -> list[Tensor | None]:
-    """Which channels of their source keys are, found by what arrives where sources give numbers of channels in the
-    place of what they compute; None where this is something else."""
-    sources, places = {one.source for one in keys}, {one.node for one in keys}
-
-    def arriving(numbers: Callable[[int], Tensor]) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-
-        def see(node: Node, value: Any) -> Any:
-            if node.name in sources and (given := real(value)) is not None:
-                put = numbers(given.shape[-1]).to(given).expand(given.shape)
-                value = value.with_codes(put / value.scale) if isinstance(value, QTensor) else put
-            if node.name in places and (given := real(value)) is not None:
-                seen[node.name] = given
-            return value
-
-        Watcher(twin.module).watch(few, see)
-        return seen
-
+    """Which channels of their source keys are; None where this is something else."""
+    arrived = partial(arriving, twin, few, {one.source for one in keys}, {one.node for one in keys})
     # The first channel is 1: what multiplies the numbers on the way is seen on ones.
-    found, ones = arriving(lambda count: torch.arange(1, count + 1)), arriving(torch.ones)
+    found, ones = arrived(lambda count: torch.arange(1, count + 1)), arrived(torch.ones)
     return [_arrived(found[one.node] / ones[one.node], one.dim) if one.node in found else None for one in keys]
 
 
@@ -104,7 +81,7 @@ def _arrived(numbers: Tensor, dim: int) -> Tensor | None:
         return None
     rows = numbers.movedim(dim, -1)
     whole = rows[..., :1, :].round()
-    if not bool(((rows - whole).abs() < _WHOLE).all()):
+    if not bool(((rows - whole).abs() < WHOLE).all()):
         return None
     return torch.tensor(sorted(set(whole.flatten().long().tolist()))) - 1
 
@@ -116,7 +93,7 @@ def _middle(ends: ChannelRange, channels: Tensor) -> Tensor | None:
         return None
     middle[channels] = ((ends.low + ends.high) / 2)[channels]
     span = float((ends.high - middle).max().clamp_min(0.0) - (ends.low - middle).min().clamp_max(0.0))
-    return middle if span < _NARROWER * ends.span else None
+    return middle if span < NARROWER * ends.span else None
 
 
 def _write(backend: Backend, form: _Form) -> _Form:

@@ -21,6 +21,8 @@ from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
 
+#: A range that gets less narrow is left as it is.
+NARROWER = 0.95
 # Images on which values are looked at, and how many values of each channel are kept.
 _IMAGES, _KEPT = 64, 128
 

@@ -14,33 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.qparams import qparams_for_range
-from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
-from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.bn_folding import scale_channels
-from cptv_ao.transforms.channel_ranges import ChannelRange, channel_ends, last_dimension
+from cptv_ao.transforms.channel_paths import WHOLE, arriving
+from cptv_ao.transforms.channel_ranges import NARROWER, ChannelRange, channel_ends, last_dimension
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.input_factors import ReadWeights, input_exponents
 from cptv_ao.transforms.replaced_weights import add_to_bias, replace_weight
 from cptv_ao.transforms.shared_inputs import SharedInput
 
-# A range that gets less narrow is left as it is.
-_NARROWER = 0.95
-# One whose channels move by a smaller share of it, too.
+# A range whose channels move by a smaller share of it is left as it is.
 _STILL = 1e-3
-# How near to whole numbers the numbers of channels must arrive.
-_WHOLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def _half(ends: ChannelRange) -> float:
 
 def _narrower(ends: ChannelRange) -> bool:
     """Channels that hardly vary (images that are all alike, or a single one) say nothing of their ranges."""
-    return _STILL * ends.span < 2 * _half(ends) < _NARROWER * ends.span
+    return _STILL * ends.span < 2 * _half(ends) < NARROWER * ends.span
 
 
 def _entries(twin: Twin, forms: Sequence[_Form], few: Batch) -> dict[str, Tensor]:
@@ -139,19 +132,11 @@ def _entries(twin: Twin, forms: Sequence[_Form], few: Batch) -> dict[str, Tensor
     found = {form.shared.value: torch.arange(len(form.ends.low)) for form in forms if form.shared.weight is not None}
     mixed = [form.shared for form in forms if form.shared.weight is None]
     sources, values = {part.source for part in mixed}, {part.value for part in mixed}
-
-    def see(node: Node, value: Any) -> Any:
-        if node.name in sources and isinstance(value, Tensor):
-            value = torch.arange(value.shape[-1], dtype=value.dtype, device=value.device).expand(value.shape)
-        if node.name in values and (numbers := real(value)) is not None:
-            rows = numbers.reshape(-1, numbers.shape[-1])
-            entries = rows[0].round().long()
-            if bool(((rows - entries).abs() < _WHOLE).all()) and len(set(entries.tolist())) == len(entries):
-                found[node.name] = entries
-        return value
-
-    if mixed:
-        Watcher(twin.module).watch(few, see)
+    for name, numbers in arriving(twin, few, sources, values, torch.arange).items():
+        rows = numbers.reshape(-1, numbers.shape[-1])
+        entries = rows[0].round().long()
+        if bool(((rows - entries).abs() < WHOLE).all()) and len(set(entries.tolist())) == len(entries):
+            found[name] = entries
     return found
 
 
