@@ -34,9 +34,14 @@ def test_products_of_codes_are_exact() -> None:
 def test_what_was_set_comes_back_whatever_happens() -> None:
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    with pytest.raises(RuntimeError, match="stop"), cpu_products_in_bfloat16():
-        assert matmul.fp32_precision == "bf16"
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with cpu_products_in_bfloat16():
+            assert matmul.fp32_precision == "bf16"
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert matmul.fp32_precision == before
     torch.get_float32_matmul_precision()  # raises where old and new ways to set it are mixed
 

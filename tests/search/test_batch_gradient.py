@@ -11,11 +11,16 @@ from helpers.cases import Case
 from helpers.search import learnt, leaves_of
 from torch import Tensor
 
+from cptv_ao import RefineConfig
+from cptv_ao.core.batches import Batch
 from cptv_ao.core.losses import cosine, get_loss, kl
 from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.calibration import Calibration, Images, Pool
 from cptv_ao.search.proposals import device_memory, part_runner
 from cptv_ao.search.proposals.batch_gradient import BatchGradient
 from cptv_ao.search.proposals.descent_objective import Objective
+from cptv_ao.search.proposals.part_runner import PartGraph
+from cptv_ao.search.proposals.step_images import StepImages
 
 
 def found(case: Case, objective: Objective, pull: float | None = None) -> tuple[float, Tensor, float, int]:
@@ -85,3 +90,36 @@ def test_the_graph_of_one_part_is_held_at_a_time(conv: Case, monkeypatch: pytest
     monkeypatch.setattr(part_runner.PartGraph, "gradient", seen)
     found(conv, Objective(kl, first_floating, per_image=True, feature_weight=1.0), 1.0)
     assert alive == [1] * 4
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_network_in_float_teaches_where_it_gives_what_the_teacher_does(conv: Case, other: bool) -> None:
+    """It runs for the layer inputs anyway; a teacher that gives something else is asked for each batch."""
+    twin, first, groups = learnt(conv, conv.batches[0])
+    batches = (first, *(Batch((images,), {}, len(images)) for images in conv.batches[1:3]))
+    asked = []
+
+    def teach(batch: Batch) -> Tensor:
+        asked.append(batch)
+        return conv.float_model(batch.args[0]) * (1.1 if other else 1.0)
+
+    with torch.no_grad():
+        scored = Images((first,), (teach(first),))
+        images = StepImages(Calibration(RefineConfig(), scored, pool=Pool(batches, teach)), first.images)
+        gradient = BatchGradient(twin, groups, Objective(kl, first_floating, True, feature_weight=1.0))
+        asked.clear()
+        assert gradient.begin(images)
+        for index, batch in enumerate(batches):
+            assert torch.allclose(images.at(index)[1], teach(batch), rtol=1e-3, atol=1e-4)
+    once, compared_here = 1, len(batches)
+    assert len(asked) == compared_here + (len(batches) if other else once)
+
+
+def test_what_no_gradient_passes_leaves_that_of_the_other_end() -> None:
+    """An op before the outputs that passes none: the layer inputs before it are followed all the same."""
+    leaves = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    with torch.enable_grad():
+        apart = 2 * leaves[1].sum()
+    closed = torch.ones(4, 5)
+    assert PartGraph(closed, apart).gradient(leaves, closed, 0.5).tolist() == [0, 0, 1, 1, 1]
+    assert PartGraph(closed, torch.zeros(())).gradient(leaves, closed, 0.5).tolist() == [0] * 5

@@ -112,6 +112,23 @@ def test_inputs_are_kept_while_they_fit_and_are_the_same_if_not(vit_w3: Case) ->
         assert torch.equal(value, values(first[1])[name]), name
 
 
+def test_what_the_float_network_returns_takes_no_pass_of_its_own(vit_w3: Case) -> None:
+    features = LayerInputTargets(twin_of(vit_w3.converted, vit_w3.float_model), 0)
+    first, second = (batch_of(images) for images in vit_w3.batches[:2])
+    with torch.no_grad():
+        found, wanted = features.outputs(first_floating, first), vit_w3.float_model(vit_w3.batches[0])
+        assert torch.allclose(found, wanted, atol=1e-4)
+        apart = LayerInputTargets(twin_of(vit_w3.converted, vit_w3.float_model), 0).wanted((0, 0), first)
+        inputs = features.wanted((0, 0), first)
+        assert features.image_forwards == first.images
+        for (_, own), (_, other) in zip(inputs.items(), apart.items(), strict=True):
+            assert torch.equal(own.codes, other.codes)
+        features.wanted((0, 0), first)  # once is for once
+        features.outputs(first_floating, first)
+        features.wanted((1, 0), second)  # other images are run
+    assert features.image_forwards == 3 * first.images + second.images
+
+
 def test_nothing_is_kept_where_it_would_hardly_be_asked_for_again(vit_w3: Case) -> None:
     """A step of a large network has few images of many: what is kept of the first few is in the way of all others."""
     twin, parts = twin_of(vit_w3.converted, vit_w3.float_model), [batch_of(x) for x in vit_w3.batches[:2]]

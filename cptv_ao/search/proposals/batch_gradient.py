@@ -6,7 +6,9 @@ nobody knows, takes two: all outputs without graphs, then part by part what the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +23,12 @@ from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.search.proposals.part_runner import PartGraph, PartRunner
 from cptv_ao.search.proposals.step_images import StepImages
 from cptv_ao.simulation.twin import Twin
+
+# Codes of an activation beside whose steps the 8 bits of bfloat16 are many.
+_COARSE = 64
+# How far outputs in float that are the same may be apart, in squares beside their own; and in bfloat16, where codes are
+# few.
+_SAME, _SAME_COARSE = 1e-6, 1e-3
 
 
 class BatchGradient:
@@ -37,8 +45,9 @@ class BatchGradient:
         self, twin: Twin, groups: Sequence[LearnableQParams], objective: Objective, world: World = ALONE
     ) -> None:
         self._objective, self._world = objective, world
-        self.features = LayerInputTargets(twin, cache_bytes(twin.device, objective.cache_bytes))
-        self._runner = PartRunner(twin, groups, objective, self.features)
+        self._coarse = _is_coarse(twin)
+        self.features = LayerInputTargets(twin, cache_bytes(twin.device, objective.cache_bytes), self._coarse)
+        self._runner = PartRunner(twin, groups, objective, self.features, self._coarse)
         self._most = largest_part(twin)
         self._differentiable: bool | None = None  # asked once, for a loss that is not known
         self._held: dict[bool, Tensor] = {}
@@ -48,10 +57,20 @@ class BatchGradient:
         """Images that went through the twin on this rank; forward and backward count as three."""
         return self._runner.image_forwards + self.features.image_forwards
 
-    def follows(self, images: StepImages) -> bool:
-        """Whether there is anything to follow on these, which are all that batches are of from now on."""
-        self.features.images = sum(batch.images for batch in images.batches)
+    def begin(self, images: StepImages) -> bool:
+        """Follow these from now on; whether there is anything to follow on them.
+
+        Where the network in float, whose layer inputs are wanted anyway, gives what the teacher does, it gives the
+        targets that are still to be asked for, too.
+        """
         objective = self._objective
+        self.features.images = sum(batch.images for batch in images.batches)
+        if objective.feature_weight and self._world.size == 1 and self._runner.captured is None and images.asks:
+            teach = partial(self.features.outputs, objective.select)
+            batch, target = images.at(0)
+            most = _SAME_COARSE if self._coarse else _SAME
+            if len(self._parts(batch)) == 1 and _apart(teach(batch), target) <= most:
+                images.ask(teach)
         return objective.per_image or objective.feature_weight > 0 or self._follows(images.at(0)[1])
 
     def of(
@@ -69,8 +88,8 @@ class BatchGradient:
                 batch.
 
         Returns:
-            The loss, its gradient with respect to all leaves one after another, which holds until the next call, and the
-            feature pull.
+            The loss; its gradient with respect to all leaves one after another, which holds until the next call; and
+            the feature pull.
 
         Raises:
             torch.cuda.OutOfMemoryError: not even the graph of one image fits into the memory of the card, or there are
@@ -177,6 +196,20 @@ class BatchGradient:
     def _parts(self, batch: Batch) -> list[tuple[Batch, slice]]:
         """The parts of a batch that may run on a rank of their own, with their rows of the output."""
         return batch.parts(-(-batch.images // self._most))
+
+
+def _is_coarse(twin: Twin) -> bool:
+    """Whether all activations of a network on a CPU have so few codes that what bfloat16 rounds is little beside it."""
+    sites = [module.site for module in twin.sites.modules.values() if module.site.kind == "activation"]
+    few = all(site.qmax - site.qmin < _COARSE for site in sites)
+    return twin.device.type == "cpu" and bool(sites) and few
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """The squares of how far outputs are from those wanted, beside the squares of these."""
+    if found.shape != wanted.shape:
+        return math.inf
+    return float((found - wanted).double().square().sum() / wanted.double().square().sum().clamp_min(1e-30))
 
 
 def largest_part(twin: Twin) -> int:

@@ -7,13 +7,17 @@ al., ICLR 2021).
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.channel_scaling import OUTLIER
+from cptv_ao.core.precision import cpu_products_in_bfloat16
+from cptv_ao.core.tensors import Select, compared
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
 from cptv_ao.simulation.qtensor import Apart, QTensor
@@ -41,16 +45,18 @@ class LayerInputTargets:
     Args:
         twin: whose float mode is asked.
         cache_bytes: what is kept of the layer inputs at most.
+        coarse: whether bfloat16 is exact enough for them on a CPU.
 
     Attributes:
         images: of all batches.
     """
 
-    def __init__(self, twin: Twin, cache_bytes: int) -> None:
-        self._twin, self._cache_bytes, self._left = twin, cache_bytes, cache_bytes
+    def __init__(self, twin: Twin, cache_bytes: int, coarse: bool = False) -> None:
+        self._twin, self._cache_bytes, self._left, self._coarse = twin, cache_bytes, cache_bytes, coarse
         #: In float, too, values are held in steps: always the same ones, so that it does not show what was kept.
         self.steps = {name: {"scale": twin.sites.modules[name].scale.clone()} for name in twin.names}
         self._kept: dict[tuple[int, int], Targets] = {}
+        self._asked: tuple[Batch | None, Targets] = None, {}
         self.images = 0
         #: images that the twin ran in float
         self.image_forwards = 0
@@ -64,18 +70,37 @@ class LayerInputTargets:
         """The layer inputs in float on a part of a batch, which the key names."""
         if key in self._kept:
             return self._kept[key]
-        with torch.no_grad(), self._twin.in_float(self._twin.names), seeing_inputs(self._twin) as inputs:
-            args, kwargs = own_inputs(part)
-            self._twin.call(self.steps, *args, **kwargs)
-        self.image_forwards += part.images
-        found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}
-        says = torch.stack([says for _, says in found.values()]).tolist() if found else []  # one read of all of them
-        targets = {layer: target for (layer, (target, _)), own in zip(found.items(), says, strict=True) if own}
+        batch, targets = self._asked
+        if batch is not part:
+            targets, _ = self._run(part)
+        self._asked = None, {}
         size = sum(target.codes.numel() * target.codes.element_size() for target in targets.values())
         if size <= self._left and size * self.images <= 2 * self._cache_bytes * part.images:
             self._left -= size
             self._kept[key] = targets
         return targets
+
+    def outputs(self, select: Select, batch: Batch) -> Tensor:
+        """What the network gives for a batch in float (N, C): a teacher that takes no other pass than the layer inputs
+        take, if these are asked for next."""
+        targets, output = self._run(batch)
+        self._asked = batch, targets
+        return compared(output, select)
+
+    def _run(self, part: Batch) -> tuple[Targets, Any]:
+        """The layer inputs in float, and what the network returns."""
+        args, kwargs = own_inputs(part)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self._twin.in_float(self._twin.names))
+            inputs = stack.enter_context(seeing_inputs(self._twin))
+            if self._coarse:
+                stack.enter_context(cpu_products_in_bfloat16())
+            output = self._twin.call(self.steps, *args, **kwargs)
+        self.image_forwards += part.images
+        found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}
+        says = torch.stack([says for _, says in found.values()]).tolist() if found else []  # one read of all of them
+        return {layer: target for (layer, (target, _)), own in zip(found.items(), says, strict=True) if own}, output
 
 
 def distance(found: LayerInputs, wanted: Targets) -> Tensor:

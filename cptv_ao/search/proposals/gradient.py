@@ -116,7 +116,7 @@ class GradientDescent:
         where it does not go on.
         """
         at, told = self._progress, -1
-        if not self._gradient.follows(images):
+        if not self._gradient.begin(images):
             return
         while at.halvings or (not at.over and (progress := schedule.progress(at.steps)) < 1.0):
             goes_on = going()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.precision import cpu_products_in_bfloat16
 from cptv_ao.core.tensors import compared
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.search.proposals.captured import Captured
@@ -36,10 +37,14 @@ class PartGraph:
         Args:
             room: what it is written into and returned as, if that is there.
         """
-        ends, pulls = [self.outputs], [pull]
+        ends, pulls = list[Tensor](), list[Tensor]()
+        if self.outputs.requires_grad:  # not where an op is on the way that no gradient passes
+            ends, pulls = [self.outputs], [pull]
         if self.features.requires_grad:
             own = torch.full_like(self.features, feature_pull) if isinstance(feature_pull, float) else feature_pull
             ends, pulls = [*ends, self.features], [*pulls, own]
+        if not ends:
+            return leaves[0].new_zeros(sum(leaf.numel() for leaf in leaves), requires_grad=False)
         with tensor_cores(self.outputs):
             found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
         flat = [gradient.reshape(-1) for gradient in found]
@@ -54,13 +59,20 @@ class PartRunner:
         groups: what is learnt of it.
         objective: what is followed.
         targets: what the layers are given in float.
+        coarse: whether bfloat16 is exact enough on a CPU.
     """
 
     def __init__(
-        self, twin: Twin, groups: Sequence[LearnableQParams], objective: Objective, targets: LayerInputTargets
+        self,
+        twin: Twin,
+        groups: Sequence[LearnableQParams],
+        objective: Objective,
+        targets: LayerInputTargets,
+        coarse: bool = False,
     ) -> None:
         self._twin, self._groups, self._objective, self._targets = twin, groups, objective, targets
         self._replaced = {site.name: tuple(group.values()) for group in groups for site in group.sites}
+        self._products = cpu_products_in_bfloat16 if coarse else nullcontext
         #: what a GPU launches at once; None where there is none
         self.captured = Captured() if twin.device.type == "cuda" else None
         #: images that went through it on this rank; forward and backward count as three
@@ -81,7 +93,7 @@ class PartRunner:
         """
         self.image_forwards += 3 * part.images if graph else part.images
         wanted = self._targets.wanted(key, part) if self._objective.feature_weight else None
-        with torch.set_grad_enabled(graph):
+        with torch.set_grad_enabled(graph), self._products():
             found = self._graph(part, wanted)
             return PartGraph(found.outputs, found.features * share)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -50,6 +51,15 @@ class StepImages:
             target = self._teach(batch).to(self._device)
             self._targets[index] = target
         return batch, target
+
+    @property
+    def asks(self) -> bool:
+        """Whether there are targets that nobody knows yet."""
+        return any(target is None for target in self._targets)
+
+    def ask(self, teach: Callable[[Batch], Tensor]) -> None:
+        """Have targets that nobody knows yet from another teacher, which gives the same."""
+        self._teach = teach
 
     def to(self, device: str) -> None:
         """Give all images and targets on a device."""
