@@ -122,7 +122,7 @@ class BatchGradient:
             if balances:
                 excess = float(loss - self._objective.loss(teacher, teacher)) if follows else 1.0
                 feature_pull = self._balanced(excess, apart)
-        total: Tensor | None = None
+        total, size = None, sum(leaf.numel() for leaf in leaves)
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
             found: dict[int, Tensor] = {}
@@ -138,24 +138,24 @@ class BatchGradient:
                 graph = graphs.pop(number, None) or self._runner.forward((index, number), part, share)
                 outputs[rows] = graph.outputs.detach()
                 pulled = self._objective.pull_at(rows, outputs, teacher) if pull is None else pull[rows]
-                found[number] = graph.gradient(leaves, pulled, feature_pull or 0.0, self._room(leaves, total is None))
+                room = self._room(outputs, size, total is None)
+                found[number] = graph.gradient(leaves, pulled, feature_pull or 0.0, room)
                 del graph
             for number in around:
-                mine = found[number] if number in found else outputs.new_zeros(sum(leaf.numel() for leaf in leaves))
-                own = self._world.sum(mine)
+                own = self._world.sum(found[number] if number in found else outputs.new_zeros(size))
                 total = own if total is None else total.add_(own)
         if loss is None:
             loss = self._objective.loss(self._world.sum(outputs), teacher)
         assert total is not None
         return loss, total, feature_pull or 0.0
 
-    def _room(self, leaves: Sequence[Tensor], first: bool) -> Tensor | None:
+    def _room(self, outputs: Tensor, size: int, first: bool) -> Tensor | None:
         """What the gradient of a part is written into: always the same, for what that of a large network takes is dear
         to ask for. The first is what those of the other parts are added to. None where ranks share the parts."""
         if self._world.size > 1:
             return None
         if first not in self._held:
-            self._held[first] = leaves[0].new_empty(sum(leaf.numel() for leaf in leaves), requires_grad=False)
+            self._held[first] = outputs.new_empty(size)
         return self._held[first]
 
     def _all_forward(
@@ -201,8 +201,7 @@ class BatchGradient:
 def _is_coarse(twin: Twin) -> bool:
     """Whether all activations of a network on a CPU have so few codes that what bfloat16 rounds is little beside it."""
     sites = [module.site for module in twin.sites.modules.values() if module.site.kind == "activation"]
-    few = all(site.qmax - site.qmin < _COARSE for site in sites)
-    return twin.device.type == "cpu" and bool(sites) and few
+    return twin.device.type == "cpu" and bool(sites) and all(site.qmax - site.qmin < _COARSE for site in sites)
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:

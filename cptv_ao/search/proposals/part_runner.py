@@ -37,14 +37,12 @@ class PartGraph:
         Args:
             room: what it is written into and returned as, if that is there.
         """
-        ends, pulls = list[Tensor](), list[Tensor]()
-        if self.outputs.requires_grad:  # not where an op is on the way that no gradient passes
-            ends, pulls = [self.outputs], [pull]
-        if self.features.requires_grad:
-            own = torch.full_like(self.features, feature_pull) if isinstance(feature_pull, float) else feature_pull
-            ends, pulls = [*ends, self.features], [*pulls, own]
-        if not ends:
+        by_features = feature_pull if isinstance(feature_pull, Tensor) else torch.full_like(self.features, feature_pull)
+        both = ((self.outputs, pull), (self.features, by_features))
+        pulled = [(end, by) for end, by in both if end.requires_grad]  # an op on the way may let no gradient pass
+        if not pulled:
             return leaves[0].new_zeros(sum(leaf.numel() for leaf in leaves), requires_grad=False)
+        ends, pulls = zip(*pulled, strict=True)
         with tensor_cores(self.outputs):
             found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
         flat = [gradient.reshape(-1) for gradient in found]
