@@ -27,7 +27,7 @@ from cptv_ao.fx.running import run
 
 # What block visits may cost without a gain, and in all where neither seconds nor evaluations are given, in floating
 # point operations of the float network.
-_IDLE, _VISITS = 2e14, 1e14
+_IDLE, _VISITS = 2e14, 5e13
 
 
 class SplitEvaluators:

@@ -179,10 +179,12 @@ class Loop:
 
     @property
     def _gives_up(self) -> bool:
-        """Whether the visits have cost too much since they last gained something, or in all."""
-        visited = sum(result.evaluations for result in self.results) * self._search.images
-        dear = self._position.idle >= self._scoring.idle_images or visited >= self._scoring.visit_images
-        return self._evolves and dear
+        """Whether the visits have cost too much since they last gained something, or in all; behind gradient steps, or
+        would with another one."""
+        visited = sum(result.evaluations for result in self.results)
+        ahead = self._config.evaluations if self._config.gradient_steps else 1
+        dear = (visited + ahead) * self._search.images > self._scoring.visit_images
+        return self._evolves and (dear or self._position.idle >= self._scoring.idle_images)
 
     def _visit(self, name: str, space: ScaleSpace, pass_index: int) -> int:
         """One visit: the strategy proposes, the kernels decide; the best scales stay in the model.

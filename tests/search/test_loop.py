@@ -238,10 +238,17 @@ def test_visits_that_gain_nothing_for_long_are_given_up() -> None:
 
 
 def test_visits_that_gain_end_where_they_have_cost_enough() -> None:
-    _, loop, _ = opened(near(0.1), visit_images=1, passes=2)
+    """A visit is 40 evaluations of 10 images."""
+    _, loop, _ = opened(near(0.1), visit_images=799, passes=2)
     run(loop)
     assert len(loop.results) == 1 and loop.results[0].after < loop.results[0].before
-    _, paper, _ = opened(near(0.1), visit_images=1, passes=2, search="paper")
+    _, dear, _ = opened(near(0.1), visit_images=399, passes=2)
+    run(dear)
+    assert not dear.results, "gradient steps have made more of it"
+    _, alone, _ = opened(near(0.1), visit_images=399, passes=2, gradient_steps=0)
+    run(alone)
+    assert len(alone.results) == 1
+    _, paper, _ = opened(near(0.1), visit_images=399, passes=2, search="paper")
     run(paper)
     assert len(paper.results) == 4, "which says how often it visits"
 
