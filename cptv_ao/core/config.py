@@ -53,18 +53,19 @@ class RefineConfig:
             graphs only what linear layers read is changed, behind norms and attention. Only where `include` and
             `kinds` leave nothing out; never of reference models.
         gradient_steps: Adam steps on the float twin that propose scales before the block visits; 0 for none. A step is
-            of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP, of 50 on a GPU.
+            of about 100 images, of fewer (2 at least) where a forward of one is more than .25 GFLOP, of 50 on a GPU;
+            where it is of fewer, there are more, which go as far, if 30 TFLOP of forwards pay for them.
             Proposals enter only where the model's own kernels confirm them.
         learning_rate: of those steps, on the logarithm of the scales; weights of 7 bits or more move slower, and
-            with `max_seconds` all do where steps are of fewer images since a forward is dear: by the square root.
+            all do where steps are of fewer images: by the square root of the share.
         activation_rate: multiple of the learning rate at which activation scales and zero_points move.
         rounding_rate: multiple of the learning rate at which each weight decides whether it is rounded up or down
             (AdaRound, arXiv 2004.10568); 0: all are rounded to the nearest code.
         feature_weight: what the gradient steps follow beside the loss: noise to signal of the layer inputs, the squared
             error against those of the float network over their square, mean over the weighted layers. It counts so
             many times the loss, both as they are at the start; 0: the loss alone.
-        passes: sweeps over all blocks; they end early once the visits have gained nothing in 200 TFLOP of forwards,
-            and do not begin behind the gradient steps of a GPU.
+        passes: sweeps over all blocks; they end early once the visits have gained nothing in 200 TFLOP of forwards, or,
+            without limits, cost 50 in all; behind gradient steps none begins where one costs so much, nor on a GPU.
         evaluations: candidates per block visit.
         include: fnmatch patterns of site names that are searched (`"blocks.*"`, `"*.weight"`).
         kinds: which scales are searched: weights, activations (with their zero_points), or both.

@@ -13,7 +13,7 @@ from helpers.search import KL, small_config
 
 import cptv_ao
 from cptv_ao.backends.backend import Backend
-from cptv_ao.search.proposals import confirmed_descent, proposer
+from cptv_ao.search.proposals import confirmed_descent, proposer, step_images
 from cptv_ao.search.proposals.gradient import GradientDescent
 from cptv_ao.search.proposals.schedule import Schedule
 from cptv_ao.simulation.twin import Twin
@@ -67,23 +67,25 @@ def test_parts_are_tried_where_seconds_are_counted_if_judging_costs_little_besid
     assert bool(parts(cptv_ao.report(conv.converted))) is tried
 
 
-@pytest.mark.parametrize(("seconds", "share"), [(None, 1.0), (10_000, 0.2)])
-def test_steps_of_few_images_are_shorter_where_there_is_no_time_for_all(
-    conv: Case, monkeypatch: pytest.MonkeyPatch, seconds: float | None, share: float
+@pytest.mark.parametrize("seconds", [None, 10_000])
+@pytest.mark.parametrize(("worth", "steps"), [(1e30, 10), (0.0, 2)])
+def test_steps_of_few_images_are_shorter_and_more_where_they_are_not_too_dear(
+    conv: Case, monkeypatch: pytest.MonkeyPatch, seconds: float | None, worth: float, steps: int
 ) -> None:
-    """A forward is as dear as if it left four images to a step."""
-    rates: list[float] = []
+    """A forward is as dear as if it left four images of a hundred to a step."""
+    asked: list[tuple[int, float]] = []
 
     def schedule(steps: int, rate: float, *others: Any) -> Schedule:
-        rates.append(rate)
-        return Schedule(steps, rate, *others)
+        asked.append((steps, rate))
+        return Schedule(1, rate, *others)
 
     monkeypatch.setattr(confirmed_descent, "Schedule", schedule)
     monkeypatch.setattr(proposer, "_STEP_FLOPS", 0.0)
     monkeypatch.setattr(proposer, "_STEP_LEAST", 4)
+    monkeypatch.setattr(step_images, "_DESCENT", worth)
     config = small_config(gradient_steps=2, learning_rate=0.05, passes=0, holdout=0, max_seconds=seconds)
     cptv_ao.refine(conv.converted, conv.batches, float_model=conv.float_model, config=config, progress=False)
-    assert rates == [pytest.approx(0.05 * share)]
+    assert asked == [(steps, pytest.approx(0.05 * 0.2))]
 
 
 def far(descent: GradientDescent, backend: Backend) -> float:

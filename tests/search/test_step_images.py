@@ -9,6 +9,8 @@ from torch import Tensor
 from cptv_ao import RefineConfig
 from cptv_ao.core.batches import Batch
 from cptv_ao.evaluation.calibration import Calibration, Images, Pool
+from cptv_ao.evaluation.cost import Cost
+from cptv_ao.search.proposals import step_images
 from cptv_ao.search.proposals.step_images import StepImages
 
 
@@ -64,3 +66,13 @@ def test_steps_that_are_cut_move_less_by_the_square_root() -> None:
     assert rate(batch(0, 40), 32, 16) == 1.0, "no faster for more images"
     assert rate(Batch((torch.zeros(16, 1),), {}, 16, fixed=True), 4, 16) == 1.0, "it cannot be cut, and is not"
     assert rate(batch(0, 8), 4, None) == 1.0
+
+
+def test_shorter_steps_are_more_as_far_as_they_pay() -> None:
+    def steps(flops: float) -> int:
+        calibration = Calibration(RefineConfig(), Images((batch(0, 8),), (double(batch(0, 8)),)), cost=Cost(flops))
+        return StepImages(calibration, 4, 16).steps(600)
+
+    assert steps(1.0) == 1200
+    assert steps(0.25 * step_images._DESCENT / 1000) == 1000
+    assert steps(0.25 * step_images._DESCENT) == 600, "as many as were asked for at least"

@@ -180,6 +180,5 @@ class ConfirmedDescent:
         seconds = math.inf if limit is None else share * max(limit - self._began, 1e-3)
         started = self._budget.started + self._began
         marks = _MARKS if limit is None else _YOUNG + _MARKS
-        # With time for all of its steps the schedule brings a descent back from where their noise has led it.
-        rate = config.learning_rate * (1.0 if limit is None else self._images.rate)
-        return Schedule(config.gradient_steps, rate, seconds, marks, self._world, started)
+        steps, rate = self._images.steps(config.gradient_steps), config.learning_rate * self._images.rate
+        return Schedule(steps, rate, seconds, marks, self._world, started)

@@ -10,6 +10,10 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.evaluation.calibration import Calibration
 
+# What the steps of a descent may cost that are more than were asked for since they are shorter, in floating point
+# operations of forwards of the float network.
+_DESCENT = 3e13
+
 
 class StepImages:
     """Batches for steps: those of the loader, cut where they are larger than a step takes.
@@ -39,9 +43,14 @@ class StepImages:
                 self._targets.append(None if target is None else target[rows])
         each = max(most, max(batch.images for batch in self.batches))
         self.rate = 1.0 if wanted is None else math.sqrt(min(1.0, each / wanted))
+        self._worth = _DESCENT / (each * calibration.cost.flops)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def steps(self, wanted: int) -> int:
+        """How many go as far as so many at the whole learning rate, where they are not too dear."""
+        return max(wanted, min(round(wanted / self.rate), int(self._worth)))
 
     def at(self, index: int) -> tuple[Batch, Tensor]:
         """A batch and the teacher's outputs (N, C) on it."""
