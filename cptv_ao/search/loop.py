@@ -182,7 +182,7 @@ class Loop:
         """Whether the visits have cost too much since they last gained something, or in all; behind gradient steps, or
         would with another one."""
         visited = sum(result.evaluations for result in self.results)
-        ahead = self._config.evaluations if self._config.gradient_steps else 1
+        ahead = self._config.evaluations if self._config.gradient_steps else 0
         dear = (visited + ahead) * self._search.images > self._scoring.visit_images
         return self._evolves and (dear or self._position.idle >= self._scoring.idle_images)
 
