@@ -29,7 +29,7 @@ class PackedWeightSlot(WeightSlot):
         self._params = params
         self._tried: tuple[Any, bool] | None = None  # an object, and whether it `is_right`
         self._renewed: tuple[Any, Any] | None = None  # the object that `renew` made, and the one that it stands for
-        self._unpacked: tuple[Any, QParams, Tensor | None] | None = None  # an object, with its scales and its bias
+        self._unpacked: tuple[Any, Tensor, Tensor | None] | None = None  # an object, with its weight and its bias
 
     @property
     def pads(self) -> bool:  # type: ignore[override]
@@ -38,21 +38,19 @@ class PackedWeightSlot(WeightSlot):
         return hasattr(packed, "padding") and any(packed.padding())
 
     def weight(self) -> Tensor:
-        return self._params.unpack()[0]
+        return self._parts()[0]
 
     def read(self) -> QParams:
-        qparams = self._beside_codes()[0]
-        return QParams(qparams.scale.clone(), qparams.zero_point.clone())
+        return _scales_of(self._parts()[0])
 
     def bias(self) -> Tensor | None:
-        return self._beside_codes()[1]
+        return self._parts()[1]
 
-    def _beside_codes(self) -> tuple[QParams, Tensor | None]:
-        """The scales and the bias, unpacked once of each object, for nothing writes into one."""
+    def _parts(self) -> tuple[Tensor, Tensor | None]:
+        """Unpacked once of each object, for nothing writes into one; where kernels have used it, that takes longer."""
         packed = self._params.get()
         if self._unpacked is None or self._unpacked[0] is not packed:
-            weight, bias = self._params.unpack()
-            self._unpacked = packed, _scales_of(weight), bias
+            self._unpacked = packed, *self._params.unpack()
         return self._unpacked[1:]
 
     def state(self) -> Any:
