@@ -23,11 +23,13 @@ from cptv_ao.diagnosis.wiring import Wiring
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives, on_device
 from cptv_ao.evaluation.compared_outputs import chosen_outputs
 from cptv_ao.evaluation.cost import cost_of
+from cptv_ao.evaluation.float_runs import FloatRuns
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.evaluation.teacher_notes import teacher_notes
+from cptv_ao.simulation.nothing_rounded import NothingRounded
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 
 # Images that are read, and those on which the twin is measured at least.
@@ -49,7 +51,8 @@ def planned(
     """The plan for a model whose float weights are attached."""
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
-        config, batches, notes = chosen_outputs(backend.model, teacher, counted(batches, teacher, config.pick), config)
+        runs = FloatRuns(teacher)
+        config, batches, notes = chosen_outputs(backend.model, runs, counted(batches, runs, config.pick), config)
         batches = first_images(batches, IMAGES)
         check_negatives(config, batches)
         cost = cost_of(teacher, backend.model, batches[0], None)
@@ -60,7 +63,8 @@ def planned(
         config, told = settled_outputs(
             backend.model, teacher, images, replace(config, gradient_steps=0), turns=partial(turns, backend)
         )
-        notes += teacher_notes(backend, sources, teacher, images, config, stacklevel=3)
+        own = NothingRounded(backend, batches[0])
+        notes += teacher_notes(backend, sources, teacher, images, config, own, stacklevel=3)
     loss = SplitEvaluators(backend.model, Calibration(config, images)).search.score()
     simulated = SimulatedBackend(backend, config.device).checked(images.batches[0])
     notes += told

@@ -26,12 +26,14 @@ from cptv_ao.diagnosis.output_fidelity import output_diagnoses
 from cptv_ao.diagnosis.results import BlockDiagnosis, Diagnosis, Findings, OutputDiagnosis, SiteDiagnosis
 from cptv_ao.evaluation.calibration import Calibration, Images, check_negatives
 from cptv_ao.evaluation.compared_outputs import chosen_outputs
+from cptv_ao.evaluation.float_runs import FloatRuns
 from cptv_ao.evaluation.image_counting import counted
 from cptv_ao.evaluation.scoring import SplitEvaluators
 from cptv_ao.evaluation.suited_losses import settled_outputs
 from cptv_ao.evaluation.teacher import FloatSources, as_float
 from cptv_ao.evaluation.teacher_notes import teacher_notes
 from cptv_ao.simulation.kernel_agreement import broken_kernels, disagreeing
+from cptv_ao.simulation.nothing_rounded import NothingRounded
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.transforms.equalize import foldable, rotatable, smoothable
 
@@ -58,15 +60,18 @@ def _diagnosis(
 ) -> Diagnosis:
     teacher = sources.teacher_for(backend, batches[0])
     with as_float(teacher):
-        batches = counted(batches, teacher, config.pick)
-        config, batches, notes = chosen_outputs(backend.model, teacher, batches, config)
+        runs = FloatRuns(teacher)
+        batches = counted(batches, runs, config.pick)
+        config, batches, notes = chosen_outputs(backend.model, runs, batches, config)
         batches = _few(batches)
         check_negatives(config, batches)
         images = Images.of(batches, teacher, config)
         config, told = settled_outputs(
             backend.model, teacher, images, replace(config, gradient_steps=0), turns=partial(turns, backend)
         )
-        notes += teacher_notes(backend, sources, teacher, images, config, stacklevel=3)
+        notes += teacher_notes(
+            backend, sources, teacher, images, config, NothingRounded(backend, batches[0]), stacklevel=3
+        )
         kernels = SplitEvaluators(backend.model, Calibration(config, images)).search
         loss = kernels.score()
         blocks = find_blocks(backend.sites.values(), config.blocks)

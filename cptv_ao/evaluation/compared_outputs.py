@@ -15,6 +15,7 @@ from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.output_tree import WHOLE, named_tensors
 from cptv_ao.core.packed_outputs import HINT, ComparedOutput, PackedOutputs, told
 from cptv_ao.core.tensors import first_floating
+from cptv_ao.evaluation.float_runs import FloatRuns
 from cptv_ao.fx.running import run
 
 # Share of `cache_bytes` that the teacher's outputs on all images may hold; share of the places of maps and sequences
@@ -71,13 +72,13 @@ class _Seen:
 
 
 def chosen_outputs(
-    model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], config: RefineConfig
+    model: nn.Module, teacher: FloatRuns, batches: Sequence[Batch], config: RefineConfig
 ) -> tuple[RefineConfig, list[Batch], list[str]]:
     """Which outputs are compared.
 
     Args:
         model: the quantized one; runs on one image where the teacher returns more than one tensor.
-        teacher: runs on a few images, and on twice as many.
+        teacher: runs the float model, on a few images and on twice as many.
         batches: as they were counted.
         config: as it was given.
 
@@ -129,12 +130,11 @@ class OneOutput:
         return held[self.index] if self.index < len(held) else first_floating(output)
 
 
-def _seen(teacher: nn.Module, batch: Batch, config: RefineConfig) -> list[_Seen]:
+def _seen(teacher: FloatRuns, batch: Batch, config: RefineConfig) -> list[_Seen]:
     count = min(_FEW, max(1, batch.images // 2))
     few, cut = batch.few(count), not batch.fixed and batch.images > 1
-    with torch.no_grad():
-        first = _tensors(config, run(teacher, few, 0))
-        twice = _tensors(config, run(teacher, batch.few(2 * count), 0)) if cut else None
+    first = _tensors(config, teacher(few, 0))
+    twice = _tensors(config, teacher(batch.few(2 * count), 0)) if cut else None
     if twice is not None and first.keys() != twice.keys():
         raise UnsupportedModelError(
             f"expected the same outputs for any images, got {told(first)} for {count} of them and {told(twice)} for "

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
@@ -21,7 +21,7 @@ from cptv_ao.core.nested import Path, mapped
 from cptv_ao.core.output_tree import named_tensors
 from cptv_ao.core.packed_outputs import HINT
 from cptv_ao.core.tensors import first_floating
-from cptv_ao.fx.running import run
+from cptv_ao.evaluation.float_runs import FloatRuns
 
 _Output = Callable[[Batch, int], list[Tensor]]
 
@@ -33,14 +33,14 @@ _SAME = 1e-3
 
 
 def counted(
-    batches: Sequence[Batch], teacher: nn.Module, pick: Callable[[Any], Any] | None = None, world: World = ALONE
+    batches: Sequence[Batch], teacher: FloatRuns, pick: Callable[[Any], Any] | None = None, world: World = ALONE
 ) -> list[Batch]:
     """The same batches, with the number of their images as it is, and cut no more where that would change outputs.
 
     Args:
         batches: as they were read.
-        teacher: the float model; it is run on a few images and their halves, and on whole batches where inputs have
-            several numbers of rows.
+        teacher: runs the float model, on a few images and their halves, and on whole batches where inputs have several
+            numbers of rows.
         pick: what of its outputs is compared; None: all.
         world: the ranks that all do so.
 
@@ -49,8 +49,7 @@ def counted(
     """
 
     def output(batch: Batch, index: int) -> list[Tensor]:
-        with torch.no_grad():
-            found = run(teacher, batch, index)
+        found = teacher(batch, index)
         found = found if pick is None else pick(found)
         if pick is None:
             first_floating(found)

@@ -4,14 +4,13 @@ whether its outputs say anything."""
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.config import RefineConfig
-from cptv_ao.core.errors import CptvWarning, UnsupportedModelError
+from cptv_ao.core.errors import CptvWarning
 from cptv_ao.core.formatting import percent
 from cptv_ao.core.output_losses import all_alike
 from cptv_ao.core.packed_outputs import PackedOutputs, parts_of
@@ -20,17 +19,21 @@ from cptv_ao.evaluation.calibration import Images
 from cptv_ao.evaluation.teacher import FloatSources, fakes_quantization
 from cptv_ao.fx.running import run
 from cptv_ao.simulation.by_kernel import ByKernel
-from cptv_ao.simulation.twin import Twin, unquantized
+from cptv_ao.simulation.nothing_rounded import NothingRounded
 
-# Images on which outputs are compared.
-_FEW = 2
 # How far they may be apart with nothing rounded: a share of how far roundings move them (of squares), and what float
 # arithmetic in another order does.
 _TOLERATED, _ARITHMETIC = 0.05, 1e-6
 
 
 def teacher_notes(
-    backend: Backend, sources: FloatSources, teacher: nn.Module, images: Images, config: RefineConfig, stacklevel: int
+    backend: Backend,
+    sources: FloatSources,
+    teacher: nn.Module,
+    images: Images,
+    config: RefineConfig,
+    own: NothingRounded,
+    stacklevel: int,
 ) -> list[str]:
     """Sentences, of which it also warns.
 
@@ -44,6 +47,7 @@ def teacher_notes(
         teacher: which computes in float (`as_float`), on any device.
         images: with its outputs.
         config: says what of the outputs is compared.
+        own: the model in float, on the first of these images.
         stacklevel: of the warnings, from the function that calls this one.
     """
     told = []
@@ -53,33 +57,28 @@ def teacher_notes(
             "it may fit no other image; give calibration images that differ"
         )
     if sources.teacher is not None and not fakes_quantization(teacher):
-        told += _mismatch(backend, teacher, images, config.select)
+        told += _mismatch(backend, teacher, images, config.select, own)
     for one in told:
         warnings.warn(one, CptvWarning, stacklevel=stacklevel + 1)
     return told
 
 
-def _mismatch(backend: Backend, teacher: nn.Module, images: Images, select: Select) -> list[str]:
+def _mismatch(backend: Backend, teacher: nn.Module, images: Images, select: Select, own: NothingRounded) -> list[str]:
     if any(site.kind == "weight" and name not in backend.float_weights for name, site in backend.sites.items()):
         return []
-    few = images.batches[0].few(_FEW)
+    few, found = own.few, own.found
     wanted = images.targets[0][: few.images * few.per_image].double()
-    try:
-        twin = unquantized(backend).checked(few)
-    except UnsupportedModelError:
-        return []
-    if any(isinstance(module, ByKernel) for module in twin.module.modules()):
+    if found is None or any(isinstance(module, ByKernel) for module in found[0].module.modules()):
         return []
 
-    def outputs(model: Twin | nn.Module) -> Tensor:
-        found: Any = run(model, few, 0)
-        return compared(found, select).double().cpu()
+    def outputs(model: nn.Module) -> Tensor:
+        return compared(run(model, few, 0), select).double().cpu()
 
     with torch.no_grad():
-        own, rounded = outputs(twin), outputs(backend.model)
-        if not wanted.shape == own.shape == rounded.shape:
+        unrounded, rounded = compared(found[1], select).double().cpu(), outputs(backend.model)
+        if not wanted.shape == unrounded.shape == rounded.shape:
             return []
-        gap, rounding = _worst(select, own, rounded, wanted)
+        gap, rounding = _worst(select, unrounded, rounded, wanted)
         if not gap > _TOLERATED * rounding or not gap > _ARITHMETIC:
             return []
         if not torch.equal(outputs(teacher), outputs(teacher)):

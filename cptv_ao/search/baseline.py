@@ -16,6 +16,7 @@ from cptv_ao.core.image_subsets import first_images
 from cptv_ao.core.outcome import Losses, Outcome, Status
 from cptv_ao.evaluation.calibration import Calibration
 from cptv_ao.evaluation.scoring import SplitEvaluators
+from cptv_ao.simulation.nothing_rounded import NothingRounded
 from cptv_ao.transforms.equalize import equalize
 
 _Measured = TypeVar("_Measured")
@@ -49,13 +50,16 @@ class Baseline:
         return replace(report, status=Status.REJECTED, before=self.losses, after=self.losses, moves=())
 
 
-def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration, scored: bool) -> Baseline | None:
+def equalized_baseline(
+    backend: Backend, given: Losses, calibration: Calibration, own: NothingRounded, scored: bool
+) -> Baseline | None:
     """Make an equivalent form of a model.
 
     Args:
         backend: of the model, which is written.
         given: its losses, those that count.
         calibration: as for `SplitEvaluators`.
+        own: the model in float, on the first of the search images.
         scored: whether the form is scored at once.
 
     Returns:
@@ -72,7 +76,7 @@ def equalized_baseline(backend: Backend, given: Losses, calibration: Calibration
         return scoring is not None and not scoring.losses().worse_than(losses())
 
     few = first_images(calibration.search.batches, calibration.cost.images(64, forwards=4, share=0.03))
-    done = equalize(backend, few, calibration.world, confirmed)
+    done = equalize(backend, few, calibration.world, confirmed, own)
     if not done:
         return None
     if not scored:

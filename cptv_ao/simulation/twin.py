@@ -94,26 +94,30 @@ class Twin:
         return True
 
     def checked(self, batch: Batch) -> Twin:
-        """Itself, once it has been run on a few images of a batch.
+        """Itself, once it has been run on a few images of a batch, see `first_output`."""
+        self.first_output(batch.few(_FEW))
+        return self
+
+    def first_output(self, few: Batch) -> Any:
+        """What it returns for a few images, the first time that it is run.
 
         Where an op is not known on the values that it meets, its kernel computes it from then on.
 
         Raises:
             UnsupportedModelError: hooks change what the model returns; or neither the twin nor a kernel computes a node
                 (the message names it).
-            CalibrationDataError: the model itself cannot be run on this batch.
+            CalibrationDataError: the model itself cannot be run on these images.
         """
-        if told := changed_by_hooks(self._model, batch):
+        if told := changed_by_hooks(self._model, few):
             raise UnsupportedModelError(told)
-        few = batch.few(_FEW)
         given = few.to(self.device)
         while True:
             checker = Checker(self.module)
             try:
                 with torch.no_grad():
-                    checker.run(*ordered(self.module, given))
+                    output = checker.run(*ordered(self.module, given))
                 self.graph_bytes = checker.bytes / max(few.images, 1)
-                return self
+                return output
             except UnsupportedModelError as error:
                 run(self._model, few, 0)  # not for want of an op, where the kernels fail too
                 if not self._let_kernel(error.node):

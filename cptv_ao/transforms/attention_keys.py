@@ -8,7 +8,7 @@ with queries and values where one layer gives all three; without what they have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,14 @@ from cptv_ao.core.distributed import World
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.attention_patterns import Keys
 from cptv_ao.transforms.channel_paths import WHOLE, arriving
-from cptv_ao.transforms.channel_ranges import NARROWER, ChannelRange, channel_ends, hold_ranges, last_dimension
+from cptv_ao.transforms.channel_ranges import (
+    NARROWER,
+    ChannelRange,
+    channel_ends,
+    hold_ranges,
+    moving_with,
+    whole_values,
+)
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.replaced_weights import add_to_bias
 
@@ -35,13 +42,20 @@ class _Form:
 
 
 def centre_keys(
-    backend: Backend, keys: Sequence[Keys], batches: Sequence[Batch], check: Equivalence, world: World, codes: int
+    backend: Backend,
+    keys: Sequence[Keys],
+    ends: Mapping[str, ChannelRange],
+    batches: Sequence[Batch],
+    check: Equivalence,
+    world: World,
+    codes: int,
 ) -> list[str]:
     """Move keys to the middle of their ranges, as far as it is worth it, and tell of it.
 
     Args:
         backend: of a lowered model, which is written: the biases of the layers that give keys, and scales behind them.
         keys: of it.
+        ends: of what their sources give.
         batches: calibration images.
         check: of it.
         world: the ranks that all do so.
@@ -52,8 +66,7 @@ def centre_keys(
     """
     if not keys or check.twin is None:
         return []
-    channels = _channels(check.twin, keys, check.few)
-    ends = channel_ends(check.twin, {one.source: last_dimension for one in keys}, batches, world)
+    channels = _channels(check.twin, keys, check.few.few(1))
     forms = [
         _Form(one, middle)
         for one, own in zip(keys, channels, strict=True)
@@ -62,8 +75,8 @@ def centre_keys(
     done = check.used(forms, lambda form: _write(backend, form))
     if not done:
         return []
-    names = [name for form in done for name in form.keys.sites.values()]
-    hold_ranges(backend, check.twin, names, batches, world, codes)
+    moving = moving_with(backend, (name for form in done for name in form.keys.sites.values()))
+    hold_ranges(backend, moving, channel_ends(check.twin, whole_values(moving), batches, world), codes)
     return [f"keys of {len(done)} attentions moved to the middle of their ranges, which no softmax sees"]
 
 

@@ -17,6 +17,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
 from cptv_ao.core.image_subsets import first_images
 from cptv_ao.core.qparams import qparams_for_range
+from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.simulation.qtensor import real
 from cptv_ao.simulation.twin import Twin
@@ -90,20 +91,27 @@ def channel_ends(
     }
 
 
+def moving_with(backend: Backend, names: Iterable[str]) -> list[tuple[ScaleSite, ...]]:
+    """The groups of sites that some activations move with."""
+    groups = backend.sites.groups()
+    leads = dict.fromkeys(backend.sites[name].tied for name in names)
+    return [groups[lead] for lead in leads if lead in groups]
+
+
+def whole_values(moving: Sequence[Sequence[ScaleSite]]) -> dict[str, ByChannel]:
+    """Asks `channel_ends` for the nodes of groups of sites, all values as one channel."""
+    return {node: _one_channel for group in moving for site in group for node in site.nodes}
+
+
 def hold_ranges(
-    backend: Backend, twin: Twin, names: Iterable[str], batches: Sequence[Batch], world: World, codes: int
+    backend: Backend, moving: Sequence[Sequence[ScaleSite]], seen: Mapping[str, ChannelRange], codes: int
 ) -> None:
-    """Give activations, and what moves with them, scales that hold all that they are in float.
+    """Give groups of activations scales that hold all that was seen of them.
 
     Args:
-        twin: of the model as it is.
-        names: of sites.
+        seen: of their nodes, in float.
         codes: steps between the ends of a range.
     """
-    groups = backend.sites.groups()
-    moving = [groups[lead] for lead in dict.fromkeys(backend.sites[name].tied for name in names) if lead in groups]
-    nodes = [node for group in moving for site in group for node in site.nodes]
-    seen = channel_ends(twin, dict.fromkeys(nodes, lambda values: values.reshape(1, -1)), batches, world)
     for group in moving:
         bounds = [seen[node].bounds for site in group for node in site.nodes if node in seen]
         low, high = min((one[0] for one in bounds), default=0.0), max((one[1] for one in bounds), default=0.0)
@@ -113,6 +121,10 @@ def hold_ranges(
 
 def _of_first(world: World, one: ChannelRange) -> tuple[Tensor, Tensor, Tensor]:
     return world.from_first(one.low), world.from_first(one.high), world.from_first(one.square)
+
+
+def _one_channel(values: Tensor) -> Tensor:
+    return values.reshape(1, -1)
 
 
 def spread(count: int, most: int) -> Tensor:

@@ -24,7 +24,8 @@ Channels that linear layers read behind a norm, in PT2E graphs behind attention,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,28 +36,54 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
+from cptv_ao.simulation.nothing_rounded import FEW, NothingRounded
 from cptv_ao.transforms.attention_keys import centre_keys
-from cptv_ao.transforms.attention_patterns import AttentionPatterns
+from cptv_ao.transforms.attention_patterns import AttentionPatterns, Keys
 from cptv_ao.transforms.bn_folding import _fold, is_folded
 from cptv_ao.transforms.channel_groups import ChannelGroup, ChannelGroups
+from cptv_ao.transforms.channel_ranges import (
+    ByChannel,
+    ChannelRange,
+    channel_ends,
+    hold_ranges,
+    last_dimension,
+    moving_with,
+    whole_values,
+)
 from cptv_ao.transforms.cross_layer import equalizable, equalized
-from cptv_ao.transforms.equivalence import FEW, Equivalence, largest
+from cptv_ao.transforms.equivalence import Equivalence, forms_used, largest
 from cptv_ao.transforms.layer_scale import fold_scale
-from cptv_ao.transforms.linear_inputs import even_out
-from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, UnfusedNorm
+from cptv_ao.transforms.linear_inputs import even_out, open_inputs
+from cptv_ao.transforms.lowered_patterns import ClippedSite, Patterns, ScaledLayer, UnfusedNorm
 from cptv_ao.transforms.pt2e_patterns import SharedInputs
 from cptv_ao.transforms.range_clipping import cut_range, observed_codes
 from cptv_ao.transforms.second_scales import stay_on_first
 from cptv_ao.transforms.shared_inputs import SharedInput
-from cptv_ao.transforms.stream_rotation import outlying_streams, rotate_streams, turnable
+from cptv_ao.transforms.stream_rotation import OutlyingStream, outlying_streams, rotate_streams, sites_in, turnable
 
 # How far folded norms may move the outputs: -128 has no counterpart where a channel changes its sign, and a channel
 # that hardly varies is given as if it did not.
 _FOLDED = 1e-2
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Where a lowered model may have other forms."""
+
+    norms: Sequence[UnfusedNorm]
+    scaled: Sequence[ScaledLayer]
+    clipped: Sequence[ClippedSite]
+    streams: Sequence[OutlyingStream]
+    keys: Sequence[Keys]
+    read: Sequence[SharedInput]
+
+
 def equalize(
-    backend: Backend, batches: Sequence[Batch], world: World = ALONE, confirmed: Callable[[], bool] | None = None
+    backend: Backend,
+    batches: Sequence[Batch],
+    world: World = ALONE,
+    confirmed: Callable[[], bool] | None = None,
+    start: NothingRounded | None = None,
 ) -> list[str]:
     """Fold unfused batch norms and layer scales, cut ranges that functions clip, rotate residual streams, bring
     channels to like ranges across layers, and even out and centre what linear layers read, and keys of attention.
@@ -69,36 +96,50 @@ def equalize(
         world: the ranks that all do so.
         confirmed: says whether the model as it is now will do, where the float twin does not know an op of it; without
             it such a model stays as it is.
+        start: of the model as it is, where it is known what it gives on the first few images.
 
     Returns:
         What was done, one line each; nothing where the model is as it was.
     """
     biases = backend.weights.biases
     corrected = biases.take_as_given()  # a form of a model that was refined before has these, too
+    start = NothingRounded(backend, batches[0]) if start is None else start
     if backend.form.simulates_itself:
-        done = _equalize_exported(backend, batches, world)
+        done = _equalize_exported(backend, batches, world, start)
     else:
-        done = _equalize_lowered(backend, batches, world, confirmed)
+        done = _equalize_lowered(backend, batches, world, confirmed, start)
     if not done:
         biases.know(corrected)
     return done
 
 
 def _equalize_lowered(
-    backend: Backend, batches: Sequence[Batch], world: World, confirmed: Callable[[], bool] | None
+    backend: Backend,
+    batches: Sequence[Batch],
+    world: World,
+    confirmed: Callable[[], bool] | None,
+    start: NothingRounded,
 ) -> list[str]:
     """As `equalize`, of a lowered model."""
     patterns = Patterns(backend)
-    norms, read = patterns.unfused_norms(), patterns.read_norms()
-    scaled, keys = patterns.scaled_layers(), AttentionPatterns(backend).keys()
+    norms, read = patterns.unfused_norms(), open_inputs(backend, patterns.read_norms())
+    scaled, clipped, keys = patterns.scaled_layers(), patterns.clipped_sites(), AttentionPatterns(backend).keys()
     norms = _with_channels_first(backend, norms, batches[0])
     streams = outlying_streams(backend, batches[0].few(FEW), world)
-    if not (norms or scaled or read or keys or streams or patterns.clipped_sites() or _groups(backend, norms)):
+    if not (norms or scaled or read or keys or streams or clipped or _groups(backend, norms)):
         return stay_on_first(backend)
-    check = Equivalence(backend, batches, world, confirmed)
+    found = _Found(norms, scaled, clipped, streams, keys, read)
+    return forms_used(backend, start, world, partial(_use_lowered, backend, found, batches, world), confirmed)
+
+
+def _use_lowered(
+    backend: Backend, found: _Found, batches: Sequence[Batch], world: World, check: Equivalence
+) -> list[str]:
+    """Use the forms that were found."""
+    norms, streams, keys, read = found.norms, found.streams, found.keys, found.read
     folded = sum(check.used(norms, partial(_fold, backend), _FOLDED))
-    scales = sum(check.used(scaled, partial(fold_scale, backend), _FOLDED))
-    clipped = [c for c in patterns.clipped_sites() if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
+    scales = sum(check.used(found.scaled, partial(fold_scale, backend), _FOLDED))
+    clipped = [c for c in found.clipped if backend.read(c.site).zero_point > backend.sites[c.site].qmin]
     clipped = largest(clipped, lambda part: check.clipped(_ranges(backend, part)))
     groups = _groups(backend, [norm for norm in norms if is_folded(backend, norm)])
     codes = observed_codes(backend, batches[0], world) if clipped or read or groups or keys or streams else 0
@@ -110,19 +151,37 @@ def _equalize_lowered(
         notes.append(f"{scales} layer scales folded into the layers before them")
     if cut:
         notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
-    notes += rotate_streams(backend, streams, batches, check, world, codes)
+    rotated = rotate_streams(backend, streams, check)
+    notes += [one.told for one in rotated]
     notes += equalized(backend, groups, batches, codes, check, world)
-    notes += centre_keys(backend, keys, batches, check, world, codes)
-    notes += even_out(backend, read, batches, check, world, codes)
+    # Nothing that follows changes what is looked at here.
+    moving = moving_with(backend, (site.name for site in sites_in(backend, [one.stream for one in rotated])))
+    channels = [*(one.source for one in keys), *(one.value for one in read)]
+    ends = _ends(check, whole_values(moving) | dict.fromkeys(channels, last_dimension), batches, world)
+    hold_ranges(backend, moving, ends, codes)
+    notes += centre_keys(backend, keys, ends, batches, check, world, codes)
+    notes += even_out(backend, read, ends, check, codes)
     return notes + stay_on_first(backend)
 
 
-def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World) -> list[str]:
+def _equalize_exported(backend: Backend, batches: Sequence[Batch], world: World, start: NothingRounded) -> list[str]:
     """The same for a PT2E graph, where norms are float, and what they give is put on a scale."""
-    shared = SharedInputs(backend).find()
+    shared = open_inputs(backend, SharedInputs(backend).find())
     if not shared:
         return []
-    return even_out(backend, shared, batches, Equivalence(backend, batches, world), world)
+
+    def use(check: Equivalence) -> list[str]:
+        ends = _ends(check, {part.value: last_dimension for part in shared}, batches, world)
+        return even_out(backend, shared, ends, check)
+
+    return forms_used(backend, start, world, use)
+
+
+def _ends(
+    check: Equivalence, wanted: Mapping[str, ByChannel], batches: Sequence[Batch], world: World
+) -> dict[str, ChannelRange]:
+    """Of the model as it is; none where the float twin does not know an op."""
+    return channel_ends(check.twin, wanted, batches, world) if wanted and check.twin is not None else {}
 
 
 def smoothable(backend: Backend) -> set[str]:

@@ -12,21 +12,18 @@ they are 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.core.batches import Batch
-from cptv_ao.core.distributed import World
 from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.fx.paths import fetch
-from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.bn_folding import scale_channels
 from cptv_ao.transforms.channel_paths import WHOLE, arriving
-from cptv_ao.transforms.channel_ranges import NARROWER, ChannelRange, channel_ends, last_dimension
+from cptv_ao.transforms.channel_ranges import NARROWER, ChannelRange
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.input_factors import ReadWeights, input_exponents
 from cptv_ao.transforms.replaced_weights import add_to_bias, replace_weight
@@ -55,9 +52,8 @@ class _Form:
 def even_out(
     backend: Backend,
     shared: Sequence[SharedInput],
-    batches: Sequence[Batch],
+    ends: Mapping[str, ChannelRange],
     check: Equivalence,
-    world: World,
     codes: int | None = None,
 ) -> list[str]:
     """Even out and centre the channels of these inputs, as far as it is worth it and nothing else reads them, and tell
@@ -65,20 +61,17 @@ def even_out(
 
     Args:
         backend: of a graph, which is written: what these inputs come from, the layers that read them, and their scales.
-        shared: of it.
-        batches: calibration images.
+        shared: of it, those that are `open_inputs`.
+        ends: of their values, in float.
         check: of it.
-        world: the ranks that all do so.
         codes: steps between the ends of an input whose range is to hold all that was seen; None: as many as its site
             has, and the range leaves as much room, or clips as much, as before.
 
     Returns:
         What was done, one line each; nothing where the float twin does not know an op.
     """
-    shared = [part for part in shared if part.centrable or _scalable(backend, part)]
-    if not shared or check.twin is None:
+    if not shared or not check.sees:
         return []
-    ends = channel_ends(check.twin, {part.value: last_dimension for part in shared}, batches, world)
     shared = [part for part in shared if part.value in ends]
     done = list[_Form]()
     # What attention makes of its values first: their factors change weights that read a norm.
@@ -93,6 +86,11 @@ def even_out(
     if centred:
         notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
     return notes
+
+
+def open_inputs(backend: Backend, shared: Sequence[SharedInput]) -> list[SharedInput]:
+    """Those of which something can be subtracted, or whose channels can be multiplied."""
+    return [part for part in shared if part.centrable or _scalable(backend, part)]
 
 
 def _scalable(backend: Backend, shared: SharedInput) -> bool:
@@ -125,14 +123,15 @@ def _narrower(ends: ChannelRange) -> bool:
     return _STILL * ends.span < 2 * _half(ends) < NARROWER * ends.span
 
 
-def _entries(twin: Twin, forms: Sequence[_Form], few: Batch) -> dict[str, Tensor]:
+def _entries(check: Equivalence, forms: Sequence[_Form]) -> dict[str, Tensor]:
     """By value, which entry of its source each channel (C,) comes from: a norm is itself the source; layers give
     numbers of entries in the place of what they compute, and these arrive as they are, since the weights of attention
     add up to one."""
     found = {form.shared.value: torch.arange(len(form.ends.low)) for form in forms if form.shared.weight is not None}
     mixed = [form.shared for form in forms if form.shared.weight is None]
     sources, values = {part.source for part in mixed}, {part.value for part in mixed}
-    for name, numbers in arriving(twin, few, sources, values, torch.arange).items():
+    arrived = arriving(check.twin, check.few, sources, values, torch.arange) if sources and check.twin else {}
+    for name, numbers in arrived.items():
         rows = numbers.reshape(-1, numbers.shape[-1])
         entries = rows[0].round().long()
         if bool(((rows - entries).abs() < WHOLE).all()) and len(set(entries.tolist())) == len(entries):
@@ -142,9 +141,8 @@ def _entries(twin: Twin, forms: Sequence[_Form], few: Batch) -> dict[str, Tensor
 
 def _written(backend: Backend, forms: Sequence[_Form], check: Equivalence, codes: int | None) -> list[_Form]:
     """Those that change something and could be written."""
-    assert check.twin is not None
     forms = [form for form in forms if form.factors is not None or form.middle is not None]
-    entries = _entries(check.twin, forms, check.few)
+    entries = _entries(check, forms)
     known = [form for form in forms if form.shared.value in entries]
     return check.used(known, lambda form: _use(backend, form, entries[form.shared.value], codes))
 

@@ -20,7 +20,6 @@ from cptv_ao.core.distributed import World
 from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.channel_ranges import hold_ranges
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.lone_sites import LoneSites
 from cptv_ao.transforms.lowered_patterns import Patterns
@@ -36,6 +35,12 @@ class OutlyingStream:
 
     stream: ResidualStream
     ratio: float
+
+    @property
+    def told(self) -> str:
+        """What is said of it once it is rotated."""
+        sums = len(self.stream.sums)
+        return f"a residual stream of {sums} sums rotated: its largest values are {self.ratio:.1f} times smaller so"
 
 
 def outlying_streams(backend: Backend, few: Batch, world: World) -> list[OutlyingStream]:
@@ -56,35 +61,20 @@ def outlying_streams(backend: Backend, few: Batch, world: World) -> list[Outlyin
     return found
 
 
-def rotate_streams(
-    backend: Backend,
-    found: Sequence[OutlyingStream],
-    batches: Sequence[Batch],
-    check: Equivalence,
-    world: World,
-    codes: int,
-) -> list[str]:
-    """Rotate streams that norms give to layers alone, and tell of it; nothing where the float twin does not know an op.
+def rotate_streams(backend: Backend, found: Sequence[OutlyingStream], check: Equivalence) -> list[OutlyingStream]:
+    """Rotate streams that norms give to layers alone; nothing where the float twin does not know an op.
 
     Args:
-        backend: of the model, which is written: weights, tensors, and the scales of what is rotated.
-        batches: calibration images.
+        backend: of the model, which is written: weights and tensors; not the scales, see `sites_in`.
         check: of the model.
-        world: the ranks that all do so.
-        codes: steps between the ends of an activation that observers calibrated for.
+
+    Returns:
+        Those that were rotated.
     """
-    if check.twin is None:
+    if not check.sees:
         return []
     open_ones = [one for one in found if _is_open(backend, one.stream)]
-    done = check.used(open_ones, partial(_rotate, backend))
-    if done:
-        names = [site.name for site in _sites_at(backend, [one.stream for one in done])]
-        hold_ranges(backend, check.twin, names, batches, world, codes)
-    return [
-        f"a residual stream of {len(one.stream.sums)} sums rotated: its largest values are {one.ratio:.1f} times "
-        "smaller so"
-        for one in done
-    ]
+    return check.used(open_ones, partial(_rotate, backend))
 
 
 def turnable(backend: Backend) -> dict[str, str]:
@@ -107,7 +97,7 @@ def _is_open(backend: Backend, stream: ResidualStream) -> bool:
     """Whether layers read all its norms, no factors are left behind those that write, and scales may move."""
     factors = [writer.factors for writer in stream.writers if writer.factors is not None]
     folded = all(bool((fetch(backend.model, path) == 1).all()) for path in factors)
-    return folded and all(reader.layers for reader in stream.readers) and bool(_sites_at(backend, [stream]))
+    return folded and all(reader.layers for reader in stream.readers) and bool(sites_in(backend, [stream]))
 
 
 def _rotate(backend: Backend, found: OutlyingStream) -> OutlyingStream:
@@ -122,7 +112,7 @@ class _Tensors(HeldTensors):
 
     def __init__(self, backend: Backend, stream: ResidualStream) -> None:
         self._backend = backend
-        self._owner = _sites_at(backend, [stream])[0].name
+        self._owner = sites_in(backend, [stream])[0].name
 
     def wide(self, path: str) -> Tensor:
         held: Tensor = fetch(self._backend.model, path)
@@ -149,7 +139,7 @@ class _Tensors(HeldTensors):
             replace_bias(self._backend, layer.weight, bias.float())
 
 
-def _sites_at(backend: Backend, streams: Sequence[ResidualStream]) -> list[ScaleSite]:
+def sites_in(backend: Backend, streams: Sequence[ResidualStream]) -> list[ScaleSite]:
     """Of the activations in streams, and in the norms that read them."""
     nodes = {node.name for stream in streams for node in stream.nodes}
     activations = (site for site in backend.sites.values() if site.kind == "activation" and not site.fixed)

@@ -51,7 +51,7 @@ from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
-from cptv_ao.transforms.equivalence import FEW
+from cptv_ao.simulation.nothing_rounded import FEW
 from cptv_ao.transforms.returned_norms import ReturnedNorms, returned_norms
 from cptv_ao.transforms.stream_outliers import stream_notes
 from cptv_ao.verbs.calibrated import calibrated
@@ -171,7 +171,7 @@ def _refine(
         checkpoint = _checkpoint(backend, batches, sources, asked)
         progress.stage("outputs of the float network")
         planned = None if checkpoint is None else checkpoint.image_seconds
-        calibration, told = calibrated(backend, batches, sources, config, asked.world, planned)
+        calibration, own, told = calibrated(backend, batches, sources, config, asked.world, planned)
         told += progress.begun(calibration, sum(batch.images for batch in batches))
 
         # Another form rounds its weights anew, as they were not trained (QAT).
@@ -192,7 +192,8 @@ def _refine(
 
         progress.stage("equal forms")
         scored = not is_exact(backend, verdict)
-        form = equalized_baseline(backend, verdict.given, calibration, scored) if equalizes else None
+        form = equalized_baseline(backend, verdict.given, calibration, own, scored) if equalizes else None
+        del own  # it holds all weights once more
         target = open_target(backend, kernels, form, calibration, verdict)
         space = SearchSpace.of(target.store, config)
         budget.reserve(target.verdict_seconds + _told_seconds(calibration, scores))

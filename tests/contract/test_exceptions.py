@@ -122,18 +122,18 @@ def test_in_the_loader(conv: Case, batches: int) -> None:
     assert (everything(conv.converted), everything(conv.float_model)) == given
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 10, 11])
+@pytest.mark.parametrize("call", [1, 2, 3, 8, 9])
 def test_in_the_forward_of_the_float_model(conv: Case, call: int) -> None:
     step = after(call, Injected)
     given = everything(conv.converted)
     handle = conv.float_model.register_forward_pre_hook(step)
-    if call <= 6 + len(conv.batches):
+    if call <= 4 + len(conv.batches):
         with pytest.raises(Injected):
             cptv_ao.refine(
                 conv.converted, conv.batches, float_model=conv.float_model, config=small_config(), progress=False
             )
         assert everything(conv.converted) == given
-    else:  # on a few images, their halves, one and two, one for its cost, once per batch, and never again
+    else:  # on a few images, their halves, one for its cost, once per batch, and never again
         cptv_ao.refine(
             conv.converted, conv.batches, float_model=conv.float_model, config=small_config(), progress=False
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import cptv_ao
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.loader import read_batches
+from cptv_ao.evaluation.float_runs import FloatRuns
 from cptv_ao.evaluation.image_counting import counted
 
 LENGTH, WIDTH = 6, 8
@@ -46,7 +47,7 @@ def inputs(images: int, seed: int, mask_dims: int = 2) -> dict[str, Tensor]:
 
 def counts(teacher: nn.Module, batches: list[Any]) -> list[Batch]:
     with torch.no_grad():
-        return counted(read_batches(batches), teacher)
+        return counted(read_batches(batches), FloatRuns(teacher))
 
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:

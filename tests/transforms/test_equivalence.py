@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE
+from cptv_ao.simulation.nothing_rounded import NothingRounded
 from cptv_ao.transforms.equalize import equalize
-from cptv_ao.transforms.equivalence import Equivalence, largest
+from cptv_ao.transforms.equivalence import Equivalence, forms_used, largest
 from cptv_ao.transforms.lowered_patterns import Patterns
 
 TOKENS = list(nets.images(64, 16, 16).split(16))
@@ -124,7 +126,7 @@ def test_forms_at_fault_are_found_among_others() -> None:
         backend.write(name, cptv_ao.QParams(now.scale * 1.01, now.zero_point))
         return name
 
-    check = Equivalence(backend, [Batch((IMAGES[0],), {}, 6)], ALONE)
+    check = Equivalence(backend, NothingRounded(backend, Batch((IMAGES[0],), {}, 6)), ALONE)
     scales = {name: backend.read(name).scale for name in names}
     assert set(check.used(names, scale)) == set(names) - wrong
     moved = {name for name in names if not torch.equal(backend.read(name).scale, scales[name])}
@@ -139,7 +141,7 @@ def test_forms_at_fault_are_found_among_others() -> None:
 @torch.no_grad()
 def test_only_what_nothing_reads_may_be_clipped() -> None:
     backend, _ = opened(uneven(), IMAGES)
-    check = Equivalence(backend, [Batch((IMAGES[0],), {}, 6)], ALONE)
+    check = Equivalence(backend, NothingRounded(backend, Batch((IMAGES[0],), {}, 6)), ALONE)
     clipped = Patterns(backend).clipped_sites()
     ranges = {backend.sites[part.site].nodes[0]: (0.0, part.high) for part in clipped}
     read = {site.nodes[0]: (0.0, 1e9) for site in backend.sites.values() if site.name in ("conv3.output", "fc.output")}
@@ -182,3 +184,43 @@ def test_without_a_twin_and_a_judge_nothing_is_done() -> None:
     with torch.no_grad():
         assert equalize(backend, [Batch((IMAGES[0],), {}, 6)]) == []
     assert everything(converted)["state_dict"] == given
+
+
+@torch.no_grad()
+def test_forms_that_are_looked_at_together_are_looked_at_alone_where_one_is_wrong() -> None:
+    backend, _ = opened(uneven(), IMAGES)
+    start = NothingRounded(backend, Batch((IMAGES[0],), {}, 6))
+    names = [name for name, site in backend.sites.items() if site.kind == "weight" and len(site.nodes) == 1]
+    given, runs = {name: backend.float_weights[name] for name in names}, list[bool]()
+
+    def use(check: Equivalence, wrong: str | None) -> list[str]:
+        def write(name: str) -> str:
+            backend.weights.set_float(name, given[name] * (2 if name == wrong else 1))
+            backend.write(name, backend.read(name))
+            return name
+
+        runs.append(check._at_once)
+        return [*check.used(names[:1], write), *check.used(names[1:], write)]
+
+    used = partial(forms_used, backend, start, ALONE)
+    assert used(partial(use, wrong=None)) == names and runs == [True]
+    runs.clear()
+    assert used(partial(use, wrong=names[0])) == names[1:] and runs == [True, False]
+    assert torch.equal(backend.float_weights[names[0]], given[names[0]])
+
+
+@torch.no_grad()
+def test_a_form_that_has_no_scale_is_left_and_the_others_are_used() -> None:
+    backend, _ = opened(uneven(), IMAGES)
+    start = NothingRounded(backend, Batch((IMAGES[0],), {}, 6))
+    first, second, *_ = [name for name, site in backend.sites.items() if site.kind == "weight" and len(site.nodes) == 1]
+    scales = {name: backend.read(name).scale for name in (first, second)}
+
+    def write(name: str) -> str:
+        factor = float("nan") if name == first else 1.01
+        backend.write(name, cptv_ao.QParams(scales[name] * factor, torch.zeros_like(scales[name], dtype=torch.int64)))
+        return name
+
+    assert forms_used(backend, start, ALONE, lambda check: check.used([first, second], write)) == [second]
+    assert torch.equal(backend.read(first).scale, scales[first])
+    assert not torch.equal(backend.read(second).scale, scales[second])
