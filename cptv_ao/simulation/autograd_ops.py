@@ -67,9 +67,10 @@ class RoundWeight(torch.autograd.Function):
         (gradient,) = gradients
         steps, u, scale = ctx.saved_tensors
         d_shift = ctx.limits.inside(gradient, u)
-        product = d_shift * steps
-        dims = [d for d in range(u.dim()) if d != ctx.axis]
-        d_scale = -product.sum(dims).reshape(scale.shape) / scale
+        d_scale = None
+        if ctx.needs_input_grad[1]:
+            dims = [d for d in range(u.dim()) if d != ctx.axis]
+            d_scale = -(d_shift * steps).sum(dims).reshape(scale.shape) / scale
         return None, d_scale, None, None, d_shift if ctx.needs_input_grad[4] else None
 
 

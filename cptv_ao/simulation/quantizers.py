@@ -77,6 +77,7 @@ class WeightQuantizer(SiteModule):
     codes: Tensor
     weight: Tensor | None
     shift: Tensor | None
+    codes_scale: Tensor | None
     correction: Tensor | None
 
     def __init__(
@@ -91,6 +92,8 @@ class WeightQuantizer(SiteModule):
         self.register_buffer("weight", None if float_weight is None else float_weight.clone())
         #: in steps, -0.5 to 0.5; see `QParams`
         self.register_buffer("shift", None)
+        #: the scale that codes are found at, where that is not `scale`; see `LearnableQParams`
+        self.register_buffer("codes_scale", None)
         #: of the bias; see `QParams`
         self.register_buffer("correction", None)
         self.set_beside(qparams)
@@ -160,8 +163,10 @@ class WeightQuantizer(SiteModule):
             limits = Limits.of(zero_point, site.qmin, site.qmax, self.rounding)
         if self.rounding == "none":
             limits = Limits.of(self.scale, site.qmin, site.qmax, "none")
-        shift = self.shift if self.rounding == "round" else None
-        codes: Tensor = RoundWeight.apply(self.weight, self.scale, site.axis, limits, shift)
+        rounds = self.rounding == "round"
+        shift = self.shift if rounds else None
+        scale = self.codes_scale if rounds and self.codes_scale is not None else self.scale
+        codes: Tensor = RoundWeight.apply(self.weight, scale, site.axis, limits, shift)
         return codes
 
 

@@ -102,7 +102,7 @@ def test_a_descent_goes_on_from_a_part_of_its_way_with_smaller_steps(conv: Case)
     for share in (0.5, 0.25):
         descent.go_half_back_to(backend.read)
         assert far(descent, backend) == pytest.approx(share * gone, rel=1e-3)
-    descent.go_on()
+    descent.go_on(backend.read)
     assert far(descent, backend) == pytest.approx(0.25 * gone, rel=1e-3)
     course = descent.state()[1]["course"]
     assert (course["caution"], course["halvings"]) == (0.25, 0)

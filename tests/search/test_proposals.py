@@ -140,7 +140,7 @@ def test_a_descent_of_which_nothing_is_accepted_ends_at_the_second_time(
     for number, _ in enumerate(descent.run(step_images(batches, teacher), Schedule(20, 0.03))):
         proposed.append(descent.steps)
         if number in accepted:
-            descent.go_on()
+            descent.go_on(backend.read)
         else:
             descent.go_back_to(backend.read)
     assert proposed == wanted

@@ -95,7 +95,7 @@ class ConfirmedDescent:
             yield name, self._fitting(scales)
             searched.follow()
             if searched.moved_since(before):
-                descent.go_on()
+                descent.go_on(searched.store.read)
             elif self._goes_half_back(descent.halvings, asked - resumed, self._budget.now - asked):
                 descent.go_half_back_to(searched.store.read)
                 continue

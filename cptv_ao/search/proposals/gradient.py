@@ -75,9 +75,10 @@ class GradientDescent:
         """Images that went through the twin on this rank; forward and backward count as three."""
         return self._gradient.image_forwards
 
-    def go_on(self) -> None:
-        """What was proposed was accepted; if it was a part of the way to what was proposed first, go on from there with
-        steps as much smaller."""
+    def go_on(self, scales: Callable[[str], QParams]) -> None:
+        """What was proposed was accepted, as these scales (by site name); if it was a part of the way to what was
+        proposed first, go on from there with steps as much smaller."""
+        self.scales.hold(scales)
         at = self._progress
         at.caution *= at.share
         at.accepted, at.halvings = True, 0

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptv_ao.core.qparams import Assignment, QParams, rescaled
+from cptv_ao.core.qparams import SHIFT_PARTS, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.core.weight_rounding import weight_steps
 from cptv_ao.simulation.quantizers import shift_codes
 from cptv_ao.simulation.twin import Twin
 
@@ -18,17 +19,29 @@ _CODES_PER_LOG = 20.0
 # Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
 # moves an outer code by more than one. At 8 bits it would be four: noise that fits these images and no others.
 _FULL_RATE_CODES = 33
+# Weights of so many steps between their ends keep their codes where their scale moves: fewer gain by other codes, and of
+# more, half a step does not make up for what an outer one moves by.
+_HELD_CODES = range(14, 2 * _FULL_RATE_CODES + 1)
+# How near a tie steps may be, for a shift is rounded to whole parts.
+_INSIDE = 1 / SHIFT_PARTS
 
 
 @dataclass(frozen=True)
 class LearnableQParams:
     """Of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a weight
-    what is added to each of its steps before rounding."""
+    what is added to each of its steps before rounding.
+
+    Weights of some codes (four bits) keep theirs where a scale moves, for a step of it would turn many at once that were
+    chosen together: they are found at the scale that they had (`held`), and the shift makes up for the other one. (A
+    scale for the codes and one for the values: LSQ with both, as in NVIDIA's ModelOpt; here the first one stands.)
+    """
 
     sites: tuple[ScaleSite, ...]
     log_scale: Tensor
     offset: Tensor | None
     shift: Tensor | None
+    weight: Tensor | None = None
+    held: Tensor | None = None
 
     @staticmethod
     def of(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> LearnableQParams:
@@ -38,8 +51,10 @@ class LearnableQParams:
         log_scale = now.scale.float().log().to(twin.device).requires_grad_()
         offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
         weight = twin.sites.shiftable_weight(lead.name) if shifts else None
-        shift = None if weight is None else _steps(weight, now).requires_grad_()
-        return LearnableQParams(group, log_scale, offset, shift)
+        if weight is None:
+            return LearnableQParams(group, log_scale, offset, None)
+        held = now.scale.float().to(twin.device) if lead.qmax - lead.qmin in _HELD_CODES else None
+        return LearnableQParams(group, log_scale, offset, _steps(weight, now).requires_grad_(), weight, held)
 
     @property
     def weight_rate(self) -> float:
@@ -53,6 +68,8 @@ class LearnableQParams:
             found["zero_point"] = self.offset * _CODES_PER_LOG
         if self.shift is not None:
             found["shift"] = self.shift
+        if self.held is not None:
+            found["codes_scale"] = self.held
         return found
 
     @property
@@ -70,6 +87,26 @@ class LearnableQParams:
             self.offset.lerp_((qparams.zero_point / _CODES_PER_LOG).to(self.offset), share)
         if self.shift is not None:
             self.shift.lerp_(_steps(self.shift, qparams), share)
+        if self.held is not None and share == 1:
+            self.held.copy_(qparams.scale)
+
+    def hold(self, scale: Tensor) -> None:
+        """Find codes at another scale from now on; they stay what they are."""
+        if self.held is not None and self.shift is not None:
+            to = scale.to(self.held)
+            with torch.no_grad():
+                self.shift.copy_(self._shift_at(to))
+            self.held.copy_(to)
+
+    def _shift_at(self, scale: Tensor) -> Tensor:
+        """The shift that makes the same codes at another scale as `held` does: it leaves each as far from the next one
+        as it is, if half a step is enough for that."""
+        assert self.shift is not None and self.held is not None and self.weight is not None
+        axis = self.sites[0].axis
+        at_held = weight_steps(self.weight, self.held, axis) + self.shift.detach()
+        at_scale = weight_steps(self.weight, scale, axis)
+        inside = (at_held - at_held.round()).clamp_(_INSIDE - 0.5, 0.5 - _INSIDE)
+        return inside.add_(at_held.round_()).sub_(at_scale).clamp_(-0.5, 0.5)
 
     def qparams(self, site: ScaleSite, now: QParams) -> QParams:
         """Of a site of the group, which has the qparams `now`."""
@@ -77,7 +114,8 @@ class LearnableQParams:
         if self.offset is not None:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
-        return QParams(scale, zero_point, None if self.shift is None else shift_codes(self.shift), now.correction)
+        shift = self.shift if self.held is None else self._shift_at(scale.to(self.held))
+        return QParams(scale, zero_point, None if shift is None else shift_codes(shift), now.correction)
 
 
 class LearnableScales:
@@ -96,6 +134,11 @@ class LearnableScales:
         self._twin, known = twin, set(twin.names)
         simulated = [group for group in groups.values() if all(site.name in known for site in group)]
         self.groups = [LearnableQParams.of(twin, group, shifts) for group in simulated]
+
+    def hold(self, scales: Callable[[str], QParams]) -> None:
+        """Find codes at other scales from now on, by site name; they stay what they are."""
+        for group in self.groups:
+            group.hold(scales(group.sites[0].name).scale)
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
