@@ -19,8 +19,8 @@ _CODES_PER_LOG = 20.0
 # Weights of more codes than this (to one side of 0) move at a lower rate, so that no step of the default learning rate
 # moves an outer code by more than one. At 8 bits it would be four: noise that fits these images and no others.
 _FULL_RATE_CODES = 33
-# Weights of so many steps between their ends keep their codes where their scale moves: fewer gain by other codes, and of
-# more, half a step does not make up for what an outer one moves by.
+# Weights of so many steps between their ends keep their codes where their scale moves: fewer gain by other codes, and
+# of more, half a step does not make up for what an outer one moves by.
 _HELD_CODES = range(14, 2 * _FULL_RATE_CODES + 1)
 # How near a tie steps may be, for a shift is rounded to whole parts.
 _INSIDE = 1 / SHIFT_PARTS
@@ -31,9 +31,9 @@ class LearnableQParams:
     """Of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a weight
     what is added to each of its steps before rounding.
 
-    Weights of some codes (four bits) keep theirs where a scale moves, for a step of it would turn many at once that were
-    chosen together: they are found at the scale that they had (`held`), and the shift makes up for the other one. (A
-    scale for the codes and one for the values: LSQ with both, as in NVIDIA's ModelOpt; here the first one stands.)
+    Weights of some codes (four bits) keep theirs where a scale moves, for a step of it would turn many at once that
+    were chosen together: they are found at the scale that they had (`held`), and the shift makes up for the other one.
+    (A scale for the codes and one for the values: LSQ with both, as in NVIDIA's ModelOpt; here the first one stands.)
     """
 
     sites: tuple[ScaleSite, ...]
