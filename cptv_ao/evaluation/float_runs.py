@@ -19,12 +19,13 @@ class FloatRuns:
     """Runs a float network, on the same few images once.
 
     Args:
-        model: the network; batches that it is run on are kept by the caller, and not written.
+        model: the network; nobody writes into the batches that it is run on.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._known = dict[Any, Any]()
+        # What was returned, with the batch, whose tensors stay where they are in memory so.
+        self._known = dict[Any, tuple[Batch, Any]]()
 
     def __call__(self, batch: Batch, index: int) -> Any:
         """What it returns.
@@ -42,10 +43,9 @@ class FloatRuns:
         key = (*told, *held)
         if key not in self._known:
             # Copies, for a model may return a buffer of its own, and write into it again.
-            self._known[key] = tree_map(
-                lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._run(batch, index)
-            )
-        return self._known[key]
+            output = self._run(batch, index)
+            self._known[key] = batch, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+        return self._known[key][1]
 
     def _run(self, batch: Batch, index: int) -> Any:
         with torch.no_grad():
