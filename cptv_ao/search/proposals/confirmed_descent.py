@@ -32,7 +32,7 @@ _MARKS, _YOUNG = (0.25, 0.5, 0.75, 1.0), (0.1,)
 _AHEAD = 0.08
 # How often half of the way to a refused proposal is tried in its stead, for a direction may be right where its steps
 # were too large; and the share of the seconds of these steps that this may take, where seconds are counted.
-_HALVINGS, _WORTH = 2, 0.35
+_HALVINGS, _WORTH = 2, 0.25
 
 
 class ConfirmedDescent:
