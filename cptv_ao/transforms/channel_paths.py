@@ -38,6 +38,5 @@ def arriving(
             seen[node.name] = given
         return value
 
-    if sources:
-        Watcher(twin.module).watch(few, see)
+    Watcher(twin.module).watch(few, see)
     return seen
