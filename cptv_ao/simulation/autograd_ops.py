@@ -32,7 +32,7 @@ class Quantize(torch.autograd.Function):
         if ctx.fused:
             ctx.save_for_backward(value, inverse)
             return fused.fit(value, inverse, None, limits)
-        u = value * inverse
+        u = limits.numbers(value * inverse)
         ctx.save_for_backward(u, inverse)
         return limits.fit(u)
 

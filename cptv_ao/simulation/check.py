@@ -16,17 +16,24 @@ from cptv_ao.simulation.qtensor_ops import OnCodes
 
 
 class Checker(Interpreter):
-    """Runs a twin node by node, and says which one cannot be computed, and how much the nodes give."""
+    """Runs a twin node by node, and says which one cannot be computed, how much the nodes give, and where 0 / 0 is."""
 
     def __init__(self, twin: GraphModule) -> None:
         super().__init__(twin)
         #: what all nodes returned
         self.bytes = 0
+        #: names of the nodes that returned what is no number, and were given none of that
+        self.undefined: list[str] = []
+        self._undefined = set[Node]()
 
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
             self.bytes += sum(numbers.numel() * numbers.element_size() for numbers in _numbers(value))
+            if any(bool(numbers.isnan().any()) for numbers in _numbers(value)):
+                if self._undefined.isdisjoint(n.all_input_nodes):
+                    self.undefined.append(n.name)
+                self._undefined.add(n)
             return value
         except (MemoryError, torch.OutOfMemoryError):
             raise

@@ -47,6 +47,13 @@ class Limits:
         lower, upper = (min(max(float(end), self.low), self.high) for end in (low, high))
         return replace(self, low=lower, high=upper)
 
+    def numbers(self, u: Tensor) -> Tensor:
+        """Values in units of the scale, with 0 / 0 beyond the upper end, where the kernels' codes of that are; in place
+        if they are clipped at all."""
+        if not isinstance(self.high, Tensor) and self.high == math.inf:
+            return u
+        return u.nan_to_num_(nan=torch.finfo(u.dtype).max)
+
     def fit(self, u: Tensor) -> Tensor:
         """The codes."""
         codes = torch.round(u) if self.rounds else u.clone()

@@ -109,7 +109,10 @@ class _Scale(torch.autograd.Function):
         if ctx.fused:
             passed, sums = fused.pull(gradient, codes, scale, None, _EVERYWHERE, factor=scale)
             return passed, sums[1] / scale
-        d_scale = dot(gradient, codes) if ctx.needs_input_grad[1] else None
+        d_scale = dot(gradient, codes)
+        if gradient.is_cpu and not bool(d_scale.isfinite()):  # from 0 / 0, say, nothing is to be learnt
+            gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+            d_scale = dot(gradient, codes)
         return gradient * scale if ctx.needs_input_grad[0] else None, d_scale
 
 

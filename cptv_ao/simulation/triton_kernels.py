@@ -40,7 +40,7 @@ def fit(
     value *= tl.load(multiplier + column, mask=inside, other=0.0)
     if ROUNDS:
         value = round_half_even(value)
-    value = tl.minimum(tl.maximum(value, tl.load(low)), tl.load(high))
+    value = tl.maximum(tl.minimum(value, tl.load(high)), tl.load(low))  # in this order 0 / 0 is the upper end
     tl.store(codes + at, value, mask=inside)
 
 
@@ -84,6 +84,7 @@ def pull(
         at = row[:, None] * columns + column[None, :]
         inside = known[None, :] & (at < numel)
         pulled = tl.load(gradient + at, mask=inside, other=0.0)
+        pulled = tl.where(pulled - pulled == 0.0, pulled, 0.0)  # what is no number says nothing
         u = (tl.load(x + at, mask=inside, other=0.0) + moved) * scale
         below = u < upper
         passes = below & (u > lower)

@@ -54,6 +54,7 @@ class Twin:
         self._model = backend.model
         self.graph_bytes = 0.0
         self._by_kernel: set[str] = set()  # nodes whose kernels compute, since it turned out that the twin cannot
+        self._undefined: list[str] = []
         self._build()
 
     def _build(self) -> None:
@@ -71,12 +72,20 @@ class Twin:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of it, once it is `checked`: where no gradient passes, where kernels are in doubt."""
+        """What is to be said of it, once it is `checked`: where no gradient passes, where kernels are in doubt, and
+        where it computes 0 / 0."""
         calls = [node for node in self.module.graph.nodes if node.op == "call_module"]
         parts = ((node.name, part) for node in calls for part in self.module.get_submodule(str(node.target)).modules())
         closed = [f"{name} ({m.extra_repr()})" for name, m in parts if isinstance(m, ByKernel) and m.gradient == "none"]
-        told = f"no gradient passes {', '.join(closed)}: what is before that is proposed for without one"
-        return [*self._notes, told] if closed else list(self._notes)
+        found = list(self._notes)
+        if closed:
+            found.append(f"no gradient passes {', '.join(closed)}: what is before that is proposed for without one")
+        if self._undefined:
+            found.append(
+                f"{', '.join(self._undefined)}: no number (0 / 0, say) on the first images, and what is quantized of "
+                "that is an arbitrary code: keep in float what is divided there"
+            )
+        return found
 
     def _let_kernel(self, node: str | None) -> bool:
         """Have a node's kernel compute it, all else as it is; whether it was not so yet, and can be."""
@@ -116,7 +125,7 @@ class Twin:
             try:
                 with torch.no_grad():
                     output = checker.run(*ordered(self.module, given))
-                self.graph_bytes = checker.bytes / max(few.images, 1)
+                self.graph_bytes, self._undefined = checker.bytes / max(few.images, 1), checker.undefined
                 return output
             except UnsupportedModelError as error:
                 run(self._model, few, 0)  # not for want of an op, where the kernels fail too

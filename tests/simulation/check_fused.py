@@ -55,6 +55,14 @@ def test_codes_and_all_sums_are_those_of_plain_torch(
     assert torch.allclose(sums[2].sum(), limits.ends(gradient, u, wanted.sum()), rtol=1e-4, atol=1e-3)
 
 
+def test_what_is_no_number_is_on_the_upper_end_and_says_nothing() -> None:
+    x, gradient = torch.tensor([1.0, torch.nan, 300.0, 2.4]), torch.tensor([1.0, 1.0, 1.0, torch.nan])
+    limits, one = Limits.of(torch.tensor(3.0), 0, 127, "round"), torch.tensor(1.0)
+    assert fused.fit(x, one, None, limits).tolist() == [1, 124, 124, 2]
+    passed, sums = fused.pull(gradient, x, one, None, limits)
+    assert passed.tolist() == [1, 0, 0, 0] and sums.tolist() == [1, 1, -2]
+
+
 def noted(used: set[str], name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     used.add(name)
     return function(*args, **kwargs)
