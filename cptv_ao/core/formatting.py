@@ -45,6 +45,11 @@ def decibels(value: float | None) -> str:
     return UNKNOWN if not _known(value) else f"{value:.1f} dB" if math.isfinite(value) else "exact"
 
 
+def counted(count: int, one: str) -> str:
+    """So many of a kind, which is named in the singular."""
+    return f"{count} {one}{'' if count == 1 else 's'}"
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     left = len(names) - most

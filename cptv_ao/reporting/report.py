@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx import GraphModule
 
-from cptv_ao.core.formatting import change, number, percent, table
+from cptv_ao.core.formatting import change, counted, number, percent, table
 from cptv_ao.core.outcome import META_KEY, Outcome, OutputLoss, per_block
 from cptv_ao.core.plain import as_plain, from_plain
 from cptv_ao.reporting.summary import what_to_try
@@ -101,7 +101,7 @@ class Report(Outcome):
         if turned:
             lines += ["", f"{turned} of {codes} weight codes ({percent(turned / codes)}) are rounded the other way"]
         if corrected := sum(m.corrected for m in self.moves):
-            lines += ["", f"the biases of {corrected} layers are corrected"]
+            lines += ["", f"the biases of {counted(corrected, 'layer')} are corrected"]
         lines += ["", *told] if (told := [*what_to_try(self), *self.notes]) else []
         lines.append("")
         lines.append(

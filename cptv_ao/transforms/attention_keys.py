@@ -18,6 +18,7 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
+from cptv_ao.core.formatting import counted
 from cptv_ao.simulation.twin import Twin
 from cptv_ao.transforms.attention_patterns import Keys
 from cptv_ao.transforms.channel_paths import WHOLE, arriving
@@ -77,7 +78,7 @@ def centre_keys(
         return []
     moving = moving_with(backend, (name for form in done for name in form.keys.sites.values()))
     hold_ranges(backend, moving, channel_ends(check.twin, whole_values(moving), batches, world), codes)
-    return [f"keys of {len(done)} attentions moved to the middle of their ranges, which no softmax sees"]
+    return [f"keys of {counted(len(done), 'attention')} moved to the middle of their ranges, which no softmax sees"]
 
 
 def _channels(twin: Twin, keys: Sequence[Keys], few: Batch) -> list[Tensor | None]:

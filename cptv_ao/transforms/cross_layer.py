@@ -22,6 +22,7 @@ from torch import Tensor
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import World
+from cptv_ao.core.formatting import counted
 from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.transforms.bn_folding import scale_channels
 from cptv_ao.transforms.channel_groups import ChannelGroup, Output, columns_of
@@ -71,10 +72,8 @@ def equalized(
     seen = channel_ends(check.twin, wanted, batches, world)
     fitting = [group for group in groups if all(node in seen for node in _nodes(group))]
     counts = check.used(fitting, lambda group: _equalize(backend, group, seen, codes))
-    told = (
-        f"{sum(counts)} channels of {sum(map(bool, counts))} layers brought to like ranges with the layers behind them"
-    )
-    return [told] if any(counts) else []
+    told = f"{counted(sum(counts), 'channel')} of {counted(sum(map(bool, counts)), 'layer')}"
+    return [f"{told} brought to like ranges with the layers behind them"] if any(counts) else []
 
 
 def _nodes(group: ChannelGroup) -> list[str]:

@@ -34,6 +34,7 @@ from torch.fx import Node
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.distributed import ALONE, World
+from cptv_ao.core.formatting import counted
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
 from cptv_ao.simulation.nothing_rounded import FEW, NothingRounded
@@ -146,11 +147,11 @@ def _use_lowered(
     cut = sum(check.used(clipped, partial(cut_range, backend, codes=codes)))
     notes = []
     if folded:
-        notes.append(f"{folded} batch norms folded into the scales and biases of the layers before them")
+        notes.append(f"{counted(folded, 'batch norm')} folded into the scales and biases of the layers before them")
     if scales:
-        notes.append(f"{scales} layer scales folded into the layers before them")
+        notes.append(f"{counted(scales, 'layer scale')} folded into the layers before them")
     if cut:
-        notes.append(f"ranges of {cut} activations cut to what the functions behind them let through")
+        notes.append(f"ranges of {counted(cut, 'activation')} cut to what the functions behind them let through")
     rotated = rotate_streams(backend, streams, check)
     notes += [one.told for one in rotated]
     notes += equalized(backend, groups, batches, codes, check, world)

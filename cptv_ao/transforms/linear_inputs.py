@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.formatting import counted
 from cptv_ao.core.qparams import qparams_for_range
 from cptv_ao.fx.paths import fetch
 from cptv_ao.transforms.bn_folding import scale_channels
@@ -81,10 +82,11 @@ def even_out(
     centred = sum(form.middle is not None for form in done)
     notes = []
     if any(counts):
-        inputs = sum(map(bool, counts))
-        notes.append(f"{sum(counts)} channels of {inputs} inputs of linear layers evened out with the weights there")
+        told = f"{counted(sum(counts), 'channel')} of {counted(sum(map(bool, counts)), 'input')} of linear layers"
+        notes.append(f"{told} evened out with the weights there")
     if centred:
-        notes.append(f"the channels of {centred} inputs of linear layers moved to the middle of their ranges")
+        told = f"the channels of {counted(centred, 'input')} of linear layers"
+        notes.append(f"{told} moved to the middle of their ranges")
     return notes
 
 

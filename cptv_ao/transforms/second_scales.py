@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
+from cptv_ao.core.formatting import counted
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.fx.op_table import DEQUANTIZE, QUANTIZE
 from cptv_ao.fx.ops import op_of
@@ -30,7 +31,7 @@ def stay_on_first(backend: Backend) -> list[str]:
             backend.rewrites.join(first, second)
             for site in backend.sites.groups()[backend.sites[first].tied]:
                 backend.write(site.name, now)
-    told = f"{len(pairs)} activations stay on the scale that they are on, where they were put on another"
+    told = f"{counted(len(pairs), 'second scale')} of activations left out, with nothing computed behind the first"
     return [told] if pairs else []
 
 

@@ -22,7 +22,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.transforms.attention_patterns import AttentionPatterns
 from cptv_ao.transforms.equalize import equalize
 
-NOTE = "keys of 1 attentions moved to the middle of their ranges, which no softmax sees"
+NOTE = "keys of 1 attention moved to the middle of their ranges, which no softmax sees"
 FIRST = Batch((BATCHES[0],), {}, 8)
 LAYERS = ("qkv", "q", "k", "v")
 

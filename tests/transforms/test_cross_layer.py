@@ -173,7 +173,7 @@ def test_without_float_weights_only_depthwise_readers_are_scaled(case: Case) -> 
     with pytest.warns(cptv_ao.CptvWarning, match="without float_model"):
         cptv_ao.refine(case.converted, case.batches, config=small_config(), progress=False)
     notes = " ".join(cptv_ao.report(case.converted).notes)
-    assert "of 1 layers brought to like ranges" in notes
+    assert "of 1 layer brought to like ranges" in notes
 
 
 def test_it_is_refined_saved_loaded_and_refined_again(case: Case, tmp_path: Path) -> None:

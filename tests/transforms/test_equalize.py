@@ -76,9 +76,9 @@ def test_the_function_in_float_stays_and_the_float_model_too(unfused: Case) -> N
     assert equalize(backend, [Batch((unfused.batches[0],), {}, 6)]) == [
         "2 batch norms folded into the scales and biases of the layers before them",
         "ranges of 2 activations cut to what the functions behind them let through",
-        "7 channels of 1 layers brought to like ranges with the layers behind them",
-        "6 channels of 1 inputs of linear layers evened out with the weights there",
-        "the channels of 1 inputs of linear layers moved to the middle of their ranges",
+        "7 channels of 1 layer brought to like ranges with the layers behind them",
+        "6 channels of 1 input of linear layers evened out with the weights there",
+        "the channels of 1 input of linear layers moved to the middle of their ranges",
     ]
     torch.testing.assert_close(in_float(backend, unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(in_float(backend_of(unfused), unfused.batches[0]), before, rtol=1e-4, atol=1e-4)
@@ -166,7 +166,7 @@ def test_it_helps(unfused: Case) -> None:
     refine(other, config=replace(CONFIG, gradient_steps=40, equalize=False))
     assert error(unfused.converted, unfused) < 0.8 * error(other.converted, other) < 0.5 * start
     notes = " ".join(cptv_ao.report(unfused.converted).notes)
-    assert "2 batch norms folded" in notes and "channels of 1 inputs of linear layers evened out" in notes
+    assert "2 batch norms folded" in notes and "channels of 1 input of linear layers evened out" in notes
     assert "folded" not in " ".join(cptv_ao.report(other.converted).notes)
 
 

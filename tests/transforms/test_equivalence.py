@@ -105,7 +105,7 @@ def test_a_norm_over_the_channels_of_a_linear_layer_is_folded() -> None:
     model = nets.seeded(Normed)
     backend, converted = opened(model, VECTORS)
     before = error(converted, model, VECTORS)
-    assert "1 batch norms folded" in equalize(backend, [Batch((VECTORS[0],), {}, 16)])[0]
+    assert "1 batch norm folded" in equalize(backend, [Batch((VECTORS[0],), {}, 16)])[0]
     assert error(converted, model, VECTORS) < before
 
 

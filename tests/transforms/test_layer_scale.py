@@ -79,7 +79,7 @@ def scaled(_scaled: Case) -> Case:
 
 def folded(found: Case) -> list[str]:
     batch = Batch((found.batches[0],), {}, 6)
-    return [note for note in equalize(opened(found), [batch]) if "layer scales" in note]
+    return [note for note in equalize(opened(found), [batch]) if "folded into the layers before" in note]
 
 
 def test_the_function_stays_and_roundings_go(scaled: Case) -> None:
@@ -173,5 +173,5 @@ def test_factors_that_others_read_too_stay() -> None:
     shared = case(twice=True)
     given = copy.deepcopy(shared.converted.gamma2)
     notes = folded(shared)
-    assert notes == ["1 layer scales folded into the layers before them"]
+    assert notes == ["1 layer scale folded into the layers before them"]
     assert torch.equal(shared.converted.gamma2, given)

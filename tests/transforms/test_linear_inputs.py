@@ -92,7 +92,7 @@ def test_a_norm_without_a_bias_is_only_multiplied() -> None:
     backend = backend_of(case)
     wanted = in_float(backend, case.batches[1])
     notes = equalize(backend, [Batch((case.batches[0],), {}, 8)])
-    assert evened_out(notes) and notes[-1] == CENTRED.replace("2", "1")
+    assert evened_out(notes) and notes[-1] == CENTRED.replace("2 inputs", "1 input")
     torch.testing.assert_close(in_float(backend, case.batches[1]), wanted, rtol=1e-4, atol=1e-4)
 
 

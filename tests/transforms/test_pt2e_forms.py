@@ -45,7 +45,7 @@ def error(graph: GraphModule, model: nn.Module) -> float:
         return float(torch.stack([(graph(b) - model(b)).square().mean() for b in BATCHES]).mean())
 
 
-ONE_CHANNEL = "1 channels of 1 inputs of linear layers evened out with the weights there"
+ONE_CHANNEL = "1 channel of 1 input of linear layers evened out with the weights there"
 FIRST = Batch((BATCHES[0],), {}, 8)
 
 

@@ -16,7 +16,7 @@ import cptv_ao
 from cptv_ao.core.batches import Batch
 from cptv_ao.transforms.equalize import equalize
 
-TOLD = "1 activations stay on the scale that they are on, where they were put on another"
+TOLD = "1 second scale of activations left out, with nothing computed behind the first"
 
 
 class Flattened(nn.Module):

@@ -15,6 +15,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx import Graph, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.formatting import counted
 from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
@@ -59,9 +60,9 @@ class Rewriter:
             elif isinstance(module, _CONVOLUTIONS) and isinstance(module.padding, str):
                 self._number_padding(path, module)
         if norms:
-            self.notes.append(f"{norms} batch norms with an activation taken apart, so that FX fuses them")
+            self.notes.append(f"{counted(norms, 'batch norm')} with an activation taken apart, so that FX fuses them")
         if self._numbered:
-            self.notes.append(f"{self._numbered} convolutions with padding by name got it in numbers")
+            self.notes.append(f"{counted(self._numbered, 'convolution')} with padding by name got it in numbers")
 
     def make_traceable(self) -> None:
         """Rewrite the modules that stand in the way, one class after another, until nothing does."""
