@@ -8,10 +8,7 @@ from typing import Any
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
-from cptv_ao.simulation.twin import Twin, unquantized
-
-#: Images on which outputs are compared.
-FEW = 2
+from cptv_ao.simulation.twin import FEW, Twin, unquantized
 
 
 class NothingRounded:

@@ -25,8 +25,8 @@ from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin_sites import TwinSites
 from cptv_ao.simulation.weighted_layer import WeightedLayer
 
-# Images on which a twin is checked.
-_FEW = 2
+#: Images on which it is told what a network computes.
+FEW = 2
 
 
 class Twin:
@@ -104,7 +104,7 @@ class Twin:
 
     def checked(self, batch: Batch) -> Twin:
         """Itself, once it has been run on a few images of a batch, see `first_output`."""
-        self.first_output(batch.few(_FEW))
+        self.first_output(batch.few(FEW))
         return self
 
     def first_output(self, few: Batch) -> Any:

@@ -37,7 +37,8 @@ from cptv_ao.core.distributed import ALONE, World
 from cptv_ao.core.formatting import counted
 from cptv_ao.fx.node_runner import Watcher
 from cptv_ao.fx.paths import fetch
-from cptv_ao.simulation.nothing_rounded import FEW, NothingRounded
+from cptv_ao.simulation.nothing_rounded import NothingRounded
+from cptv_ao.simulation.twin import FEW
 from cptv_ao.transforms.attention_keys import centre_keys
 from cptv_ao.transforms.attention_patterns import AttentionPatterns, Keys
 from cptv_ao.transforms.bn_folding import _fold, is_folded

@@ -51,7 +51,7 @@ from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
 from cptv_ao.simulation.kernel_agreement import agreement_notes
-from cptv_ao.simulation.nothing_rounded import FEW
+from cptv_ao.simulation.twin import FEW
 from cptv_ao.transforms.returned_norms import ReturnedNorms, returned_norms
 from cptv_ao.transforms.stream_outliers import stream_notes
 from cptv_ao.verbs.calibrated import calibrated
