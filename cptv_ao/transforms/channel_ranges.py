@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ from cptv_ao.simulation.twin import Twin
 NARROWER = 0.95
 # Images on which values are looked at, and how many values of each channel are kept.
 _IMAGES, _KEPT = 64, 128
+# So many values of a channel reach its ends; of fewer (one an image behind a pool) so many standard deviations do.
+_ENOUGH, _FAR = 64, 3.0
 
 
 #: Gives the values of a node by channel, (C, N); None where they have none.
@@ -57,6 +59,16 @@ class ChannelRange:
         low, high, some = self.low * factors, self.high * factors, self.some * factors[:, None]
         return ChannelRange(low, high, self.square * factors.square(), some)
 
+    @property
+    def reached(self) -> ChannelRange:
+        """With ends as they are of more values, where these are few; none gets beyond 0 that was not."""
+        if not 1 < self.some.shape[1] < _ENOUGH:
+            return self
+        mean, far = self.some.mean(1), _FAR * self.some.std(1)
+        low, high = torch.minimum(self.low, mean - far), torch.maximum(self.high, mean + far)
+        low = torch.where(self.low < 0, low, low.clamp_min(0.0))
+        return replace(self, low=low, high=torch.where(self.high > 0, high, high.clamp_max(0.0)))
+
 
 def last_dimension(values: Tensor) -> Tensor:
     """Values by channel, where these are the last dimension."""
@@ -66,7 +78,8 @@ def last_dimension(values: Tensor) -> Tensor:
 def channel_ends(
     twin: Twin, wanted: Mapping[str, ByChannel], batches: Sequence[Batch], world: World
 ) -> dict[str, ChannelRange]:
-    """Of what nodes of a twin give, by node, as rank 0 sees them; without those that have no channels."""
+    """Of what nodes of a twin give, by node, as rank 0 sees them, and as far as more of it reaches; without those that
+    have no channels."""
     seen, batches = dict[str, ChannelRange](), first_images(batches, _IMAGES)
     images = sum(batch.images for batch in batches)
 
@@ -87,7 +100,8 @@ def channel_ends(
         watcher.watch(batch, partial(see, share=batch.images / images))
     some = world.share([one.some if world.rank == 0 else None for one in seen.values()])
     return {
-        name: ChannelRange(*_of_first(world, one), kept) for (name, one), kept in zip(seen.items(), some, strict=True)
+        name: ChannelRange(*_of_first(world, one), kept).reached
+        for (name, one), kept in zip(seen.items(), some, strict=True)
     }
 
 

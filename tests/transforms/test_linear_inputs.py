@@ -102,7 +102,7 @@ def test_without_float_weights_channels_are_only_centred() -> None:
     backend = Backend(case.converted, weight_ranges(case.float_model))
     wanted = in_float(backend, case.batches[1])
     codes = {name: backend.weight(name).int_repr() for name, site in backend.sites.items() if site.kind == "weight"}
-    assert equalize(backend, [Batch((case.batches[0],), {}, 8)]) == [CENTRED]
+    assert equalize(backend, [Batch((nets.images(64, 4, 6),), {}, 64)]) == [CENTRED]
     torch.testing.assert_close(in_float(backend, case.batches[1]), wanted, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(backend.weight(name).int_repr(), given) for name, given in codes.items())
 
