@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,11 @@ from cptv_ao.fx.op_table import Op
 _aten = torch.ops.aten
 # Their output says what their input says to a softmax.
 _LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, _aten.log_softmax, _aten._log_softmax}
+# Of two values, and of a value and a number.
+_PLUS: set[Any] = {operator.add, torch.add, _aten.add, torch.ops.quantized.add}
+_TIMES: set[Any] = {
+    operator.mul, operator.truediv, torch.mul, torch.div, _aten.mul, _aten.div, torch.ops.quantized.mul,
+}  # fmt: skip
 # Methods; of these a graph has nothing but the name.
 _CASTS = {"double", "half", "bfloat16"}
 
@@ -54,8 +60,16 @@ Turns = Callable[[str], bool]
 
 
 def end_of(model: GraphModule, node: Node | None, turns: Turns = lambda _: False) -> End:
-    """What computes a node's value, moved, rounded, averaged or turned at most."""
+    """What computes a node's value, moved, rounded, averaged or turned at most; also where it is the mean or the sum of
+    two heads (distilled classifiers)."""
     modules = dict(model.named_modules())
+    node = _unscaled(node, modules)
+    heads: Sequence[Any] = node.args[:2] if node is not None and _adds_two(node) else [node]
+    ends = {_end_of(head, modules, turns) for head in heads}
+    return ends.pop() if len(ends) == 1 else "other"
+
+
+def _end_of(node: Node | None, modules: Mapping[str, nn.Module], turns: Turns) -> End:
     while node is not None:
         quantized, op = quantized_ops.of_node(node, modules), ops.op_of(node, modules)
         if quantized is not None and quantized.product and quantized.after:
@@ -67,12 +81,37 @@ def end_of(model: GraphModule, node: Node | None, turns: Turns = lambda _: False
             continue
         if op is not None and op.effect == "fixed":
             return "bounded"
-        dequantizes = quantized is not None and quantized.role == "dequantizes"
-        casts = node.op == "call_method" and node.target in _CASTS
-        if not (dequantizes or casts or _passes(op) or _is_log_softmax(node, modules)):
+        if not _brings(node, modules):
             return "other"
         node = node.all_input_nodes[0] if node.all_input_nodes else None
     return "other"
+
+
+def _unscaled(node: Node | None, modules: Mapping[str, nn.Module]) -> Node | None:
+    """What a node's value is of, times a number, if it is that at all, and of two added values."""
+    found = node
+    while found is not None and (_brings(found, modules) or _scales(found)):
+        found = found.all_input_nodes[0] if found.all_input_nodes else None
+    return found if found is not None and _adds_two(found) else node
+
+
+def _brings(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a value is that of the node before, moved, rounded or averaged."""
+    quantized, op = quantized_ops.of_node(node, modules), ops.op_of(node, modules)
+    dequantizes = quantized is not None and quantized.role == "dequantizes"
+    casts = node.op == "call_method" and node.target in _CASTS
+    return dequantizes or casts or _passes(op) or _is_log_softmax(node, modules)
+
+
+def _scales(node: Node) -> bool:
+    """Whether it multiplies by a number, or divides by one."""
+    calls = node.op == "call_function" and (node.target in _TIMES or packet_of(node.target) in _TIMES)
+    return calls and [isinstance(part, Node) for part in node.args[:2]] in ([True, False], [False, True])
+
+
+def _adds_two(node: Node) -> bool:
+    calls = node.op == "call_function" and (node.target in _PLUS or packet_of(node.target) in _PLUS)
+    return calls and all(isinstance(part, Node) for part in node.args[:2])
 
 
 def ends_in_layer(model: GraphModule) -> bool:

@@ -39,7 +39,35 @@ class PooledLast(nn.Module):
         return self.pool(self.first(x)).flatten(1)
 
 
+class Heads(nn.Module):
+    """Two heads, of which a number or a layer makes one."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.one, self.two, self.norm = form, nn.Linear(8, 5), nn.Linear(8, 5), nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x)
+        if self.form == "mean":
+            return (one + two) / 2
+        if self.form == "sum":
+            return torch.add(one, two)
+        if self.form == "half":
+            return 0.5 * (one.flatten(1) + two).contiguous()
+        if self.form == "normed":
+            return one + self.norm(two)
+        if self.form == "gated":
+            return one * two
+        return one + 1  # more than a number of each
+
+
 ENDS: dict[str, tuple[nn.Module, bool]] = {
+    "mean of heads": (Heads("mean"), True),
+    "sum of heads": (Heads("sum"), True),
+    "half of heads": (Heads("half"), True),
+    "a head and a norm": (Heads("normed"), False),
+    "a gate": (Heads("gated"), False),
+    "moved": (Heads("moved"), False),
     "linear": (nn.Linear(8, 5), True),
     "dropout": (nn.Sequential(nn.Linear(8, 5), nn.Dropout()), True),
     "log softmax": (nn.Sequential(nn.Linear(8, 5), nn.LogSoftmax(1)), True),
@@ -60,7 +88,7 @@ def test_logits_may_be_averaged() -> None:
     assert ends_in_layer(symbolic_trace(PooledLast()))
 
 
-@pytest.mark.parametrize("name", ["linear", "norm", "relu", "features"])
+@pytest.mark.parametrize("name", ["linear", "norm", "relu", "features", "mean of heads", "half of heads", "a gate"])
 def test_of_quantized_graphs(name: str) -> None:
     end, wanted = ENDS[name]
     model = Ends(end).eval()
