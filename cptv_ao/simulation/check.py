@@ -30,7 +30,7 @@ class Checker(Interpreter):
         try:
             value = super().run_node(n)
             self.bytes += sum(numbers.numel() * numbers.element_size() for numbers in _numbers(value))
-            if any(bool(numbers.isnan().any()) for numbers in _numbers(value)):
+            if any(map(_is_undefined, _numbers(value))):
                 if self._undefined.isdisjoint(n.all_input_nodes):
                     self.undefined.append(n.name)
                 self._undefined.add(n)
@@ -46,6 +46,11 @@ class Checker(Interpreter):
 def _numbers(value: Any) -> list[Tensor]:
     leaves = (leaf.codes if isinstance(leaf, QTensor) else leaf for leaf in tree_leaves(value))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _is_undefined(numbers: Tensor) -> bool:
+    """Whether one of them is no number; of 8-bit floats torch does not tell."""
+    return numbers.is_floating_point() and numbers.element_size() > 1 and bool(numbers.isnan().any())
 
 
 def _told(node: Node, modules: dict[str, nn.Module]) -> str:
