@@ -89,6 +89,18 @@ class Buffered(nn.Module):
         return self.fc(x) + self.table.expand(x.shape[0], -1)
 
 
+class Sized(nn.Module):
+    """Makes a tensor of as many rows as it is given, number by number, which torch takes no proxies for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape
+        return self.fc(x) + torch.ones(rows, columns, dtype=x.dtype)
+
+
 class BatchDependent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -175,6 +187,7 @@ REWRITTEN: dict[str, tuple[Any, Tensor, str]] = {
     "device of a weight": (lambda: around(DeviceOfWeight(), False), ROWS, "DeviceOfWeight"),
     "method of a buffer": (lambda: around(Buffered(), False), ROWS, "Buffered"),
     "mask": (Masked, ROWS, "the whole model"),
+    "made for a batch": (lambda: around(Sized(), False), ROWS, "Sized"),
 }
 
 
@@ -206,7 +219,7 @@ def test_what_cannot_be_rewritten_stays_float(make: Any) -> None:
     model = nets.seeded(lambda: around(make(), False))
     ready = cptv_ao.recipe(model, (ROWS,))
     assert len(ready.notes) == 1
-    assert ready.notes[0].startswith(f"{make.__name__} (1 modules) stays float: ")
+    assert ready.notes[0].startswith(f"{make.__name__} (1 module) stays float: ")
     assert ready.prepare_custom_config.non_traceable_module_classes == [make]
     for inputs in (ROWS, ROWS[:1]):
         torch.testing.assert_close(ready.model(inputs), model(inputs))

@@ -10,6 +10,8 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -26,6 +28,8 @@ from cptv_ao.fx.paths import fetch
 WEIGHTED_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 # Modes of interpolate that have quantized kernels.
 _QUANTIZED_MODES = {"nearest", "nearest-exact", "bilinear"}
+# Functions that are given a size number by number, or as a whole.
+_SIZED = ("empty", "ones", "rand", "randn", "zeros")
 # Names of the parameters that hold what was computed once.
 _FOLDED = "folded_"
 # Their arguments in order, with defaults.
@@ -52,7 +56,8 @@ def undo(module: nn.Module) -> None:
 def graph_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
     """The graph of a module for inputs like these; constants that it needs are registered on the module."""
     tracer = _ExampleTracer(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-    graph = tracer.trace(copy.deepcopy(module))  # it may cache what it computes, which would be proxies
+    with _sizes_as_a_whole():
+        graph = tracer.trace(copy.deepcopy(module))  # it may cache what it computes, which would be proxies
     _fold(graph, tracer.value, module)
     for node in graph.nodes:
         if node.target in WEIGHTED_FUNCTIONS and node.kwargs:
@@ -66,6 +71,24 @@ def graph_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     code.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"})
     code.recompile()
     return code
+
+
+@contextmanager
+def _sizes_as_a_whole() -> Iterator[None]:
+    """Have `torch.ones(n, m)` and the like take proxies, too, as they do in `torch.ones((n, m))`."""
+    given = {name: getattr(torch, name) for name in _SIZED}
+    try:
+        for name, function in given.items():
+            setattr(torch, name, partial(_sized, function))
+        yield
+    finally:
+        for name, function in given.items():
+            setattr(torch, name, function)
+
+
+def _sized(function: Callable[..., Any], *size: Any, **settings: Any) -> Any:
+    one_by_one = len(size) > 1 and any(isinstance(part, Proxy) for part in size)
+    return function(size, **settings) if one_by_one else function(*size, **settings)
 
 
 def is_float_interpolation(node: Node) -> bool:

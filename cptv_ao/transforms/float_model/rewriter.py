@@ -198,10 +198,10 @@ class Rewriter:
             for each in paths:
                 undo(before.get_submodule(each))
             self.leaves[kind] = None
-            self.notes.append(f"{kind.__name__} ({len(paths)} modules) stays float: {reason}")
+            self.notes.append(f"{kind.__name__} ({counted(len(paths), 'module')}) stays float: {reason}")
             return
         self._rewritten.update(paths)
-        where = f"{kind.__name__} ({len(paths)} modules)" if path else "the whole model"
+        where = f"{kind.__name__} ({counted(len(paths), 'module')})" if path else "the whole model"
         self.notes.append(f"{where} rewritten for inputs like the example's: {reason}")
 
     def _rewrite(self, paths: list[str]) -> None:
