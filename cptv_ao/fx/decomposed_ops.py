@@ -18,6 +18,11 @@ def packet_of(target: Any) -> torch._ops.OpOverloadPacket | None:
     return packet if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
+def called(node: Node) -> Any:
+    """The function or op that a node calls, whichever its overload."""
+    return packet_of(node.target) or node.target
+
+
 def is_of(target: Any, *namespaces: Any) -> bool:
     """Whether an op is one of those of these namespaces of torch.ops."""
     packet = packet_of(target)

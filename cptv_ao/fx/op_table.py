@@ -78,6 +78,10 @@ _REFERENCE = (nnqr.Conv1d, nnqr.Conv2d, nnqr.Conv3d)
 _REFERENCE_TRANSPOSED = (nnqr.ConvTranspose1d, nnqr.ConvTranspose2d, nnqr.ConvTranspose3d)
 _QUANTIZED_NORMS = (nnq.BatchNorm2d, nnq.BatchNorm3d, nniq.BNReLU2d, nniq.BNReLU3d)
 
+#: Of two values, and of a value and a number (or another value), in float.
+FLOAT_SUMS = {operator.add, torch.add}
+FLOAT_SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
+
 # What is decided by, somewhere, beside its effect.
 DROPOUT = Op(
     "dropout",

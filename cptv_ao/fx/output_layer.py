@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
@@ -15,17 +14,15 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from cptv_ao.core.output_tree import children, named_leaves
 from cptv_ao.fx import ops, quantized_ops
-from cptv_ao.fx.decomposed_ops import packet_of
-from cptv_ao.fx.op_table import Op
+from cptv_ao.fx.decomposed_ops import called
+from cptv_ao.fx.op_table import FLOAT_SCALINGS, FLOAT_SUMS, Op
 
 _aten = torch.ops.aten
 # Their output says what their input says to a softmax.
 _LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, _aten.log_softmax, _aten._log_softmax}
 # Of two values, and of a value and a number.
-_PLUS: set[Any] = {operator.add, torch.add, _aten.add, torch.ops.quantized.add}
-_TIMES: set[Any] = {
-    operator.mul, operator.truediv, torch.mul, torch.div, _aten.mul, _aten.div, torch.ops.quantized.mul,
-}  # fmt: skip
+_PLUS: set[Any] = {*FLOAT_SUMS, _aten.add, torch.ops.quantized.add}
+_TIMES: set[Any] = {*FLOAT_SCALINGS, _aten.mul, _aten.div, torch.ops.quantized.mul}
 # Methods; of these a graph has nothing but the name.
 _CASTS = {"double", "half", "bfloat16"}
 
@@ -105,13 +102,12 @@ def _brings(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def _scales(node: Node) -> bool:
     """Whether it multiplies by a number, or divides by one."""
-    calls = node.op == "call_function" and (node.target in _TIMES or packet_of(node.target) in _TIMES)
-    return calls and [isinstance(part, Node) for part in node.args[:2]] in ([True, False], [False, True])
+    given = [isinstance(part, Node) for part in node.args[:2]]
+    return called(node) in _TIMES and given in ([True, False], [False, True])
 
 
 def _adds_two(node: Node) -> bool:
-    calls = node.op == "call_function" and (node.target in _PLUS or packet_of(node.target) in _PLUS)
-    return calls and all(isinstance(part, Node) for part in node.args[:2])
+    return called(node) in _PLUS and all(isinstance(part, Node) for part in node.args[:2])
 
 
 def ends_in_layer(model: GraphModule) -> bool:
@@ -130,4 +126,4 @@ def _passes(op: Op | None) -> bool:
 def _is_log_softmax(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[str(node.target)]) is nn.LogSoftmax
-    return node.op == "call_function" and (node.target in _LOG_SOFTMAX or packet_of(node.target) in _LOG_SOFTMAX)
+    return called(node) in _LOG_SOFTMAX

@@ -29,8 +29,9 @@ class Checker(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
-            self.bytes += sum(numbers.numel() * numbers.element_size() for numbers in _numbers(value))
-            if any(map(_is_undefined, _numbers(value))):
+            given = _numbers(value)
+            self.bytes += sum(numbers.numel() * numbers.element_size() for numbers in given)
+            if any(map(_is_undefined, given)):
                 if self._undefined.isdisjoint(n.all_input_nodes):
                     self.undefined.append(n.name)
                 self._undefined.add(n)

@@ -16,8 +16,8 @@ from torch.fx import Node
 from torch.nn import functional
 
 from cptv_ao.backends.backend import Backend
-from cptv_ao.fx.decomposed_ops import packet_of
-from cptv_ao.fx.op_table import SOFTMAX
+from cptv_ao.fx.decomposed_ops import called
+from cptv_ao.fx.op_table import FLOAT_SCALINGS, FLOAT_SUMS, SOFTMAX
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.quantized_ops import SUMS, of_node
 from cptv_ao.fx.readers import reads
@@ -27,8 +27,8 @@ _FUSED = functional.scaled_dot_product_attention
 _OPERANDS = ("query", "key", "value")
 _MATMULS: set[Any] = {operator.matmul, torch.matmul, torch.bmm, torch.ops.quantized.matmul}
 _MATMUL_METHODS = {"matmul", "bmm"}
-_SCALINGS: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, torch.ops.quantized.mul}
-_ADDITIONS: set[Any] = {operator.add, torch.add, *SUMS}
+_SCALINGS: set[Any] = {*FLOAT_SCALINGS, torch.ops.quantized.mul}
+_ADDITIONS: set[Any] = {*FLOAT_SUMS, *SUMS}
 _MASKS = {"masked_fill"}
 
 
@@ -85,7 +85,7 @@ class AttentionPatterns:
             return []
         if _is_matmul(value):
             return [value]
-        adds = (packet_of(value.target) or value.target) in _ADDITIONS
+        adds = called(value) in _ADDITIONS
         inputs = value.args[:2] if adds else value.args[:1] if self._passes(value) or _is_mask(value) else ()
         ways = (self._scores(one) for one in inputs)
         return next(([value, *way] for way in ways if way), [])
@@ -110,7 +110,7 @@ class AttentionPatterns:
 
     def _passes(self, node: Node) -> bool:
         """Whether a node gives what it is given, elsewhere, on another scale, or times a number."""
-        if (packet_of(node.target) or node.target) in _SCALINGS:
+        if called(node) in _SCALINGS:
             return len(node.args) == 2 and not isinstance(node.args[1], Node) and not node.kwargs
         op = op_of(node, self._lone.modules)
         return op is not None and op.brings and op.effect not in ("joins", "asks")
@@ -119,7 +119,7 @@ class AttentionPatterns:
 def _is_matmul(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in _MATMUL_METHODS
-    return (packet_of(node.target) or node.target) in _MATMULS and len(node.args) >= 2
+    return called(node) in _MATMULS and len(node.args) >= 2
 
 
 def _is_mask(node: Node) -> bool:

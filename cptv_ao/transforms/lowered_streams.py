@@ -3,7 +3,6 @@ their sites, all else by its path."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.fx.decomposed_ops import packet_of
 from cptv_ao.fx.node_runner import Watcher
-from cptv_ao.fx.op_table import QUANTIZE
+from cptv_ao.fx.op_table import FLOAT_SUMS, QUANTIZE
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.paths import fetch
 from cptv_ao.fx.quantized_ops import of_node
@@ -23,7 +22,6 @@ from cptv_ao.fx.readers import own_path, own_table, read_once
 from cptv_ao.transforms.lone_sites import LoneSites
 from cptv_ao.transforms.residual_streams import Layer, Norm, StreamFinder, Values
 
-_FLOAT_SUMS = {operator.add, torch.add}
 _KEPT = ("joins", "averages", "mean", "quantizes", "dequantizes")
 
 
@@ -100,7 +98,7 @@ class LoweredStreams(StreamFinder):
 
     def _carried(self, node: Node) -> list[Node] | None:
         op = op_of(node, self._lone.modules)
-        if self._is_sum(node) or node.target in _FLOAT_SUMS:
+        if self._is_sum(node) or node.target in FLOAT_SUMS:
             given = [value for value in node.args[:2] if isinstance(value, Node)]
             return given if len(given) == 2 and all(value.name in self._shown.shapes for value in given) else None
         if op is QUANTIZE:

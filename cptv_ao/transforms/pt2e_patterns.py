@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.pt2e import weight_sites
-from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.decomposed_ops import called
 from cptv_ao.fx.readers import own_path, read_once, reads, users_of
 from cptv_ao.transforms.shared_inputs import Reader, SharedInput
 
@@ -66,7 +66,7 @@ class SharedInputs:
         source = self._source(value)
         if source is None or not read or len(read) < len(readers):
             return None
-        norm = _op(source) in _NORMS
+        norm = called(source) in _NORMS
         weight, bias = self._norm_parameters(source) if norm else (None, own_path(_argument(source, 2), self._once))
         if (weight if norm else bias) is None:
             return None
@@ -76,7 +76,7 @@ class SharedInputs:
     def _norm_parameters(self, norm: Node) -> tuple[str | None, str | None]:
         """Paths of the weight and the bias of a norm over the last dimension; no weight where something else reads
         one of them."""
-        at, bias_at = _NORMS[_op(norm)]
+        at, bias_at = _NORMS[called(norm)]
         given = None if bias_at is None else _argument(norm, bias_at)
         weight, bias = own_path(_argument(norm, at), self._once), own_path(given, self._once)
         shape: Any = norm.args[1]
@@ -90,7 +90,7 @@ class SharedInputs:
     def _reader(self, layer: Node, dequantized: Node) -> Reader | None:
         """A linear layer that reads a dequantized value, with a weight and a bias of its own."""
         weight = self._weight(layer)
-        if _op(layer) is not _aten.linear or layer.args[0] is not dequantized or weight is None:
+        if called(layer) is not _aten.linear or layer.args[0] is not dequantized or weight is None:
             return None
         given = _argument(layer, 2)
         bias = own_path(given, self._once)
@@ -107,11 +107,11 @@ class SharedInputs:
         """The norm or linear layer whose channels a value has; what is on the way moves them, or mixes positions."""
         node: Any = value
         while isinstance(node, Node):
-            op = _op(node)
+            op = called(node)
             if op in _NORMS:
                 return node if node is value else None
             users = [user for user in node.users if reads(user)]
-            if node is not value and len(users) > 1 and not all(_op(user) in _PICKS for user in users):
+            if node is not value and len(users) > 1 and not all(called(user) in _PICKS for user in users):
                 return None
             if op is _aten.linear:
                 return node
@@ -124,17 +124,12 @@ class SharedInputs:
         return None
 
 
-def _op(node: Node) -> Any:
-    """The function or op that a node calls, whichever its overload."""
-    return packet_of(node.target) or node.target
-
-
 def _argument(node: Node, place: int) -> Any:
     """An argument, None where it is left out."""
     return node.args[place] if len(node.args) > place else None
 
 
 def _is_softmax(node: Any) -> bool:
-    while isinstance(node, Node) and _op(node) in _MOVES - _PICKS:
+    while isinstance(node, Node) and called(node) in _MOVES - _PICKS:
         node = node.args[0]
-    return isinstance(node, Node) and _op(node) in {_aten.softmax, _aten._softmax}
+    return isinstance(node, Node) and called(node) in {_aten.softmax, _aten._softmax}

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn import functional
 
-from cptv_ao.fx.op_table import IDENTITY
+from cptv_ao.fx.op_table import FLOAT_SUMS, IDENTITY
 from cptv_ao.fx.ops import op_of
 from cptv_ao.fx.readers import is_shared, own_path, own_table, read_once
 from cptv_ao.transforms.float_model.example_runs import tensors_of
 from cptv_ao.transforms.float_model.smooth_quant import norm_paths
 from cptv_ao.transforms.residual_streams import Layer, Norm, StreamFinder, Values
 
-_SUMS = {operator.add, operator.iadd, torch.add}
+_SUMS = {*FLOAT_SUMS, operator.iadd}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LINEAR = ("input", "weight", "bias")
