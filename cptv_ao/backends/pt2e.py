@@ -42,7 +42,8 @@ class Pt2eForm(GraphForm):
 
 
 def _scan(model: GraphModule) -> ScannedGraph:
-    """Code ranges are those of the nodes, which enforce them.
+    """Code ranges are those of the nodes, which enforce them. A weight stands where it is read first, with the input of
+    its layer: `convert_pt2e` puts all of them at the beginning of the graph.
 
     Dynamic quantization has no scales to search: what computes them at run time is told as not understood.
     """
@@ -51,15 +52,18 @@ def _scan(model: GraphModule) -> ScannedGraph:
     weights: dict[str, Pt2eWeightSlot] = {}
     unknown: list[str] = []
     by_qparams: dict[tuple[float, int], str] = {}
-    groups = {group[0]: group for group in _weights(model)}
-    known, once = {node for group in groups.values() for node in group}, read_once(model.graph.nodes)
+    groups = _weights(model)
+    known, once = {node for group in groups for node in group}, read_once(model.graph.nodes)
+    read_at: dict[Node, list[list[Node]]] = {}
+    for group in groups:
+        read_at.setdefault(_first_reader(group), []).append(group)
     for node in model.graph.nodes:
-        if node in groups:
-            slot = Pt2eWeightSlot(model, groups[node], once)
-            name = _unique(f"{_scope(node)}.{'weight' if slot.of_layer else 'constant'}", node, sites)
+        for group in read_at.get(node, ()):
+            slot = Pt2eWeightSlot(model, group, once)
+            name = _unique(f"{_scope(group[0])}.{'weight' if slot.of_layer else 'constant'}", group[0], sites)
             weights[name] = slot
-            sites[name] = _weight_site(name, groups[node], slot)
-        elif _quantizes_activation(node):
+            sites[name] = _weight_site(name, group, slot)
+        if _quantizes_activation(node):
             name = _unique(f"{_scope(node)}.input", node, sites)
             activations[name] = LiteralScaleSlot(model, node)
             known.update(node.users)
@@ -77,7 +81,8 @@ def _scan(model: GraphModule) -> ScannedGraph:
 
 
 def _weights(model: GraphModule) -> list[list[Node]]:
-    """The dequantize nodes of each weight: several where a module is called more than once, or a weight is tied."""
+    """The dequantize nodes of each weight, several where a module is called more than once, or a weight is tied; in the
+    order in which they are read."""
     groups: dict[Any, list[Node]] = {}
     for node in model.graph.nodes:
         if _dequantizes_weight(node):
@@ -85,7 +90,12 @@ def _weights(model: GraphModule) -> list[list[Node]]:
             held = source.target if source.op == "get_attr" else source
             places = (part.target if isinstance(part, Node) else part for part in node.args[1:])
             groups.setdefault((held, *places), []).append(node)
-    return list(groups.values())
+    return sorted(groups.values(), key=_first_reader)
+
+
+def _first_reader(group: Sequence[Node]) -> Node:
+    """The first node that reads a weight, or its own where none does."""
+    return min((user for node in group for user in node.users), default=group[0])
 
 
 def _fix_shared_codes(sites: dict[str, ScaleSite], weights: Mapping[str, Pt2eWeightSlot]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import workloads
 from helpers.cases import Case
 
 import cptv_ao
@@ -88,6 +89,17 @@ def test_the_vit_has_its_four_blocks_with_norms_and_residual_adds(vit_w3: Case) 
         assert ops.count("quantized.layer_norm") == 2 and ops.count("quantized.add") == 2
         assert sum(s.kind == "weight" for s in block.sites) == 4
     assert [s.name for s in blocks[-1].sites] == ["scale_4", "head.weight", "head.output"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_an_exported_weight_is_in_the_block_that_reads_it(vit_w3: Case, fold: bool) -> None:
+    pytest.importorskip("torchao", reason="it makes such graphs")
+    graph = workloads.quantize_exported(vit_w3.float_model, vit_w3.batches[:1], fold_quantize=fold)
+    blocks = find_blocks(cptv_ao.find_sites(graph).values())
+    assert [block.name for block in blocks] == ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
+    assert [s.name for s in blocks[0].sites] == ["patch_embed.proj.input", "patch_embed.proj.weight"]
+    assert [s.name for s in blocks[-1].sites] == ["head.input", "head.weight"]
+    assert all(sum(s.kind == "weight" for s in block.sites) == 4 for block in blocks[1:-1])
 
 
 def test_a_policy_of_ones_own(conv: Case) -> None:
