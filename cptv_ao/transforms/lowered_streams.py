@@ -119,6 +119,9 @@ class LoweredStreams(StreamFinder):
         alone = len(set(values.returned)) == 1 == len(end.users) and end.name in self._shown.floats
         return end.name if alone and self._shown.shapes[end.name][-1:] == (width,) else None
 
+    def _start(self, norm: Node, width: int) -> str | None:
+        return None  # a layer there would have to be quantized, too
+
 
 def _has_one_group(node: Node, lone: LoneSites, weight: Tensor) -> bool:
     """Whether all channels of a layer's output are of all that it reads."""

@@ -1,6 +1,6 @@
 """Residual streams of a model: values of one width that layers write into, sums carry on, and norms read.
 
-x = patches(image) + position        written by a layer and by a tensor of the model
+x = patches(image) + position        written by a layer and by a tensor of the model, or begun by a norm of them
 x = x + proj(attention(norm(x)))     a sum; read by a norm, and by the linear layers behind it
 return head(norm(x))
 
@@ -21,6 +21,9 @@ from cptv_ao.fx.readers import reads
 
 #: Names of the weight of a norm and of its bias, None where it has none.
 Norm = tuple[str, str | None]
+
+# A norm that begins a stream needs a layer more, which is worth it where the stream has so many sums.
+_SUMS_OF_A_START = 4
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class ResidualStream:
         tensors: paths.
         sums: nodes of the graph that give sums.
         nodes: all that give channels of the stream, or of the norms that read it.
+        starts: places of norms that it begins with, where a layer behind each can rotate it.
     """
 
     width: int
@@ -82,6 +86,7 @@ class ResidualStream:
     readers: tuple[Reader, ...]
     sums: tuple[Node, ...]
     nodes: tuple[Node, ...]
+    starts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -91,7 +96,7 @@ class Values:
     nodes: list[Node]
     writers: list[Writer] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
-    norms: list[Norm] = field(default_factory=list)
+    norms: list[Node] = field(default_factory=list)
     sums: list[Node] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
@@ -156,18 +161,22 @@ class StreamFinder(ABC):
     def _end(self, norm: Node, values: Values, width: int) -> str | None:
         """Where a layer behind a norm, whose values are returned, has its place; None where it has none."""
 
+    @abstractmethod
+    def _start(self, norm: Node, width: int) -> str | None:
+        """Where a layer behind a norm, whose values begin a stream, has its place; None where it has none."""
+
     def _join(self, node: Node) -> None:
         """Put a node to the values that it is one of, and to those that it reads."""
         own, inputs = Values([node]), node.all_input_nodes
         self._values[node] = own
-        layer, norm, tensor = self._layer(node), self._norm(node), self._tensor(node)
+        layer, tensor = self._layer(node), self._tensor(node)
         if layer is not None:
             own.writers.append(Writer(layer))
             source = self._values[inputs[0]]
             source.layers.append(layer)
             source.closed |= not layer.is_linear
-        elif norm is not None:
-            own.norms.append(norm)
+        elif self._norm(node) is not None:
+            own.norms.append(node)
             self._values[inputs[0]].readers.append(node)
         elif tensor is not None:
             own.tensors.append(tensor)
@@ -206,9 +215,12 @@ class StreamFinder(ABC):
 
     def _made(self, values: Values) -> ResidualStream | None:
         """The stream that values are; None where they are none, or something else writes or reads them."""
-        if values.closed or values.returned or values.norms or not (values.sums and values.readers and values.writers):
+        if values.closed or values.returned or not (values.sums and values.readers and values.writers):
             return None
         width = values.writers[0].layer.shape[0]
+        starts = tuple(start for node in values.norms if (start := self._start(node, width)) is not None)
+        if len(starts) < len(values.norms) or len(values.sums) < _SUMS_OF_A_START * len(starts):
+            return None
         readers = [self._reader(node, width) for node in values.readers]
         if values.layers:
             readers.append(Reader(None, tuple(values.layers), ""))
@@ -220,7 +232,7 @@ class StreamFinder(ABC):
             return None
         nodes = [*values.nodes, *(node for norm in values.readers for node in self._values[norm].nodes)]
         return ResidualStream(
-            width, tuple(values.writers), tuple(values.tensors), known, tuple(values.sums), tuple(nodes)
+            width, tuple(values.writers), tuple(values.tensors), known, tuple(values.sums), tuple(nodes), starts
         )
 
     def _reader(self, node: Node, width: int) -> Reader | None:

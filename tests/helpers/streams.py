@@ -58,6 +58,21 @@ class Stream(nn.Module):
         return self.head(self.neck(self.norm(self.rows(images))[:, 0]))
 
 
+class PostNorm(Stream):
+    """What each branch is added to begins with a norm, in front of all but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.LayerNorm(WIDTH)
+        gained(self.between)
+
+    def rows(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = self.between(x + self.first(x))
+        return x + self.second(x)
+
+
 class SquareHead(Stream):
     """Has as many classes as channels."""
 
@@ -123,6 +138,24 @@ class Rows(Stream):
 
     def forward(self, images: Tensor) -> Any:
         return self.head(self.norm(self.rows(images)))
+
+
+class Begun(Rows):
+    """A norm begins the stream, and has the outliers (CLIP)."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.start, self.third, self.fourth = nn.LayerNorm(WIDTH), Branch(), Branch()
+        with torch.no_grad():
+            self.start.weight[OUTLIERS] = OUTLIER
+            self.start.bias.normal_(0, 0.3)
+
+    def rows(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = self.start(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position)
+        for branch in (self.first, self.second, self.third, self.fourth):
+            x = x + branch(x)
+        return x
 
 
 class Text(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from helpers import nets
 from helpers.streams import (
     Bare,
+    Begun,
     Constant,
     Crossed,
     Cut,
@@ -18,6 +19,7 @@ from helpers.streams import (
     NoBias,
     NormTwice,
     Pooled,
+    PostNorm,
     Returned,
     Rows,
     Scaled,
@@ -53,7 +55,7 @@ def test_the_rotation_is_one_and_leaves_the_mean(width: int) -> None:
     assert torch.equal(turn, rotation(width))
 
 
-@pytest.mark.parametrize("make", [Stream, Headless, Bare, Pooled, Functions, Sized, NoBias])
+@pytest.mark.parametrize("make", [Stream, Begun, Headless, Bare, Pooled, Functions, Sized, NoBias])
 def test_the_function_stays_and_the_outliers_go(make: Any) -> None:
     model = nets.seeded(make)
     state, test = copy.deepcopy(model.state_dict()), images(5, seed=3)
@@ -62,7 +64,7 @@ def test_the_function_stays_and_the_outliers_go(make: Any) -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "the given model changed"
     with torch.no_grad():
         torch.testing.assert_close(ready.model(test), model(test), rtol=1e-4, atol=1e-4)
-        rows = [Stream.rows(any_model, test).abs().max() for any_model in (model, ready.model)]
+        rows = [make.rows(any_model, test).abs().max() for any_model in (model, ready.model)]
     assert rows[1] < rows[0] / 2
     found = ready.model.state_dict()
     assert bool((found["first.norm.weight"] == 1).all() and (found["first.norm.bias"] == 0).all())
@@ -77,9 +79,19 @@ def test_where_the_norm_is_returned_a_layer_rotates_back() -> None:
     assert type(rotated(nets.seeded(Stream))[0].model.neck) is nn.Identity
 
 
+def test_where_a_norm_begins_the_stream_a_layer_does() -> None:
+    ready, _ = rotated(nets.seeded(Begun))
+    start: Any = ready.model.start
+    assert [type(part) for part in start] == [nn.LayerNorm, nn.Linear]
+    assert bool((start[0].weight == 1).all() and (start[0].bias == 0).all())
+    assert "a residual stream of 4 sums rotated" in str(ready)
+    assert "a linear layer at start, in float, begins it" in str(ready)
+    assert dict(ready.qconfig_mapping.module_name_qconfigs) == {"start": None}
+
+
 @pytest.mark.parametrize(
     "make",
-    [WithRelu, Returned, NormTwice, SharedLayer, SharedTensor, Scaled, Constant, Cut, Crossed],
+    [WithRelu, Returned, NormTwice, SharedLayer, SharedTensor, Scaled, Constant, Cut, Crossed, PostNorm],
     ids=lambda make: make.__name__,
 )
 def test_what_is_read_or_written_otherwise_stays(make: Any) -> None:
@@ -142,8 +154,9 @@ def test_refine_tells_of_outliers_that_are_left() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_quantized_stream_loses_less(seed: int) -> None:
-    model, calibration, test = nets.seeded(Rows, seed), images(64, seed), images(64, seed + 10)
+@pytest.mark.parametrize("make", [Rows, Begun])
+def test_a_quantized_stream_loses_less(make: Any, seed: int) -> None:
+    model, calibration, test = nets.seeded(make, seed), images(64, seed), images(64, seed + 10)
     wanted, errors = model(test).detach(), list[float]()
     config = cptv_ao.RefineConfig(passes=0, equalize=False)  # which rotates, too
     for one in (model, rotated(model)[0].model):

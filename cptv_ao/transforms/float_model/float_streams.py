@@ -106,4 +106,11 @@ class FloatStreams(StreamFinder):
             identity = op_of(node, self._modules) is IDENTITY and node.op == "call_module"
             if node in values.nodes and identity and same and str(node.target) in self._once:
                 last = node
-        return str(last.target) if last.op == "call_module" else None
+        return str(last.target) if last is not norm else self._start(norm, width)
+
+    def _start(self, norm: Node, width: int) -> str | None:
+        """Path of the module that the norm is, or that calls it."""
+        paths = self._norm(norm)
+        owner = "" if paths is None else paths[0].rpartition(".")[0]
+        module = self._modules.get(owner)
+        return owner if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (width,) else None

@@ -90,8 +90,8 @@ def recipe(
     the whole stream is rotated (QuaRot, arXiv 2404.00456), if its values are sums of what linear layers, convolutions
     and tensors of the model give, and only layer norms before linear layers, or such layers, read them: its largest
     values become several times smaller. Where the model returns the last norm itself, a linear layer of that width is
-    put behind it, which rotates back. At the end prepare_fx, one batch and convert_fx are run on a copy: what they
-    break on is found, named and left in float.
+    put behind it, which rotates back; where a norm begins the stream (CLIP), one that stays in float. At the end
+    prepare_fx, one batch and convert_fx are run on a copy: what they break on is found, named and left in float.
 
     Args:
         model: the float model; it is not changed.

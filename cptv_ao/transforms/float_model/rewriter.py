@@ -80,7 +80,7 @@ class Rewriter:
             if not reason or path in self._rewritten:
                 self._leave_integers_out(run, tracer)
                 self._open_fusions(graph)
-                if self._rotate(run):
+                while self._rotate(run):  # a layer behind a norm that begins a stream opens what the norm reads
                     run = self._run_again()
                 self._smooth(run)
                 return
@@ -129,15 +129,18 @@ class Rewriter:
             turn = rotation(stream.width)
             sums = (value for node in stream.sums if isinstance(value := run.env.get(node), Tensor))
             ratio = peak_ratio(sums, turn)
-            if ratio < WORTH:
+            if not ratio >= WORTH:  # nor nan
                 continue
             ends = self._changed(partial(turned, sums=stream.sums, turn=turn))
             if ends is not None:
                 done = True
+                for start in stream.starts:
+                    self._mapping.set_module_name(start, None)
+                there = f"; a linear layer at {', '.join(stream.starts)}, in float, begins it" if stream.starts else ""
                 back = f"; a linear layer at {', '.join(ends)} rotates back" if ends else ""
                 self.notes.append(
                     f"a residual stream of {len(stream.sums)} sums rotated: its largest values are {ratio:.1f} times "
-                    f"smaller so{back}"
+                    f"smaller so{there}{back}"
                 )
         return done
 

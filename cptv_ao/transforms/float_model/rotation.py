@@ -9,30 +9,34 @@ divide by stays the same, since the rotation leaves the direction (1, 1, ... 1) 
     Before: x + W y + b          ->  norm (g, c)  ->  V x + d
     After:  Q x + Q W y + Q b    ->  norm (1, 0)  ->  (V g Q^T) x + d + V c
 
-Where the model returns the norm, a linear layer behind it rotates back.
+Where the model returns the norm, a linear layer behind it rotates back. Where a norm begins the stream (CLIP), a linear
+layer behind it rotates: Q g x + Q c. Its place is in float, for a g of numbers far apart leaves such weights few codes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cptv_ao.fx.paths import fetch
-from cptv_ao.transforms.residual_streams import Layer, Reader, ResidualStream
+from cptv_ao.transforms.residual_streams import Layer, Reader, ResidualStream, Writer
 from cptv_ao.transforms.turned_streams import HeldTensors, idle_layer, turn_stream
 
 
 def rotate(model: nn.Module, stream: ResidualStream, turn: Tensor) -> list[str]:
-    """Rotate a stream of a model, whose tensors are written; where nothing reads a norm, a layer is put behind it.
+    """Rotate a stream of a model, whose tensors are written; where nothing reads a norm, or one begins the stream, a
+    layer is put behind it.
 
     Returns:
-        The paths of these layers.
+        The paths of the layers that rotate back.
     """
+    begun = tuple(_begun_by_a_layer(model, path) for path in stream.starts)
     readers = tuple(reader if reader.layers else _read_by_a_layer(model, reader) for reader in stream.readers)
     with torch.no_grad():
-        turn_stream(_Tensors(model), replace(stream, readers=readers), turn)
+        turn_stream(_Tensors(model), replace(stream, writers=stream.writers + begun, readers=readers), turn)
     return [reader.end for reader in stream.readers if not reader.layers]
 
 
@@ -66,6 +70,21 @@ class _Tensors(HeldTensors):
             setattr(self._model.get_submodule(owner), name, own)
         else:
             self.put(layer.bias, bias)
+
+
+def _begun_by_a_layer(model: nn.Module, path: str) -> Writer:
+    """A norm that begins a stream, with a linear layer behind it that multiplies and adds what the norm did."""
+    norm: Any = model.get_submodule(path)
+    layer = idle_layer(len(norm.weight)).to(norm.weight)
+    with torch.no_grad():
+        layer.weight.mul_(norm.weight)
+        norm.weight.fill_(1.0)
+        if norm.bias is not None:
+            layer.bias.copy_(norm.bias)
+            norm.bias.zero_()
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, nn.Sequential(norm, layer))
+    return Writer(Layer(f"{path}.1.weight", f"{path}.1.bias", tuple(layer.weight.shape)))
 
 
 def _read_by_a_layer(model: nn.Module, reader: Reader) -> Reader:
