@@ -31,7 +31,7 @@ def stream_notes(backend: Backend, few: Batch) -> list[str]:
     return [
         f"a few channels set the range of {len(ratios)} of {len(sites)} sums of the residual stream (up to "
         f"{max(ratios):.0f}x the median channel), which no scale makes up for: refine, given float_model, spreads them "
-        "over all channels if the layers allow it"
+        "over all channels if the layers allow it (recipe, before the model is quantized, also where a norm begins it)"
     ]
 
 
