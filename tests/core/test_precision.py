@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cptv_ao.core import precision
-from cptv_ao.core.precision import cpu_products_in_bfloat16
+from cptv_ao.core.precision import attention_by_products, cpu_products_in_bfloat16
 
 
 @pytest.fixture
@@ -52,3 +53,23 @@ def test_nothing_is_touched_on_a_cpu_without_instructions(monkeypatch: pytest.Mo
     wanted = values @ values.T
     with cpu_products_in_bfloat16():
         assert torch.equal(values @ values.T, wanted)
+
+
+@pytest.mark.usefixtures("has_instructions")
+def test_attention_is_not_fused_where_products_are_quick() -> None:
+    values = [torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3)]
+    fused = functional.scaled_dot_product_attention(*values)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with attention_by_products():
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        found = functional.scaled_dot_product_attention(*values)
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert "Flash" in str(fused.grad_fn) and "Flash" not in str(found.grad_fn)
+    torch.testing.assert_close(found, fused)
+
+
+def test_attention_stays_fused_on_a_cpu_without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: False)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with attention_by_products():
+        assert torch.backends.cuda.flash_sdp_enabled() == before
