@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.fx.decomposed_ops import called
 from cptv_ao.fx.ops import op_name
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.qtensor_ops import OnCodes
+
+_ATTENTION = {functional.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention}
 
 
 class Checker(Interpreter):
@@ -22,6 +26,8 @@ class Checker(Interpreter):
         super().__init__(twin)
         #: what all nodes returned
         self.bytes = 0
+        #: how much each token attends to each, which fused attention keeps nowhere
+        self.attention_bytes = 0
         #: names of the nodes that returned what is no number, and were given none of that
         self.undefined: list[str] = []
         self._undefined = set[Node]()
@@ -31,6 +37,7 @@ class Checker(Interpreter):
             value = super().run_node(n)
             given = _numbers(value)
             self.bytes += sum(numbers.numel() * numbers.element_size() for numbers in given)
+            self.attention_bytes += self._attended(n)
             if any(map(_is_undefined, given)):
                 if self._undefined.isdisjoint(n.all_input_nodes):
                     self.undefined.append(n.name)
@@ -42,6 +49,13 @@ class Checker(Interpreter):
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             told = _told(n, self.submodules)
             raise UnsupportedModelError(f"{n.name}: the float twin does not know {told}: {why}", n.name) from error
+
+    def _attended(self, n: Node) -> int:
+        module = self.submodules.get(str(n.target))
+        if (module.function if isinstance(module, OnCodes) else called(n)) not in _ATTENTION:
+            return 0
+        query, key = _numbers(self.fetch_args_kwargs_from_env(n))[:2]
+        return query[..., 0].numel() * key.shape[-2] * query.element_size()
 
 
 def _numbers(value: Any) -> list[Tensor]:

@@ -47,12 +47,13 @@ class Twin:
         names: sites whose scales its output depends on.
         layers: those with a weight on a scale, in graph order.
         graph_bytes: about what the graph of one image holds; known once the twin is `checked`.
+        attention_bytes: what it holds beside that where attention is not fused.
     """
 
     def __init__(self, backend: Backend, engine: str | None = None) -> None:
         self._backend, self._engine = backend, engine or str(torch.backends.quantized.engine)
         self._model = backend.model
-        self.graph_bytes = 0.0
+        self.graph_bytes = self.attention_bytes = 0.0
         self._by_kernel: set[str] = set()  # nodes whose kernels compute, since it turned out that the twin cannot
         self._undefined: list[str] = []
         self._build()
@@ -125,7 +126,10 @@ class Twin:
             try:
                 with torch.no_grad():
                     output = checker.run(*ordered(self.module, given))
-                self.graph_bytes, self._undefined = checker.bytes / max(few.images, 1), checker.undefined
+                self.graph_bytes, self.attention_bytes = (
+                    total / max(few.images, 1) for total in (checker.bytes, checker.attention_bytes)
+                )
+                self._undefined = checker.undefined
                 return output
             except UnsupportedModelError as error:
                 run(self._model, few, 0)  # not for want of an op, where the kernels fail too

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from cptv_ao.core.batches import Batch
-from cptv_ao.core.precision import attention_by_products, cpu_products_in_bfloat16
+from cptv_ao.core.precision import cpu_products_in_bfloat16
 from cptv_ao.core.tensors import compared
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.search.proposals.captured import Captured
 from cptv_ao.search.proposals.descent_objective import Objective
+from cptv_ao.search.proposals.device_memory import attention
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Target, Targets, distance
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
@@ -71,7 +72,6 @@ class PartRunner:
         self._twin, self._groups, self._objective, self._targets = twin, groups, objective, targets
         self._replaced = {site.name: tuple(group.values()) for group in groups for site in group.sites}
         self._products = cpu_products_in_bfloat16 if coarse else nullcontext
-        self._attention = attention_by_products if twin.device.type == "cpu" else nullcontext
         #: what a GPU launches at once; None where there is none
         self.captured = Captured() if twin.device.type == "cuda" else None
         #: images that went through it on this rank; forward and backward count as three
@@ -92,7 +92,7 @@ class PartRunner:
         """
         self.image_forwards += 3 * part.images if graph else part.images
         wanted = self._targets.wanted(key, part) if self._objective.feature_weight else None
-        with torch.set_grad_enabled(graph), self._products(), self._attention():
+        with torch.set_grad_enabled(graph), self._products(), attention(self._twin):
             found = self._graph(part, wanted)
             return PartGraph(found.outputs, found.features * share)
 
