@@ -158,6 +158,18 @@ class Begun(Rows):
         return x
 
 
+class BegunByFunction(Begun):
+    """Has the weight of that norm from a module that it does not call."""
+
+    def rows(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = functional.layer_norm(x, (WIDTH,), self.start.weight, self.start.bias)
+        for branch in (self.first, self.second, self.third, self.fourth):
+            x = x + branch(x)
+        return x
+
+
 class Text(nn.Module):
     """Reads words."""
 

@@ -11,6 +11,7 @@ from helpers import nets
 from helpers.streams import (
     Bare,
     Begun,
+    BegunByFunction,
     Constant,
     Crossed,
     Cut,
@@ -91,7 +92,19 @@ def test_where_a_norm_begins_the_stream_a_layer_does() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [WithRelu, Returned, NormTwice, SharedLayer, SharedTensor, Scaled, Constant, Cut, Crossed, PostNorm],
+    [
+        WithRelu,
+        Returned,
+        NormTwice,
+        SharedLayer,
+        SharedTensor,
+        Scaled,
+        Constant,
+        Cut,
+        Crossed,
+        PostNorm,
+        BegunByFunction,
+    ],
     ids=lambda make: make.__name__,
 )
 def test_what_is_read_or_written_otherwise_stays(make: Any) -> None:
