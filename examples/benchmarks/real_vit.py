@@ -143,13 +143,16 @@ def draw(cells: list[dict[str, Any]], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    colors: dict[str, Any] = {}
     for row in ROWS:
         points = sorted((c["seconds"], 1 - c["cosine"]) for c in cells if c["row"] == row and c["limit"] in OURS)
         if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker="o", label=row)
+            (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=row)
+            colors[row] = line.get_color()
     for cell in cells:
         if cell["limit"] == "gradient":
-            axes.plot(cell["seconds"], 1 - cell["cosine"], "kx", label=f"{cell['row']}, gradient")
+            color, label = colors.get(cell["row"], "black"), f"{cell['row']}, gradient"
+            axes.plot(cell["seconds"], 1 - cell["cosine"], "x", color=color, markersize=9, label=label)
         if cell["limit"] == "nncf":
             axes.plot(cell["seconds"], 1 - cell["cosine"], "k^", label="NNCF (norms and\nresidual stream in float)")
     axes.set_yscale("log")
