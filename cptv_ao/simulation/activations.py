@@ -73,7 +73,8 @@ def steps_and_gradients(
         if site is not None:
             seen.setdefault(site, []).append(output.codes)
 
-    number = followed(twin, scales, batch, pull, see)
+    with twin.attention():
+        number = followed(twin, scales, batch, pull, see)
     all_codes = [codes for found in seen.values() for codes in found]
     if not all_codes or not number.requires_grad:
         return {}

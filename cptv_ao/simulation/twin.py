@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cptv_ao.backends.backend import Backend
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.errors import UnsupportedModelError
+from cptv_ao.core.precision import attention_by_products
 from cptv_ao.fx.node_runner import ordered
 from cptv_ao.fx.running import changed_by_hooks, run
 from cptv_ao.simulation.builder import Builder
@@ -27,6 +28,8 @@ from cptv_ao.simulation.weighted_layer import WeightedLayer
 
 #: Images on which it is told what a network computes.
 FEW = 2
+# What attention that is not fused may hold, as a share of the graph without it: many tokens would take a multiple.
+_ATTENTION_SHARE = 0.25
 
 
 class Twin:
@@ -152,6 +155,12 @@ class Twin:
         for module in self.sites.modules.values():
             if isinstance(module, WeightQuantizer):
                 module.keep_codes = not enabled
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Attention of a graph that goes backward, while the context lasts: by products on a CPU that is quicker at it,
+        where it is known that there are not too many tokens for that."""
+        fits = 0 < self.graph_bytes * _ATTENTION_SHARE >= self.attention_bytes
+        return attention_by_products() if self.device.type == "cpu" and fits else nullcontext()
 
     @contextmanager
     def in_float(self, names: Iterable[str]) -> Iterator[None]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-
-from cptv_ao.core.precision import attention_by_products
-from cptv_ao.simulation.twin import Twin
 
 # What the graph of a part may hold on a CPU, in bytes: of a ViT-S at 224 x 224 that is 2 images, which is what the
 # float network holds for 8.
 _GRAPH_BYTES = 5 * 2**27
 # Shares of a card that graphs and layer inputs may have.
 _GRAPH_SHARE, _CACHE_SHARE = 0.4, 0.25
-# What attention that is not fused may hold, as a share of the graph without it: many tokens would take a multiple.
-_ATTENTION_SHARE = 0.25
 
 
 def graph_bytes(device: torch.device) -> float:
@@ -27,13 +20,6 @@ def graph_bytes(device: torch.device) -> float:
 def cache_bytes(device: torch.device, asked: int) -> int:
     """What may be kept of layer inputs: as much as was asked for, or on a card a share of its memory."""
     return max(asked, int(_CACHE_SHARE * _card(device))) if device.type == "cuda" else asked
-
-
-def attention(twin: Twin) -> AbstractContextManager[None]:
-    """How a twin, once checked, computes attention while the context lasts: by products on a CPU that is quicker at it,
-    where there are not too many tokens for that."""
-    fits = twin.attention_bytes <= _ATTENTION_SHARE * twin.graph_bytes
-    return attention_by_products() if twin.device.type == "cpu" and fits else nullcontext()
 
 
 def _card(device: torch.device) -> float:

@@ -19,7 +19,6 @@ from cptv_ao.core.channel_scaling import OUTLIER
 from cptv_ao.core.precision import cpu_products_in_bfloat16
 from cptv_ao.core.tensors import Select, compared
 from cptv_ao.fx.running import own_inputs
-from cptv_ao.search.proposals.device_memory import attention
 from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
 from cptv_ao.simulation.qtensor import Apart, QTensor
 from cptv_ao.simulation.twin import Twin
@@ -97,7 +96,7 @@ class LayerInputTargets:
             inputs = stack.enter_context(seeing_inputs(self._twin))
             if self._coarse:
                 stack.enter_context(cpu_products_in_bfloat16())
-                stack.enter_context(attention(self._twin))
+                stack.enter_context(self._twin.attention())
             output = self._twin.call(self.steps, *args, **kwargs)
         self.image_forwards += part.images
         found = {layer: _target(*_scaled(value), layer.channel_dim) for layer, value in inputs.items()}

@@ -15,7 +15,6 @@ from cptv_ao.core.tensors import compared
 from cptv_ao.fx.running import own_inputs
 from cptv_ao.search.proposals.captured import Captured
 from cptv_ao.search.proposals.descent_objective import Objective
-from cptv_ao.search.proposals.device_memory import attention
 from cptv_ao.search.proposals.feature_matching import LayerInputTargets, Target, Targets, distance
 from cptv_ao.search.proposals.learnable_qparams import LearnableQParams
 from cptv_ao.simulation.layer_inputs import LayerInputs, seeing_inputs
@@ -92,7 +91,7 @@ class PartRunner:
         """
         self.image_forwards += 3 * part.images if graph else part.images
         wanted = self._targets.wanted(key, part) if self._objective.feature_weight else None
-        with torch.set_grad_enabled(graph), self._products(), attention(self._twin):
+        with torch.set_grad_enabled(graph), self._products(), self._twin.attention():
             found = self._graph(part, wanted)
             return PartGraph(found.outputs, found.features * share)
 

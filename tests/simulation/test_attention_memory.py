@@ -1,4 +1,4 @@
-"""What a step may hold: attention that is not fused holds how much each token attends to each."""
+"""What a graph may hold: attention that is not fused holds how much each token attends to each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.nn import functional
 from cptv_ao.backends.open import open_model
 from cptv_ao.core import precision
 from cptv_ao.core.batches import Batch
-from cptv_ao.search.proposals.device_memory import attention
 from cptv_ao.simulation.twin import Twin
 
 HEADS, WIDTH = 2, 8
@@ -38,6 +37,6 @@ def test_attention_stays_fused_where_there_are_many_tokens(
     _, converted = nets.quantize(nets.seeded(Attends), [images])
     twin = Twin(open_model(converted)).checked(Batch((images,), {}, len(images)))
     assert twin.attention_bytes == HEADS * tokens * tokens * 4
-    with attention(twin):
+    with twin.attention():
         assert torch.backends.cuda.flash_sdp_enabled() == fused
     assert torch.backends.cuda.flash_sdp_enabled()
