@@ -91,7 +91,7 @@ class PartRunner:
         """
         self.image_forwards += 3 * part.images if graph else part.images
         wanted = self._targets.wanted(key, part) if self._objective.feature_weight else None
-        with torch.set_grad_enabled(graph), self._products(), self._twin.attention():
+        with torch.set_grad_enabled(graph), self._products():
             found = self._graph(part, wanted)
             return PartGraph(found.outputs, found.features * share)
 
@@ -130,6 +130,6 @@ class PartRunner:
         watching = seeing_inputs(self._twin) if wanted else nullcontext({})
         args, kwargs = own_inputs(part)
         values = {site.name: group.values() for group in self._groups for site in group.sites}
-        with watching as inputs:
+        with watching as inputs, self._twin.attention():
             outputs = compared(self._twin.call(values, *args, **kwargs), self._objective.select)
         return PartGraph(outputs, distance(inputs, wanted) if wanted else outputs.new_zeros(()))
