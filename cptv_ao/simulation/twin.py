@@ -129,10 +129,8 @@ class Twin:
             try:
                 with torch.no_grad():
                     output = checker.run(*ordered(self.module, given))
-                self.graph_bytes, self.attention_bytes = (
-                    total / max(few.images, 1) for total in (checker.bytes, checker.attention_bytes)
-                )
-                self._undefined = checker.undefined
+                count, self._undefined = max(few.images, 1), checker.undefined
+                self.graph_bytes, self.attention_bytes = checker.bytes / count, checker.attention_bytes / count
                 return output
             except UnsupportedModelError as error:
                 run(self._model, few, 0)  # not for want of an op, where the kernels fail too

@@ -48,9 +48,12 @@ class Stream(nn.Module):
             self.position[..., OUTLIERS[0]] += outlier
             self.first.fc2.bias[OUTLIERS[1]] -= outlier
 
-    def rows(self, images: Tensor) -> Tensor:
+    def embedded(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+
+    def rows(self, images: Tensor) -> Tensor:
+        x = self.embedded(images)
         x = x + self.first(x)
         return x + self.second(x)
 
@@ -67,8 +70,7 @@ class PostNorm(Stream):
         gained(self.between)
 
     def rows(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = self.embedded(images)
         x = self.between(x + self.first(x))
         return x + self.second(x)
 
@@ -150,9 +152,11 @@ class Begun(Rows):
             self.start.weight[OUTLIERS] = OUTLIER
             self.start.bias.normal_(0, 0.3)
 
+    def begun(self, x: Tensor) -> Tensor:
+        return self.start(x)
+
     def rows(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = self.start(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position)
+        x = self.begun(self.embedded(images))
         for branch in (self.first, self.second, self.third, self.fourth):
             x = x + branch(x)
         return x
@@ -161,13 +165,8 @@ class Begun(Rows):
 class BegunByFunction(Begun):
     """Has the weight of that norm from a module that it does not call."""
 
-    def rows(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        x = functional.layer_norm(x, (WIDTH,), self.start.weight, self.start.bias)
-        for branch in (self.first, self.second, self.third, self.fourth):
-            x = x + branch(x)
-        return x
+    def begun(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, (WIDTH,), self.start.weight, self.start.bias)
 
 
 class Text(nn.Module):
