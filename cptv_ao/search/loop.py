@@ -115,8 +115,9 @@ class Loop:
     def begin(self) -> None:
         """Tell of the form that the search starts from, where that is another than the given one."""
         if self._equalized is not None:
-            told = "accepted, " if self._equalized else "no worse, "
-            self.stages.append(f"equal forms: {told}{_told(self.loss)}")
+            told = _became(self.loss < self.best.start.search, self._equalized)
+            where = "" if self._equalized else ", the search starts there"
+            self.stages.append(f"equal forms: {told}{where}, {_told(self.loss)}")
             self._tell("proposal", "equal forms", 0, self.loss)
 
     def propose(self, proposals: Iterable[Proposal], meanwhile: Meanwhile | None = None) -> bool:
