@@ -77,10 +77,10 @@ def shift_of(weight: Tensor, codes: Tensor, qparams: QParams, site: ScaleSite) -
     are the nearest ones (ties may go either way). Codes that are clipped count as what they are clipped from."""
     zero_point = along_axis(qparams.zero_point, site.axis, weight.dim())
     steps = weight_steps(weight, qparams.scale.to(torch.float32), site.axis)
-    missing = codes.clamp(site.qmin, site.qmax) - (steps + zero_point).clamp(site.qmin, site.qmax)
-    beyond = missing.abs() - 0.5
-    wrong = beyond > _TIE * steps.abs().clamp_min_(1.0)
+    missing = (steps + zero_point).clamp_(site.qmin, site.qmax).neg_().add_(codes.clamp(site.qmin, site.qmax))
+    beyond = missing.abs().sub_(0.5)
+    wrong = beyond > steps.abs_().clamp_min_(1.0).mul_(_TIE)
     if not bool(wrong.any()):
         return None
-    parts = torch.ceil(beyond * SHIFT_PARTS + 1).mul_(missing.sign() * wrong)
+    parts = beyond.mul_(SHIFT_PARTS).add_(1).ceil_().mul_(missing.sign_().mul_(wrong))
     return parts.clamp_(-SHIFT_PARTS // 2, SHIFT_PARTS // 2).to(torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import nets
 from helpers.cases import Case, backend_of
@@ -11,6 +12,7 @@ from torch import Tensor
 import cptv_ao
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, same
+from cptv_ao.search.proposals import sequential_rounding
 from cptv_ao.search.proposals.compensating_weights import compensating_weights
 from cptv_ao.search.proposals.sequential_rounding import sequential_roundings
 from cptv_ao.simulation.twin import Twin
@@ -49,6 +51,17 @@ def test_outputs_come_nearer_than_by_rounding_each_layer_on_its_own(vit_w2: Case
     found, alone = compensating_weights(twin, names, batch), sequential_roundings(twin, names, [batch])
     assert set(found) == set(alone) == set(names)
     assert apart(twin, found, unseen) < 0.8 * apart(twin, alone, unseen)
+
+
+def test_wide_layers_make_up_part_by_part(vit_w2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those do whose Gram matrix would take more memory than there is."""
+    twin, names = twin_and_names(vit_w2)
+    *told, unseen = vit_w2.batches
+    nearest = apart(twin, {}, unseen)
+    monkeypatch.setattr(sequential_rounding, "_COLUMNS", 12)
+    found = compensating_weights(twin, names, batch_of(torch.cat(told)))
+    assert set(found) == set(names)
+    assert apart(twin, found, unseen) < 0.8 * nearest
 
 
 def test_the_twin_is_left_as_it_was(vit_w2: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from torch.nn import functional
 import cptv_ao
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.weight_rounding import along_axis, round_weight
-from cptv_ao.search.proposals.sequential_rounding import rounded_in_turn, sequential_roundings
+from cptv_ao.search.proposals import sequential_rounding
+from cptv_ao.search.proposals.sequential_rounding import (
+    affordable_columns,
+    column_parts,
+    rounded_in_turn,
+    sequential_roundings,
+)
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.products import Convolution, Linear, Transposed
 from cptv_ao.simulation.qtensor import dequantize
@@ -136,14 +143,27 @@ def test_weights_of_eight_bits_come_nearer_too(conv: Case) -> None:
     assert ratios and sum(ratios) / len(ratios) < 0.9, ratios
 
 
-def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None:
+@pytest.mark.parametrize("most", [5120, 12])
+def test_layers_of_the_model_come_nearer_to_what_they_gave(
+    vit_w2: Case, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of many columns part by part, too: a Gram matrix of all of them may take more memory than there is."""
+    sizes = list[int]()
+
+    def seen(steps: Tensor, low: Tensor, high: Tensor, gram: Tensor) -> Tensor:
+        sizes.append(len(gram))
+        return rounded_in_turn(steps, low, high, gram)
+
+    monkeypatch.setattr(sequential_rounding, "_COLUMNS", most)
+    monkeypatch.setattr(sequential_rounding, "rounded_in_turn", seen)
     backend = backend_of(vit_w2)
     twin = Twin(backend)
     twin.reround_weights()
     batch = Batch((torch.cat(vit_w2.batches),), {}, 128)
     names = [site.name for site in backend.sites.values() if site.kind == "weight"]
     found = sequential_roundings(twin, names, [batch])
-    assert set(found) == set(names)
+    assert set(found) == set(names) and max(sizes) <= most
+    assert (len(sizes) > len(names)) == (most == 12)
     with torch.no_grad(), twin.in_float(twin.names):
         inputs = layer_inputs(twin, batch)
     for layer, value in inputs.items():
@@ -156,3 +176,16 @@ def test_layers_of_the_model_come_nearer_to_what_they_gave(vit_w2: Case) -> None
         twin.sites.set(name, found[name])
         after = (functional.linear(rows, layer.weight.dequantize()) - wanted).square().sum()
         assert float(after) < 0.8 * float(before), name
+
+
+def test_few_operations_pay_for_columns_in_small_parts() -> None:
+    """A ViT-S is never cut in half a minute of a slow core; how small parts get has an end."""
+    small, wide = [(384, 384), (1536, 384), (384, 1536), (384, 3, 14, 14)] * 12, [(4096, 512 * 7 * 7)]
+    assert affordable_columns(small, 3e11) >= 1536
+    parts = [affordable_columns(wide, flops) for flops in (math.inf, 1e12, 3e11, 0.0)]
+    assert parts == sorted(parts, reverse=True) and len(set(parts)) == 4 and parts[-1] >= 64
+    for most in parts:
+        found = column_parts(512 * 7 * 7, most)
+        assert [one.start for one in found[1:]] == [one.stop for one in found[:-1]]
+        assert (found[0].start, found[-1].stop) == (0, 512 * 7 * 7)
+        assert max(one.stop - one.start for one in found) <= most

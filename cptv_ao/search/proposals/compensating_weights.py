@@ -6,6 +6,7 @@ is fitted to its codes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -19,7 +20,13 @@ from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import shift_of
 from cptv_ao.fx.running import call
-from cptv_ao.search.proposals.sequential_rounding import input_rows, rounded_in_turn, steps_and_ends
+from cptv_ao.search.proposals.sequential_rounding import (
+    affordable_columns,
+    column_parts,
+    input_rows,
+    rounded_in_turn,
+    steps_and_ends,
+)
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.twin import Twin
@@ -36,17 +43,19 @@ def _is_roundable(twin: Twin, site: ScaleSite) -> bool:
     return site.axis in (None, 0) and site.is_coarse and twin.sites.shiftable_weight(site.name) is not None
 
 
-def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> Assignment:
+def compensating_weights(twin: Twin, names: Collection[str], batch: Batch, most_flops: float = math.inf) -> Assignment:
     """Scales and roundings for layers that run once, found in one forward in float and one of the twin.
 
     Args:
         twin: at the scales to start from; left as it was.
         names: of the weight sites that may have other scales, and be rounded otherwise than to the nearest code.
         batch: search images.
+        most_flops: as of `sequential_roundings`.
     """
     runs = Counter(layer.weight.site.name for layer in twin.layers)
     once = [layer for layer in twin.layers if runs[layer.weight.site.name] == 1 and layer.weight.site.name in names]
     layers = [one for one in once if _is_roundable(twin, one.weight.site)]
+    most = affordable_columns([layer.weight.codes.shape for layer in layers], most_flops)
     with twin.in_float(twin.names):
         wanted = layer_inputs(twin, batch)
     found: Assignment = {}
@@ -55,7 +64,7 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> As
         given, in_float = input_rows(layer, args[0]), input_rows(layer, wanted.pop(layer))
         if given is not None and in_float is not None:
             name = layer.weight.site.name
-            found[name] = _compensating(layer.weight, given, in_float, twin.sites.get(name))
+            found[name] = _compensating(layer.weight, given, in_float, twin.sites.get(name), most)
             twin.sites.set(name, found[name])
 
     before = {layer.weight.site.name: twin.sites.state(layer.weight.site.name) for layer in layers}
@@ -68,22 +77,30 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch) -> As
     return found
 
 
-def _compensating(quantizer: WeightQuantizer, given: Tensor, in_float: Tensor, now: QParams) -> QParams:
-    """Of inputs as they are and in float, (groups, n, K)."""
+def _compensating(quantizer: WeightQuantizer, given: Tensor, in_float: Tensor, now: QParams, most: int) -> QParams:
+    """Of inputs as they are and in float, (groups, n, K), and as many columns as are looked at together."""
     weight, site = quantizer.weight, quantizer.site
     assert weight is not None
     steps, low, high, zero_point = steps_and_ends(quantizer)
     codes, fits = list[Tensor](), list[Tensor]()
     parts = zip(*(part.chunk(len(given)) for part in (steps, low, high)), given, in_float, strict=True)
-    for own, least, greatest, ours, theirs in parts:
-        gram, cross = ours.T @ ours, theirs.T @ ours
-        rounded = rounded_in_turn(own + _regressed(own, gram, cross, len(ours)), least, greatest, gram, own)
-        codes.append(rounded)
-        fits.append(torch.stack([((own @ cross) * rounded).sum(1), ((rounded @ gram) * rounded).sum(1)]))
+    for group in parts:
+        together = column_parts(group[0].shape[1], most)
+        found = [_of_columns(*(part[:, columns] for part in group)) for columns in together]
+        codes.append(torch.cat([rounded for rounded, _ in found], 1))
+        fits.append(torch.stack([fit for _, fit in found]).sum(0))
     scale = now.scale * _factor(torch.cat(fits, 1), site.axis).double().cpu()
     chosen = torch.cat(codes).reshape(weight.shape) + zero_point
     moved = QParams(scale, now.zero_point, None, now.correction)
     return QParams(scale, now.zero_point, shift_of(weight.cpu(), chosen.cpu(), moved, site), now.correction)
+
+
+def _of_columns(own: Tensor, low: Tensor, high: Tensor, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of weights in steps and their ends (C, K), and inputs as they are and in float (n, K): the weights, rounded
+    (C, K), and products of outputs for `_factor` (2, C)."""
+    gram, cross = ours.T @ ours, theirs.T @ ours
+    rounded = rounded_in_turn(own + _regressed(own, gram, cross, len(ours)), low, high, gram, own)
+    return rounded, torch.stack([((own @ cross) * rounded).sum(1), ((rounded @ gram) * rounded).sum(1)])
 
 
 def _regressed(steps: Tensor, gram: Tensor, cross: Tensor, rows: int) -> Tensor:

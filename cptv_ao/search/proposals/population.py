@@ -24,6 +24,8 @@ from cptv_ao.search.proposals.step_images import StepImages
 # Images on which errors of weights are weighed, at most; where there is no time for the least of them, they are not
 # weighed. Weights of few codes have more to gain. Share of the seconds of a limited search that each look may take.
 _TOLD_BY, _TOLD_LEAST, _TOLD_LEAST_COARSE, _SHARE = 64, 16, 4, 0.03
+# Share of the search in which weights may be rounded column after column.
+_ROUNDED = 0.1
 # Images that tell which codes activations reach.
 _PROBED = 8
 
@@ -167,10 +169,11 @@ class Population:
         """At their present scales."""
         self._searched.follow()
         images = self._cost.images(_TOLD_BY, forwards=2, share=_SHARE, least=_TOLD_LEAST_COARSE)
-        return sequential_roundings(self._searched.twin, weights, spread_images(self._images.batches, images))
+        batches = spread_images(self._images.batches, images)
+        return sequential_roundings(self._searched.twin, weights, batches, self._cost.flops_of(_ROUNDED))
 
     def _compensating(self, weights: Collection[str], batch: Batch) -> Assignment:
         """Each with a scale of its own."""
         self._searched.follow()
         alone = [name for name in weights if len(self._searched.groups[name]) == 1]
-        return compensating_weights(self._searched.twin, alone, batch)
+        return compensating_weights(self._searched.twin, alone, batch, self._cost.flops_of(_ROUNDED))

@@ -5,6 +5,7 @@ what that takes from the outputs is given to the columns that are not rounded ye
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -23,18 +24,24 @@ from cptv_ao.simulation.weighted_layer import WeightedLayer
 _ROWS, _DAMPING = 16_384, 0.01
 # Columns whose errors are handed on to the columns behind them at once.
 _BLOCK = 128
+# Columns that share a Gram matrix: of more (a layer on a flattened map of features, as in VGG) it takes gigabytes.
+_COLUMNS = 5120
 
 
-def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[Batch]) -> Assignment:
+def sequential_roundings(
+    twin: Twin, names: Collection[str], batches: Sequence[Batch], most_flops: float = math.inf
+) -> Assignment:
     """The present scales, with weights that are rounded so.
 
     Args:
         twin: whose layers are given their inputs: of rounded activations and float weights.
         names: of the weight sites that may be rounded otherwise than to the nearest code.
         batches: search images.
+        most_flops: floating point operations that it may take beside forwards; columns in smaller parts take fewer.
     """
     weights = {layer.weight.site.name: layer.weight for layer in twin.layers}
-    grams: dict[str, Tensor] = {}
+    most = affordable_columns([weights[name].codes.shape for name in names if name in weights], most_flops)
+    grams: dict[str, list[Tensor]] = {}
     with twin.in_float(weights):
         for batch in batches:
             for layer, value in layer_inputs(twin, batch).items():
@@ -42,9 +49,11 @@ def sequential_roundings(twin: Twin, names: Collection[str], batches: Sequence[B
                 if site.name in names and twin.sites.shiftable_weight(site.name) is not None:
                     rows = input_rows(layer, value)
                     if rows is not None:
-                        gram = rows.transpose(1, 2) @ rows
-                        grams[site.name] = grams[site.name] + gram if site.name in grams else gram
-    return {name: _rounded(weights[name], gram, twin.sites.get(name)) for name, gram in grams.items()}
+                        parts = (rows[..., columns] for columns in column_parts(rows.shape[2], most))
+                        found = [part.mT @ part for part in parts]
+                        if (before := grams.setdefault(site.name, found)) is not found:
+                            torch._foreach_add_(before, found)
+    return {name: _rounded(weights[name], gram, twin.sites.get(name), most) for name, gram in grams.items()}
 
 
 def input_rows(layer: WeightedLayer, value: QTensor | Tensor) -> Tensor | None:
@@ -52,12 +61,38 @@ def input_rows(layer: WeightedLayer, value: QTensor | Tensor) -> Tensor | None:
     return layer.rows(dequantize(value), _ROWS)
 
 
-def _rounded(quantizer: WeightQuantizer, grams: Tensor, now: QParams) -> QParams:
+def affordable_columns(weights: Collection[Sequence[int]], most_flops: float) -> int:
+    """How many columns may share a Gram matrix, where weights of these shapes (C, ...) take so many floating point
+    operations at most."""
+    columns = _COLUMNS
+    while columns > _BLOCK and sum(_flops(weight, columns) for weight in weights) > most_flops:
+        columns //= 2
+    return columns
+
+
+def _flops(weight: Sequence[int], most: int) -> float:
+    """Of the factors of Gram matrices of so many columns, in float64, which counts twice, and of what they hand on."""
+    columns = math.prod(weight[1:])
+    width = min(columns, most)
+    return columns * width * (8 / 3 * width + weight[0])
+
+
+def column_parts(columns: int, most: int) -> list[slice]:
+    """The columns of a weight in parts of so many at most, of like sizes."""
+    size = math.ceil(columns / math.ceil(columns / most))
+    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
+
+
+def _rounded(quantizer: WeightQuantizer, grams: Sequence[Tensor], now: QParams, most: int) -> QParams:
+    """Of Gram matrices (groups, k, k) of each part of its columns, of which so many are together."""
     weight, site = quantizer.weight, quantizer.site
     assert weight is not None
     *parts_of, zero_point = steps_and_ends(quantizer)
-    parts = zip(*(part.chunk(len(grams)) for part in parts_of), grams, strict=True)
-    codes = torch.cat([rounded_in_turn(*part) for part in parts])
+    columns = list[Tensor]()
+    for own, of_groups in zip(column_parts(parts_of[0].shape[1], most), grams, strict=True):
+        groups = zip(*(part[:, own].chunk(len(of_groups)) for part in parts_of), of_groups, strict=True)
+        columns.append(torch.cat([rounded_in_turn(*group) for group in groups]))
+    codes = torch.cat(columns, 1)
     shift = shift_of(weight.cpu(), (codes.reshape(weight.shape) + zero_point).cpu(), now, site)
     return QParams(now.scale, now.zero_point, shift, now.correction)
 
