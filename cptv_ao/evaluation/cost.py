@@ -117,6 +117,14 @@ def cost_of(
     return Cost(max(counter.total / one.images, 1.0), *seconds, limit, search, scored)
 
 
+def halved(most: int, least: int, flops: Callable[[int], float], most_flops: float) -> int:
+    """How many of something: as many as there may be, halved until they take so many floating point operations at most,
+    or are the least that say anything."""
+    while most > least and flops(most) > most_flops:
+        most //= 2
+    return most
+
+
 def _seconds(model: nn.Module, batch: Batch) -> float:
     """Of a forward of one image among others of a batch."""
     few = batch.few(_FEW)

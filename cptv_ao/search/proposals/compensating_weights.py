@@ -85,8 +85,7 @@ def _compensating(quantizer: WeightQuantizer, given: Tensor, in_float: Tensor, n
     codes, fits = list[Tensor](), list[Tensor]()
     parts = zip(*(part.chunk(len(given)) for part in (steps, low, high)), given, in_float, strict=True)
     for group in parts:
-        together = column_parts(group[0].shape[1], most)
-        found = [_of_columns(*(part[:, columns] for part in group)) for columns in together]
+        found = [_of_columns(*own) for own in zip(*(column_parts(part, most) for part in group), strict=True)]
         codes.append(torch.cat([rounded for rounded, _ in found], 1))
         fits.append(torch.stack([fit for _, fit in found]).sum(0))
     scale = now.scale * _factor(torch.cat(fits, 1), site.axis).double().cpu()

@@ -14,6 +14,7 @@ from cptv_ao.core.batches import Batch
 from cptv_ao.core.contexts import hooked
 from cptv_ao.core.qparams import REDUCED_QMAX, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
+from cptv_ao.evaluation.cost import halved
 from cptv_ao.fx.running import call
 from cptv_ao.simulation.qtensor import QTensor, dequantize
 from cptv_ao.simulation.twin import Twin
@@ -80,9 +81,8 @@ def output_error_scales(twin: Twin, names: Collection[str], batch: Batch, most_f
         most_flops: floating point operations that it may take beside a forward; fewer rows are looked at for fewer.
     """
     layers = [one for one in twin.layers if one.weight.site.name in names and one.weight.weight is not None]
-    rows, found = _ROWS, dict[str, QParams]()
-    while rows > _LEAST_ROWS and sum(_flops(layer.weight.codes.shape, rows) for layer in layers) > most_flops:
-        rows //= 2
+    shapes, found = [layer.weight.codes.shape for layer in layers], dict[str, QParams]()
+    rows = halved(_ROWS, _LEAST_ROWS, lambda rows: sum(_flops(shape, rows) for shape in shapes), most_flops)
 
     def see(layer: Any, args: tuple[Any, ...]) -> None:  # at once: the inputs of all layers would fill the memory
         found[layer.weight.site.name] = _least_error(layer, args[0], rows)

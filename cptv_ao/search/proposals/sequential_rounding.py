@@ -14,6 +14,7 @@ from torch import Tensor
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.weight_rounding import along_axis, shift_of, weight_steps
+from cptv_ao.evaluation.cost import halved
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.qtensor import QTensor, dequantize
 from cptv_ao.simulation.quantizers import WeightQuantizer
@@ -49,8 +50,7 @@ def sequential_roundings(
                 if site.name in names and twin.sites.shiftable_weight(site.name) is not None:
                     rows = input_rows(layer, value)
                     if rows is not None:
-                        parts = (rows[..., columns] for columns in column_parts(rows.shape[2], most))
-                        found = [part.mT @ part for part in parts]
+                        found = [part.mT @ part for part in column_parts(rows, most)]
                         if (before := grams.setdefault(site.name, found)) is not found:
                             torch._foreach_add_(before, found)
     return {name: _rounded(weights[name], gram, twin.sites.get(name), most) for name, gram in grams.items()}
@@ -64,10 +64,7 @@ def input_rows(layer: WeightedLayer, value: QTensor | Tensor) -> Tensor | None:
 def affordable_columns(weights: Collection[Sequence[int]], most_flops: float) -> int:
     """How many columns may share a Gram matrix, where weights of these shapes (C, ...) take so many floating point
     operations at most."""
-    columns = _COLUMNS
-    while columns > _BLOCK and sum(_flops(weight, columns) for weight in weights) > most_flops:
-        columns //= 2
-    return columns
+    return halved(_COLUMNS, _BLOCK, lambda columns: sum(_flops(weight, columns) for weight in weights), most_flops)
 
 
 def _flops(weight: Sequence[int], most: int) -> float:
@@ -77,10 +74,9 @@ def _flops(weight: Sequence[int], most: int) -> float:
     return columns * width * (8 / 3 * width + weight[0])
 
 
-def column_parts(columns: int, most: int) -> list[slice]:
-    """The columns of a weight in parts of so many at most, of like sizes."""
-    size = math.ceil(columns / math.ceil(columns / most))
-    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
+def column_parts(values: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Values (..., K) in parts of so many columns at most, of like sizes."""
+    return values.chunk(math.ceil(values.shape[-1] / most), -1)
 
 
 def _rounded(quantizer: WeightQuantizer, grams: Sequence[Tensor], now: QParams, most: int) -> QParams:
@@ -89,8 +85,8 @@ def _rounded(quantizer: WeightQuantizer, grams: Sequence[Tensor], now: QParams, 
     assert weight is not None
     *parts_of, zero_point = steps_and_ends(quantizer)
     columns = list[Tensor]()
-    for own, of_groups in zip(column_parts(parts_of[0].shape[1], most), grams, strict=True):
-        groups = zip(*(part[:, own].chunk(len(of_groups)) for part in parts_of), of_groups, strict=True)
+    for *own, of_groups in zip(*(column_parts(part, most) for part in parts_of), grams, strict=True):
+        groups = zip(*(part.chunk(len(of_groups)) for part in own), of_groups, strict=True)
         columns.append(torch.cat([rounded_in_turn(*group) for group in groups]))
     codes = torch.cat(columns, 1)
     shift = shift_of(weight.cpu(), (codes.reshape(weight.shape) + zero_point).cpu(), now, site)
