@@ -33,13 +33,20 @@ from cptv_ao.transforms.channel_ranges import (
 from cptv_ao.transforms.equivalence import Equivalence
 from cptv_ao.transforms.replaced_weights import add_to_bias
 
+# How near to 1 ones arrive that nothing multiplies.
+_AS_IT_IS = 1e-3
+
 
 @dataclass(frozen=True)
 class _Form:
-    """What is subtracted from the channels of the layer that gives keys, (C,)."""
+    """What is subtracted from the channels of a layer that gives keys (C,), once for all attention that reads them."""
 
-    keys: Keys
+    keys: Sequence[Keys]
     middle: Tensor
+
+    @property
+    def source(self) -> str:
+        return self.keys[0].source
 
 
 def centre_keys(
@@ -67,37 +74,73 @@ def centre_keys(
     """
     if not keys or check.twin is None:
         return []
-    channels = _channels(check.twin, keys, check.few.few(1))
-    forms = [
-        _Form(one, middle)
-        for one, own in zip(keys, channels, strict=True)
-        if own is not None and one.source in ends and (middle := _middle(ends[one.source], own)) is not None
-    ]
-    done = check.used(forms, lambda form: _write(backend, form))
+    arrived = _Arrived.of(check.twin, keys, check.few.few(1))
+    alike = [[one for one in keys if one.source == source] for source in dict.fromkeys(one.source for one in keys)]
+    found = (_form(some, ends, arrived) for some in alike)
+    done = check.used([form for form in found if form is not None], lambda form: _write(backend, form))
     if not done:
         return []
-    moving = moving_with(backend, (name for form in done for name in form.keys.sites.values()))
-    hold_ranges(backend, moving, channel_ends(check.twin, whole_values(moving), batches, world), codes)
-    return [f"keys of {counted(len(done), 'attention')} moved to the middle of their ranges, which no softmax sees"]
+    used = [one for form in done for one in form.keys]
+    moving = moving_with(backend, (name for one in used for name in one.sites.values()))
+    seen = {
+        node: ends[form.source].part(channels, form.middle)
+        for form in done
+        for one in form.keys
+        for node in one.brought
+        if (channels := arrived.unchanged(node)) is not None
+    }
+    others = [group for group in moving if not all(node in seen for site in group for node in site.nodes)]
+    if others:
+        seen |= channel_ends(check.twin, whole_values(others), batches, world)
+    hold_ranges(backend, moving, seen, codes)
+    return [f"keys of {counted(len(used), 'attention')} moved to the middle of their ranges, which no softmax sees"]
 
 
-def _channels(twin: Twin, keys: Sequence[Keys], few: Batch) -> list[Tensor | None]:
-    """Which channels of their source keys are; None where this is something else."""
-    arrived = partial(arriving, twin, few, {one.source for one in keys}, {one.node for one in keys})
-    # The first channel is 1: what multiplies the numbers on the way is seen on ones.
-    found, ones = arrived(lambda count: torch.arange(1, count + 1)), arrived(torch.ones)
-    return [_arrived(found[one.node] / ones[one.node], one.dim) if one.node in found else None for one in keys]
+@dataclass(frozen=True)
+class _Arrived:
+    """What arrives at nodes, by node, where the sources of keys give the numbers of their channels, from 1 on, and
+    where they give ones: what multiplies the numbers on the way."""
+
+    numbers: Mapping[str, Tensor]
+    ones: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(twin: Twin, keys: Sequence[Keys], few: Batch) -> _Arrived:
+        """At the products with the queries, and on scales before them."""
+        sources = {one.source for one in keys}
+        arrived = partial(arriving, twin, few, sources, {node for one in keys for node in (one.node, *one.brought)})
+        return _Arrived(arrived(lambda count: torch.arange(1, count + 1)), arrived(torch.ones))
+
+    def keys(self, keys: Keys) -> Tensor | None:
+        """Which channels (K,) of their source keys are; None where this is something else."""
+        if keys.node not in self.numbers:
+            return None
+        numbers = self.numbers[keys.node] / self.ones[keys.node]
+        if numbers.dim() < 2:
+            return None
+        rows = numbers.movedim(keys.dim, -1)
+        return _channels(numbers) if bool(((rows - rows[..., :1, :]).abs() < WHOLE).all()) else None
+
+    def unchanged(self, node: str) -> Tensor | None:
+        """Which channels (K,) of their source a node gives, as they are; None where this is something else."""
+        if node not in self.ones or not bool(((self.ones[node] - 1).abs() < _AS_IT_IS).all()):
+            return None
+        return _channels(self.numbers[node])
 
 
-def _arrived(numbers: Tensor, dim: int) -> Tensor | None:
-    """The channels (K,) of numbers that all rows have alike, each once in a row."""
-    if numbers.dim() < 2:
+def _channels(numbers: Tensor) -> Tensor | None:
+    """The channels (K,), in order, of numbers from 1 on; None of others."""
+    whole = numbers.round()
+    return torch.unique(whole).long() - 1 if bool(((numbers - whole).abs() < WHOLE).all()) else None
+
+
+def _form(alike: Sequence[Keys], ends: Mapping[str, ChannelRange], arrived: _Arrived) -> _Form | None:
+    """Of keys that one layer gives; None where nothing is worth it."""
+    channels, source = [own for one in alike if (own := arrived.keys(one)) is not None], alike[0].source
+    if len(channels) < len(alike) or source not in ends:
         return None
-    rows = numbers.movedim(dim, -1)
-    whole = rows[..., :1, :].round()
-    if not bool(((rows - whole).abs() < WHOLE).all()):
-        return None
-    return torch.tensor(sorted(set(whole.flatten().long().tolist()))) - 1
+    middle = _middle(ends[source], torch.cat(channels))
+    return None if middle is None else _Form(alike, middle)
 
 
 def _middle(ends: ChannelRange, channels: Tensor) -> Tensor | None:
@@ -112,5 +155,5 @@ def _middle(ends: ChannelRange, channels: Tensor) -> Tensor | None:
 
 def _write(backend: Backend, form: _Form) -> _Form:
     """Give the layer its other bias."""
-    add_to_bias(backend, form.keys.weight, -form.middle)
+    add_to_bias(backend, form.keys[0].weight, -form.middle)
     return form

@@ -42,6 +42,7 @@ class Keys:
         source: the quantized linear layer whose channels they are.
         weight: site of that, whose bias may change.
         sites: of activations from there to the softmax, by the node of each.
+        brought: those of these nodes that come before the product.
     """
 
     node: str
@@ -49,6 +50,7 @@ class Keys:
     source: str
     weight: str
     sites: dict[str, str]
+    brought: tuple[str, ...]
 
 
 class AttentionPatterns:
@@ -92,21 +94,24 @@ class AttentionPatterns:
 
     def _keys(self, value: Any, dim: int, scores: list[Node]) -> Keys | None:
         """What a quantized linear layer gives, moved about and put on other scales at most."""
-        way, node = list(scores), value
+        way, node = list[Node](), value
         while isinstance(node, Node):
             way.append(node)
             if node.name in self._lone.weights:
-                return self._given(value, dim, node, way)
+                return self._given(way, dim, scores)
             node = node.args[0] if self._passes(node) and node.args else None
         return None
 
-    def _given(self, value: Node, dim: int, source: Node, way: list[Node]) -> Keys | None:
+    def _given(self, way: list[Node], dim: int, scores: list[Node]) -> Keys | None:
+        """The same, of the way back from the product to the layer."""
+        source = way[-1]
         layer, weight = of_node(source, self._lone.modules), self._lone.weights[source.name].name
         plain = layer is not None and layer.product == "linear" and not layer.after and not layer.adds
-        nodes = [node.name for node in way if node.name in self._on_scale]
+        brought, nodes = ([node.name for node in part if node.name in self._on_scale] for part in (way, scores + way))
         if not plain or not self._backend.correctable(weight) or not all(name in self._lone.outputs for name in nodes):
             return None
-        return Keys(value.name, dim, source.name, weight, {name: self._on_scale[name] for name in nodes})
+        sites = {name: self._on_scale[name] for name in nodes}
+        return Keys(way[0].name, dim, source.name, weight, sites, tuple(brought))
 
     def _passes(self, node: Node) -> bool:
         """Whether a node gives what it is given, elsewhere, on another scale, or times a number."""

@@ -59,6 +59,11 @@ class ChannelRange:
         low, high, some = self.low * factors, self.high * factors, self.some * factors[:, None]
         return ChannelRange(low, high, self.square * factors.square(), some)
 
+    def part(self, channels: Tensor, middle: Tensor) -> ChannelRange:
+        """Of some of the channels, (K,) of their numbers, of which the middle (C,) was subtracted."""
+        low, high, some = self.low - middle, self.high - middle, self.some - middle[:, None]
+        return ChannelRange(low[channels], high[channels], some[channels].square().mean(1), some[channels])
+
     @property
     def reached(self) -> ChannelRange:
         """With ends as they are of more values, where these are few; none gets beyond 0 that was not."""

@@ -19,8 +19,13 @@ import cptv_ao
 from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import weight_ranges
 from cptv_ao.core.batches import Batch
+from cptv_ao.core.distributed import ALONE
+from cptv_ao.core.qparams import qparams_for_range
+from cptv_ao.simulation.twin import unquantized
 from cptv_ao.transforms.attention_patterns import AttentionPatterns
+from cptv_ao.transforms.channel_ranges import channel_ends, moving_with, whole_values
 from cptv_ao.transforms.equalize import equalize
+from cptv_ao.transforms.range_clipping import observed_codes
 
 NOTE = "keys of 1 attention moved to the middle of their ranges, which no softmax sees"
 FIRST = Batch((BATCHES[0],), {}, 8)
@@ -50,6 +55,8 @@ class Written(Attending):
         mixed = scores.softmax(-1).matmul(v) if self.form != "no softmax" else scores.relu() @ v
         if self.form == "read twice":
             mixed = mixed + k
+        if self.form == "two queries":
+            mixed = mixed + torch.matmul(q.flip(2), k.transpose(-2, -1)).softmax(-1).matmul(v)
         return mixed.transpose(1, 2).reshape(images, tokens, DIM)
 
 
@@ -105,6 +112,23 @@ def test_what_is_no_such_attention_stays(form: str) -> None:
     wanted = in_float(backend, BATCHES[1])
     assert NOTE not in equalize(backend, [FIRST])
     torch.testing.assert_close(in_float(backend, BATCHES[1]), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fused", "scaled", "two queries", "bmm"])
+@torch.no_grad()
+def test_scales_hold_what_is_there_then(form: str) -> None:
+    case = unlike(form)
+    backend = backend_of(case)
+    codes, names = observed_codes(backend, FIRST, ALONE), AttentionPatterns(backend).keys()[0].sites.values()
+    assert any(note.startswith("keys of ") for note in equalize(backend, [FIRST]))
+    moving = moving_with(backend, names)
+    seen = channel_ends(unquantized(backend), whole_values(moving), [FIRST], ALONE)
+    for group in moving:
+        lows, highs = zip(*(seen[node].bounds for site in group for node in site.nodes), strict=True)
+        for site in group:
+            found, wanted = backend.read(site.name), qparams_for_range(min(lows), max(highs), site, codes)
+            torch.testing.assert_close(found.scale, wanted.scale, rtol=1e-4, atol=0.0)
+            torch.testing.assert_close(found.zero_point, wanted.zero_point, rtol=0.0, atol=1.0)
 
 
 @torch.no_grad()
