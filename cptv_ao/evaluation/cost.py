@@ -24,8 +24,8 @@ from cptv_ao.fx.running import run
 _FEW, _TIMES, _TIMED = 2, 4, 0.1
 # Share of the seconds of a limited search in which its images are run through the float network, and through the
 # quantized one as it is, in another form, and with the first proposal; the share that may go into as many of them as
-# are enough; and images without which no loss says anything.
-_SCORED, SCORED_FORWARDS, _SCORED_FEW, _LEAST = 0.05, 3, 0.1, 16
+# are enough; and images, and held-out ones, without which no loss says anything.
+_SCORED, SCORED_FORWARDS, _SCORED_FEW, _LEAST, _LEAST_HELD_OUT = 0.05, 3, 0.1, 16, 4
 # So many are enough, of embeddings and of classes: cosines differ from image to image by about their mean, the KL by
 # two to four times that.
 _ENOUGH, _ENOUGH_OF_CLASSES = 64, 256
@@ -153,11 +153,11 @@ def affordable(split: Split, cost: Cost, whole: bool, of_classes: bool = False) 
         return split
     share = max(int(pays), _LEAST) / split.images
 
-    def few(part: Sequence[Batch]) -> tuple[Batch, ...]:
+    def few(part: Sequence[Batch], least: int) -> tuple[Batch, ...]:
         worth = round(share * sum(batch.images for batch in part))
-        return tuple(spread_images(part, max(2, worth), whole))
+        return tuple(spread_images(part, max(least, worth), whole))
 
-    return Split(few(split.search), few(split.holdout))
+    return Split(few(split.search, 2), few(split.holdout, _LEAST_HELD_OUT))
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -61,12 +61,11 @@ class Budget:
         """Of the call, those until the search must be over; None where they are not limited."""
         return None if self.max_seconds is None else max(self.max_seconds - self.reserved, 0.0)
 
-    @property
-    def late(self) -> bool:
-        """Whether this call, without those that it goes on from, has its seconds and a tenth behind it; the ranks must
-        ask together."""
-        seconds = self.world.most(self.seconds - self._earlier)[0]
-        return self.max_seconds is not None and seconds > _LATE * self.max_seconds
+    def pays(self, seconds: float) -> bool:
+        """Whether this call, without those that it goes on from, may take so many more until it has its seconds and a
+        tenth behind it; the ranks must ask together."""
+        now = self.world.most(self.seconds - self._earlier)[0]
+        return self.max_seconds is None or now + seconds <= _LATE * self.max_seconds
 
     @property
     def stopped(self) -> Status | None:

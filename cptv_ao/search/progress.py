@@ -13,9 +13,10 @@ from cptv_ao.evaluation.cost import SCORED_FORWARDS
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.verdict import Verdict
 
-# What is done before the first result, in forwards of one image, beside those of the images that are scored; and how
-# many times as long a search is worth its preparation.
-_BEFORE_FIRST, _WORTH = 40, 5
+# What is done before the first result, in forwards of one image, beside those of the images that are scored; how many
+# times as long a search is worth its preparation; and how many times the seconds of a call may pass until then, as far
+# as that is known, for anything to be tried.
+_BEFORE_FIRST, _WORTH, _PAST = 40, 5, 1.25
 
 
 def bar_total(config: RefineConfig, blocks: int) -> int:
@@ -58,23 +59,25 @@ class SearchProgress:
         due = self._budget.seconds + _before_first(calibration)
         told += f", {number(cost.seconds)} s in float; the first result is due after {due:.0f} of {limit:g} s"
         self._bar.say(told)
-        if due < limit or calibration.config.accept_on is not None:  # of which `priced` tells
+        if not limit <= due <= _PAST * limit or calibration.config.accept_on is not None:  # of which `priced` tells
             return []
-        return [
-            f"max_seconds={limit:g} is too short for this model on this machine: the first scales are tried after "
-            f"about {math.ceil(due)} s; {math.ceil(_WORTH * due)} s are worth it"
-        ]
+        return [f"max_seconds={limit:g} is too short for this model on this machine: {_would(due)}"]
 
     def priced(self, calibration: Calibration, verdict: Verdict) -> str:
         """Say what `accept_on` takes of the seconds, once it was called.
 
         Returns:
-            Why there is no search: the seconds do not pay for what it takes to judge one. Nothing where they do.
+            Why there is no search: the seconds do not pay for a first result, or for what it takes to judge one.
+            Nothing where they do.
         """
         limit, price = self._budget.max_seconds, verdict.seconds
-        if limit is None or calibration.config.accept_on is None:
+        if limit is None:
             return ""
         now, before = self._budget.now, _before_first(calibration)
+        if calibration.config.accept_on is None:
+            due = now + before - calibration.cost.kernel_seconds * calibration.images  # which have been scored once
+            short = f"not searched: max_seconds={limit:g} pays for nothing here: {_would(due)}"
+            return "" if due <= _PAST * limit else short
         told = f"accept_on takes {price:.1f} s a call"
         if now + before + price < limit:
             self._bar.say(f"refine: {told}, {limit - now - price:.0f} of {limit:g} s are left for the search")
@@ -93,6 +96,11 @@ class SearchProgress:
             steps, self._shown = now - self._shown, now
             told += f", {max(0.0, limit - seconds):.0f} s left"
         self._bar(told, steps)
+
+
+def _would(due: float) -> str:
+    """When a first result is due, and what would do."""
+    return f"the first scales are tried after about {math.ceil(due)} s; {math.ceil(_WORTH * due)} s are worth it"
 
 
 def _before_first(calibration: Calibration) -> float:

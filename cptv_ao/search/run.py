@@ -41,7 +41,8 @@ class Search:
     @property
     def image_forwards(self) -> int:
         """Images run through the twin for proposals so far by this rank; forward and backward count as three."""
-        return 0 if self.proposer is None else self.proposer.image_forwards
+        made: Proposer | None = vars(self).get("proposer")
+        return 0 if made is None else made.image_forwards
 
     def run(self) -> None:
         """Leave the best scales in the model.
@@ -54,12 +55,17 @@ class Search:
         loop = self._loop
         if found is None:
             loop.begin()
-        proposer = self.proposer
+        if loop.budget.left:  # else nothing is made that nobody asks
+            self._propose(found)
+        loop.run(self._save)
+
+    def _propose(self, found: SearchState | None) -> None:
+        """Score what is proposed, or what is left of that in a state that was saved."""
+        loop, proposer = self._loop, self.proposer
         if found is None or (found.descent is not None and proposer is not None):
             proposals = () if proposer is None else proposer.proposals(loop.step, self._pause)
             if loop.propose(proposals, None if proposer is None else proposer.beside_the_judge(loop.step)):
                 self._save()
-        loop.run(self._save)
 
     def state(self) -> SearchState:
         """Where it is."""

@@ -57,4 +57,4 @@ class Verdict:
     @property
     def too_late(self) -> bool:
         """Whether no time is left to ask; the ranks must ask together."""
-        return self.dear and self._budget.late
+        return self.dear and not self._budget.pays(0.0)

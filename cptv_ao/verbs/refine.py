@@ -50,11 +50,14 @@ from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
-from cptv_ao.simulation.kernel_agreement import agreement_notes
+from cptv_ao.simulation.kernel_agreement import agreement_notes, broken_kernels
 from cptv_ao.simulation.twin import FEW
 from cptv_ao.transforms.returned_norms import ReturnedNorms, returned_norms
 from cptv_ao.transforms.stream_outliers import stream_notes
 from cptv_ao.verbs.calibrated import calibrated
+
+# Said where the seconds are over.
+_UNSEEN = "max_seconds left no time to look where kernels saturate, and which channels of a residual stream stand out"
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ def _refine(
         notes, before = [*_unknown(backend), *unknown, *told], backend.snapshot()
         verdict = verdict_of(backend, kernels, calibration, budget)
         scores = OutputScores(backend.model, kernels, verdict.shipped, calibration)
-        if dear := progress.priced(calibration, verdict):
+        dear = progress.priced(calibration, verdict)
+        if dear and planned is None:  # a search that was saved is not lost
             notes.append(dear)
             report = unsearched(verdict.given, len(given), calibration, asked.config.told(), notes, budget.seconds)
             return replace(report, outputs=scores.told(report))
@@ -205,9 +209,11 @@ def _refine(
         with stop_on_interrupt(budget.stop):
             search.run()
 
-    notes += at_state(backend, before, lambda: agreement_notes(backend, calibration.probe, config))
+    probe, pays = calibration.probe, budget.pays(_told_seconds(calibration, scores))
+    looked = partial(agreement_notes, config=config) if pays else broken_kernels
+    notes += at_state(backend, before, lambda: looked(backend, probe))
     report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
-    notes = [*report.notes, *stream_notes(backend, calibration.probe)]
+    notes = [*report.notes, *(stream_notes(backend, probe) if pays else [_UNSEEN])]
     report = replace(report, outputs=scores.told(report), notes=tuple(notes))
     forwards = target.image_forwards + scores.image_forwards + search.image_forwards
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))

@@ -56,12 +56,13 @@ def test_who_says_so_first_is_told(by: Status) -> None:
 
 
 def test_late_is_what_this_call_took() -> None:
-    assert Budget(None, 10.0, started=time.monotonic() - 11.5).late
-    assert not Budget(None, 10.0, started=time.monotonic() - 10.5).late, "a tenth is not late"
-    assert not Budget(None, None, started=time.monotonic() - 1e6).late
+    assert not Budget(None, 10.0, started=time.monotonic() - 11.5).pays(0.0)
+    assert Budget(None, 10.0, started=time.monotonic() - 10.5).pays(0.0), "a tenth is not late"
+    assert not Budget(None, 10.0, started=time.monotonic() - 10.5).pays(1.0)
+    assert Budget(None, None, started=time.monotonic() - 1e6).pays(1e6)
     resumed = Budget(None, 10.0, started=time.monotonic() - 5.0)
     resumed.go_on_from(3, seconds=60.0)
-    assert resumed.seconds >= 65 and not resumed.late, "what an earlier call took is not of this one"
+    assert resumed.seconds >= 65 and resumed.pays(0.0), "what an earlier call took is not of this one"
 
 
 def test_what_follows_the_search_is_kept_for_it() -> None:

@@ -57,6 +57,17 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
+def test_too_few_seconds_change_nothing_and_lose_nothing(small_cases: Copies, over: Path) -> None:
+    asked, given, gone_on, saved = (small_cases["conv"] for _ in range(4))
+    assert refine(asked, None, max_seconds=1e-4) == []
+    report = cptv_ao.report(asked.converted)
+    assert equal(scales(asked), scales(given)) and report.status is cptv_ao.Status.UNCHANGED
+    assert [note for note in report.notes if note.startswith("not searched: max_seconds=0.0001 pays for nothing here")]
+    refine(saved, over)
+    refine(gone_on, over, max_seconds=1e-4)
+    assert equal(scales(gone_on), scales(saved)) and not equal(scales(gone_on), scales(given))
+
+
 SEARCHES: list[dict[str, Any]] = [{}, {"score_on": "simulation"}, {"search": "cma"}, {"block_order": "backward"}]
 QUICK = {("conv", 0), ("functional", 2)}
 

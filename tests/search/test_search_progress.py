@@ -73,8 +73,8 @@ def test_the_first_line_says_what_it_works_with(given: int, said: str) -> None:
     assert SearchProgress(shown, Budget(None, 60.0)).begun(calibration, given) == []
     (line,) = shown.lines
     assert line.startswith(said) and "11 GFLOP" in line and "0.083 s" in line and "due after 4 of 60 s" in line
-    (note,) = SearchProgress(shown, Budget(None, 2.0)).begun(calibration, given)
-    assert note.startswith("max_seconds=2 is too short") and "after about 4 s; 20 s are worth it" in note
+    (note,) = SearchProgress(shown, Budget(None, 3.3)).begun(calibration, given)
+    assert note.startswith("max_seconds=3.3 is too short") and "after about 4 s; 20 s are worth it" in note
     assert SearchProgress(shown, Budget()).begun(calibration, given) == [], "without a limit there is time"
     ships = replace(calibration, config=RefineConfig(accept_on=lambda model: model))
     assert SearchProgress(shown, Budget(None, 2.0)).begun(ships, given) == [], "`priced` tells, with what that takes"
@@ -112,3 +112,11 @@ def test_what_accept_on_takes_is_told_and_what_it_leaves() -> None:
     assert priced(56.0, 20.0, spent=22.0, **ships)[0] == "", "what it says would do does"
     assert priced(None, 20.0, spent=1e6, **ships) == ("", []), "without a limit there is time"
     assert priced(30.0, 20.0, spent=29.0) == ("", []), "the model's own kernels are planned for before"
+
+
+def test_nothing_is_tried_where_even_the_first_result_is_far_beyond_the_seconds() -> None:
+    assert priced(30.0, 0.0, spent=36.0) == ("", [])
+    told, lines = priced(30.0, 0.0, spent=37.0)
+    assert told.startswith("not searched: max_seconds=30 pays for nothing here: the first scales are tried after about")
+    assert told.endswith(" s are worth it") and lines == []
+    assert priced(None, 0.0, spent=1e6) == ("", []), "without a limit there is time"
