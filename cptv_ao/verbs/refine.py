@@ -31,7 +31,6 @@ from cptv_ao.core.identity import Identity
 from cptv_ao.core.loader import read_batches
 from cptv_ao.core.outcome import Outcome
 from cptv_ao.core.progress import progress_bar
-from cptv_ao.evaluation.calibration import PROBE_FORWARDS, Calibration
 from cptv_ao.evaluation.inductor import fused_by_inductor
 from cptv_ao.evaluation.output_scores import OutputScores
 from cptv_ao.evaluation.scoring import SplitEvaluators, check_losses
@@ -39,7 +38,7 @@ from cptv_ao.evaluation.teacher import FloatSources
 from cptv_ao.fx.running import unwrapped
 from cptv_ao.reporting.report import put_on
 from cptv_ao.reporting.saving_notes import saving_notes
-from cptv_ao.search.baseline import at_state, equalized_baseline
+from cptv_ao.search.baseline import equalized_baseline
 from cptv_ao.search.budget import Budget
 from cptv_ao.search.checkpoint import Checkpoint, check_path
 from cptv_ao.search.fingerprint import fingerprint
@@ -50,14 +49,10 @@ from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.search.run import Search
 from cptv_ao.search.search_space import SearchSpace
 from cptv_ao.search.target import KernelTarget, is_exact, open_target, verdict_of
-from cptv_ao.simulation.kernel_agreement import agreement_notes, broken_kernels
 from cptv_ao.simulation.twin import FEW
 from cptv_ao.transforms.returned_norms import ReturnedNorms, returned_norms
-from cptv_ao.transforms.stream_outliers import stream_notes
 from cptv_ao.verbs.calibrated import calibrated
-
-# Said where the seconds are over.
-_UNSEEN = "max_seconds left no time to look where kernels saturate, and which channels of a residual stream stand out"
+from cptv_ao.verbs.judged import judged, told_seconds
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def _refine(
         del own  # it holds all weights once more
         target = open_target(backend, kernels, form, calibration, verdict)
         space = SearchSpace.of(target.store, config)
-        budget.reserve(target.verdict_seconds + _told_seconds(calibration, scores))
+        budget.reserve(target.verdict_seconds + told_seconds(calibration, scores))
 
         loop = Loop(space, target.scoring, config, budget, (*asked.listeners, progress), target.given)
         check_losses(loop.best.start)
@@ -209,12 +204,10 @@ def _refine(
         with stop_on_interrupt(budget.stop):
             search.run()
 
-    probe, pays = calibration.probe, budget.pays(_told_seconds(calibration, scores))
-    looked = partial(agreement_notes, config=config) if pays else broken_kernels
-    notes += at_state(backend, before, lambda: looked(backend, probe))
-    report = target.judged(outcome_of(loop, given, calibration, asked.config.told(), notes))
-    notes = [*report.notes, *(stream_notes(backend, probe) if pays else [_UNSEEN])]
-    report = replace(report, outputs=scores.told(report), notes=tuple(notes))
+    found = outcome_of(loop, given, calibration, asked.config.told(), notes)
+    pays = budget.pays(told_seconds(calibration, scores))
+    report = judged(found, target, backend, before, calibration, pays)
+    report = replace(report, outputs=scores.told(report), seconds=budget.seconds)
     forwards = target.image_forwards + scores.image_forwards + search.image_forwards
     return replace(report, image_forwards=int(asked.world.sum(torch.tensor(forwards))))
 
@@ -225,13 +218,6 @@ def _unknown(backend: Backend) -> list[str]:
     if notes:
         warnings.warn("; ".join(notes), CptvWarning, stacklevel=4)
     return notes
-
-
-def _told_seconds(calibration: Calibration, scores: OutputScores) -> float:
-    """What it takes to find what is told beside the verdict on a search."""
-    cost = calibration.cost
-    probes = 2 * PROBE_FORWARDS * calibration.probe.images * cost.seconds
-    return probes + scores.verdict_forwards * cost.kernel_seconds
 
 
 def _allowed(config: RefineConfig, opened: OpenedModel) -> RefineConfig:
