@@ -170,7 +170,7 @@ def _refine(
         progress.stage("outputs of the float network")
         planned = None if checkpoint is None else checkpoint.image_seconds
         calibration, own, told = calibrated(backend, batches, sources, config, asked.world, planned)
-        told += progress.begun(calibration, sum(batch.images for batch in batches))
+        short = progress.begun(calibration, sum(batch.images for batch in batches))
 
         # Another form rounds its weights anew, as they were not trained (QAT).
         equalizes = config.equalize and config.searches_all and not backend.weights.trained
@@ -188,6 +188,7 @@ def _refine(
             notes.append(dear)
             report = unsearched(verdict.given, len(given), calibration, asked.config.told(), notes, budget.seconds)
             return replace(report, outputs=scores.told(report))
+        notes += short
 
         progress.stage("equal forms")
         scored = not is_exact(backend, verdict)

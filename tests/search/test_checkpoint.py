@@ -63,8 +63,10 @@ def test_too_few_seconds_change_nothing_and_lose_nothing(small_cases: Copies, ov
     report = cptv_ao.report(asked.converted)
     assert equal(scales(asked), scales(given)) and report.status is cptv_ao.Status.UNCHANGED
     assert [note for note in report.notes if note.startswith("not searched: max_seconds=0.0001 pays for nothing here")]
+    assert not any("is too short" in note for note in report.notes), "it is said once"
     refine(saved, over)
     refine(gone_on, over, max_seconds=1e-4)
+    assert any("is too short" in note for note in cptv_ao.report(gone_on.converted).notes)
     assert equal(scales(gone_on), scales(saved)) and not equal(scales(gone_on), scales(given))
 
 

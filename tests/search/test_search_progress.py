@@ -73,8 +73,8 @@ def test_the_first_line_says_what_it_works_with(given: int, said: str) -> None:
     assert SearchProgress(shown, Budget(None, 60.0)).begun(calibration, given) == []
     (line,) = shown.lines
     assert line.startswith(said) and "11 GFLOP" in line and "0.083 s" in line and "due after 4 of 60 s" in line
-    (note,) = SearchProgress(shown, Budget(None, 3.3)).begun(calibration, given)
-    assert note.startswith("max_seconds=3.3 is too short") and "after about 4 s; 20 s are worth it" in note
+    (note,) = SearchProgress(shown, Budget(None, 2.0)).begun(calibration, given)
+    assert note.startswith("max_seconds=2 is too short") and "after about 4 s; 20 s are worth it" in note
     assert SearchProgress(shown, Budget()).begun(calibration, given) == [], "without a limit there is time"
     ships = replace(calibration, config=RefineConfig(accept_on=lambda model: model))
     assert SearchProgress(shown, Budget(None, 2.0)).begun(ships, given) == [], "`priced` tells, with what that takes"
