@@ -43,7 +43,7 @@ class QParams:
     @property
     def shift_steps(self) -> Tensor | None:
         """The shift in steps, -0.5 to 0.5 (float32)."""
-        return None if self.shift is None else self.shift.to(torch.float32) / SHIFT_PARTS
+        return None if self.shift is None else shift_in_steps(self.shift)
 
     def checked(self, site: ScaleSite) -> QParams:
         """Round the scale to float32, so that a state_dict keeps it, and refuse what no kernel can use.
@@ -74,6 +74,11 @@ class QParams:
                 site.name,
             )
         return QParams(scale, zero_point, self.shift, self.correction)
+
+
+def shift_in_steps(shift: Tensor) -> Tensor:
+    """A shift as qparams have it (int8) in steps, -0.5 to 0.5 (float32)."""
+    return shift.to(torch.float32) / SHIFT_PARTS
 
 
 def same(a: QParams, b: QParams) -> bool:

@@ -50,27 +50,30 @@ class Quantize(torch.autograd.Function):
 
 
 class RoundWeight(torch.autograd.Function):
-    """codes = fit(weight / scale + shift) along the channel axis. The weight itself gets no gradient."""
+    """codes = fit(weight / scale + shift) along the channel axis. The weight itself gets no gradient.
+
+    The steps are found again where they are wanted: numbers as large as all weights would be held else.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor, axis: int | None, limits: Limits, shift: Tensor | None = None
     ) -> Tensor:
-        steps = weight_steps(weight, scale, axis)
-        u = steps if shift is None else steps + shift
-        ctx.save_for_backward(steps, u, scale)
+        ctx.save_for_backward(weight, scale, shift)
         ctx.axis, ctx.limits = axis, limits
-        return limits.fit(u)
+        u = weight_steps(weight, scale, axis)
+        return limits.fit(u if shift is None else u.add_(shift))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        steps, u, scale = ctx.saved_tensors
-        d_shift = ctx.limits.inside(gradient, u)
+        weight, scale, shift = ctx.saved_tensors
+        steps = weight_steps(weight, scale, ctx.axis)
+        d_shift = ctx.limits.inside(gradient, steps if shift is None else steps + shift)
         d_scale = None
         if ctx.needs_input_grad[1]:
-            dims = [d for d in range(u.dim()) if d != ctx.axis]
-            d_scale = -(d_shift * steps).sum(dims).reshape(scale.shape) / scale
+            dims = [d for d in range(weight.dim()) if d != ctx.axis]
+            d_scale = -steps.mul_(d_shift).sum(dims).reshape(scale.shape) / scale
         return None, d_scale, None, None, d_shift if ctx.needs_input_grad[4] else None
 
 
@@ -161,7 +164,7 @@ class QuantizedProduct(torch.autograd.Function):
         elif moment is None:  # sum(passed * u) from the weight's gradient: u is linear in the weight
             moment = product.per_channel(d_weight * weight)
             moment = (moment if offset is None else moment + offset * total) * multiplier
-        d_weight = None if d_weight is None else d_weight * per_weight
+        d_weight = None if d_weight is None else d_weight.mul_(per_weight)
         direct = moment if bias is None else moment - total * bias / out_scale
         d_weight_scale = direct / weight_scale if weight_scale.dim() else direct.sum() / weight_scale
         d_out = -moment.sum() / out_scale

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cptv_ao.core.qparams import SHIFT_PARTS, QParams
+from cptv_ao.core.qparams import QParams, shift_in_steps
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import along_axis
 from cptv_ao.fx.inplace import OutOfPlace
@@ -85,12 +85,13 @@ class WeightQuantizer(SiteModule):
     ) -> None:
         super().__init__(site, qparams)
         self._symmetric = not site.affine and not bool(self.zero_point.any())
-        centred = codes.to(torch.float32, copy=True)
+        # As whole numbers of few bits, and the float weight where it is: a large network has many.
+        centred = codes.to(torch.int8 if self._symmetric and codes.dtype == torch.int8 else torch.int16, copy=True)
         if not self._symmetric:
-            centred -= along_axis(self.zero_point, site.axis, codes.dim())
+            centred -= along_axis(self.zero_point, site.axis, codes.dim()).to(torch.int16)
         self.register_buffer("codes", centred)
-        self.register_buffer("weight", None if float_weight is None else float_weight.clone())
-        #: in steps, -0.5 to 0.5; see `QParams`
+        self.register_buffer("weight", float_weight)
+        #: as in `QParams`; or in steps (float32), where a descent moves it
         self.register_buffer("shift", None)
         #: the scale that codes are found at, where that is not `scale`; see `LearnableQParams`
         self.register_buffer("codes_scale", None)
@@ -109,8 +110,7 @@ class WeightQuantizer(SiteModule):
 
     def set_beside(self, qparams: QParams) -> None:
         """Round as the shift of qparams says, and correct the bias so."""
-        shift, device = qparams.shift_steps, self.scale.device
-        self.shift = None if shift is None else shift.to(device)
+        self.shift = None if qparams.shift is None else qparams.shift.to(self.scale.device)
         self._set_correction(qparams.correction)
 
     def state(self) -> tuple[Tensor | None, ...]:
@@ -141,8 +141,8 @@ class WeightQuantizer(SiteModule):
         return self.correction if bias is None else bias + self.correction
 
     def forward(self) -> Tensor:
-        """Centred codes (C, ...)."""
-        return self.codes if self.keep_codes or self.weight is None else self._rounded()
+        """Centred codes (C, ...), float32."""
+        return self.codes.float() if self.keep_codes or self.weight is None else self._rounded(self.rounding)
 
     def dequantize(self) -> Tensor:
         """The weight as a float tensor (C, ...)."""
@@ -152,24 +152,21 @@ class WeightQuantizer(SiteModule):
     def refresh(self) -> None:
         """Re-round `codes` at the present scale, where the float weight is known."""
         if self.weight is not None:
-            self.codes.copy_(self._rounded())
+            self.codes.copy_(self._rounded("round"))
 
-    def _rounded(self) -> Tensor:
+    def _rounded(self, rounding: Rounding) -> Tensor:
         site = self.site
         if self._symmetric:
-            limits = Limits(site.qmin, site.qmax, self.rounding == "round")
+            limits = Limits(site.qmin, site.qmax, rounding == "round")
         else:
             zero_point = along_axis(self.zero_point.round(), site.axis, self.codes.dim())  # one may move in fractions
-            limits = Limits.of(zero_point, site.qmin, site.qmax, self.rounding)
-        if self.rounding == "none":
+            limits = Limits.of(zero_point, site.qmin, site.qmax, rounding)
+        if rounding == "none":
             limits = Limits.of(self.scale, site.qmin, site.qmax, "none")
-        rounds = self.rounding == "round"
+        rounds = rounding == "round"
         shift = self.shift if rounds else None
+        if shift is not None and not shift.is_floating_point():
+            shift = shift_in_steps(shift)
         scale = self.codes_scale if rounds and self.codes_scale is not None else self.scale
         codes: Tensor = RoundWeight.apply(self.weight, scale, site.axis, limits, shift)
         return codes
-
-
-def shift_codes(shift: Tensor) -> Tensor:
-    """A shift in steps as that of qparams."""
-    return (shift.detach() * SHIFT_PARTS).round().to("cpu", torch.int8)

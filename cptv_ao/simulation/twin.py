@@ -35,7 +35,7 @@ _ATTENTION_SHARE = 0.25
 class Twin:
     """A float module that computes what the lowered model's kernels compute.
 
-    Scales and zero_points are buffers by site name. Nothing is shared with the model.
+    Scales and zero_points are buffers by site name. What it shares with the model, float weights, it only reads.
 
     Args:
         backend: of the lowered model.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cptv_ao.core.qparams import QParams
-from cptv_ao.simulation.quantizers import SiteModule, WeightQuantizer, shift_codes
+from cptv_ao.simulation.quantizers import SiteModule, WeightQuantizer
 
 
 class TwinSites:
@@ -30,7 +30,7 @@ class TwinSites:
         return QParams(
             site.scale.double().cpu(),
             site.zero_point.round().long().cpu(),
-            None if shift is None else shift_codes(shift),
+            None if shift is None else shift.cpu(),
             None if correction is None else correction.to("cpu", copy=True),
         )
 

@@ -81,13 +81,13 @@ def test_features_are_balanced_once_on_the_whole_batch(conv: Case, monkeypatch: 
 def test_the_graph_of_one_part_is_held_at_a_time(conv: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     each_image_alone(monkeypatch)
     alive: list[int] = []
-    gradient = part_runner.PartGraph.gradient
+    add_gradient = part_runner.PartGraph.add_gradient
 
-    def seen(self: Any, *args: Any) -> Tensor:
+    def seen(self: Any, *args: Any) -> None:
         alive.append(sum(type(one) is part_runner.PartGraph for one in gc.get_objects()))
-        return gradient(self, *args)
+        add_gradient(self, *args)
 
-    monkeypatch.setattr(part_runner.PartGraph, "gradient", seen)
+    monkeypatch.setattr(part_runner.PartGraph, "add_gradient", seen)
     found(conv, Objective(kl, first_floating, per_image=True, feature_weight=1.0), 1.0)
     assert alive == [1] * 4
 
@@ -120,6 +120,12 @@ def test_what_no_gradient_passes_leaves_that_of_the_other_end() -> None:
     leaves = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
     with torch.enable_grad():
         apart = 2 * leaves[1].sum()
-    closed = torch.ones(4, 5)
-    assert PartGraph(closed, apart).gradient(leaves, closed, 0.5).tolist() == [0, 0, 1, 1, 1]
-    assert PartGraph(closed, torch.zeros(())).gradient(leaves, closed, 0.5).tolist() == [0] * 5
+    closed, half, total = torch.ones(4, 5), torch.tensor(0.5), torch.full((5,), 7.0)
+    assert PartGraph(closed, torch.zeros(())).gradient(leaves, closed, half).tolist() == [0] * 5
+    PartGraph(closed, torch.zeros(())).add_gradient(leaves, closed, 0.5, total)
+    assert total.tolist() == [7] * 5
+    with torch.enable_grad():
+        again = 2 * leaves[1].sum()
+    PartGraph(closed, again).add_gradient(leaves, closed, 0.5, total)
+    assert total.tolist() == [7, 7, 8, 8, 8]
+    assert PartGraph(closed, apart).gradient(leaves, closed, half).tolist() == [0, 0, 1, 1, 1]

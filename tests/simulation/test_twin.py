@@ -33,6 +33,7 @@ from cptv_ao.fx.node_runner import Recorder
 from cptv_ao.simulation.autograd_ops import Clamp
 from cptv_ao.simulation.kernel_agreement import disagreement
 from cptv_ao.simulation.qtensor import Limits, from_kernel
+from cptv_ao.simulation.quantizers import WeightQuantizer
 from cptv_ao.simulation.simulated_backend import SimulatedBackend
 from cptv_ao.simulation.twin import Twin, set_rounding, unquantized
 
@@ -377,10 +378,21 @@ def test_unquantized_twin_is_near_the_float_model(vit: nn.Module, digits: worklo
         assert torch.equal(backend.weight(name).int_repr(), codes)
 
 
-def test_twin_shares_nothing_with_the_model(case: Case) -> None:
-    twin = Twin(backend_of(case))
-    held = {
-        t.data_ptr() for t in (*case.converted.parameters(), *case.converted.buffers(), *case.float_model.parameters())
-    }
-    assert not any(t.data_ptr() in held for t in (*twin.module.parameters(), *twin.module.buffers()))
+def test_twin_shares_nothing_but_float_weights_and_only_reads_these(case: Case) -> None:
+    twin, weights = Twin(backend_of(case)), list(case.float_model.parameters())
+    held = {t.data_ptr() for t in (*case.converted.parameters(), *case.converted.buffers(), *weights)}
+    tensors = (*twin.module.named_parameters(), *twin.module.named_buffers())
+    assert {name.rpartition(".")[2] for name, t in tensors if t.data_ptr() in held} <= {"weight"}
     assert not any(p.requires_grad for p in twin.module.parameters())
+    before, versions = [weight.detach().clone() for weight in weights], [weight._version for weight in weights]
+    for name in twin.names:
+        now, scale = twin.sites.get(name), twin.sites.modules[name].scale.clone().requires_grad_()
+        twin.sites.set(name, QParams(now.scale * 1.1, now.zero_point))
+        if isinstance(quantizer := twin.sites.modules[name], WeightQuantizer):
+            shift = torch.full_like(quantizer.weight, 0.3, requires_grad=True)
+            with twin.sites.replaced({name: {"scale": scale, "shift": shift}}):
+                twin.reround_weights()
+                quantizer.dequantize().sum().backward()
+    with twin.in_float(twin.names), torch.no_grad():
+        twin(case.batches[0])
+    assert all(map(torch.equal, before, weights)) and versions == [weight._version for weight in weights]

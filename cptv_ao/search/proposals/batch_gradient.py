@@ -50,7 +50,7 @@ class BatchGradient:
         self._runner = PartRunner(twin, groups, objective, self.features, self._coarse)
         self._most = largest_part(twin)
         self._differentiable: bool | None = None  # asked once, for a loss that is not known
-        self._held: dict[bool, Tensor] = {}
+        self._total: Tensor | None = None
 
     @property
     def image_forwards(self) -> int:
@@ -122,41 +122,34 @@ class BatchGradient:
             if balances:
                 excess = float(loss - self._objective.loss(teacher, teacher)) if follows else 1.0
                 feature_pull = self._balanced(excess, apart)
-        total, size = None, sum(leaf.numel() for leaf in leaves)
+        total, counts = self._zero(leaves), feature_pull or 0.0
         for first in range(0, len(parts), self._world.size):
             around = range(first, min(first + self._world.size, len(parts)))  # a part of each rank
-            found: dict[int, Tensor] = {}
-            for number in filter(self._world.mine, around):
-                part, rows = parts[number]
+            mine = next(filter(self._world.mine, around), None)
+            own = total if self._world.size == 1 else torch.zeros_like(total)
+            if mine is not None:
+                part, rows = parts[mine]
                 share = part.images / batch.images
                 if pull is None and captures:
-                    given, pulls = self._runner.at_once(
-                        (index, number), part, teacher[rows], leaves, feature_pull or 0.0
-                    )
-                    outputs[rows], found[number] = given, pulls * share
-                    continue
-                graph = graphs.pop(number, None) or self._runner.forward((index, number), part, share)
-                outputs[rows] = graph.outputs.detach()
-                pulled = self._objective.pull_at(rows, outputs, teacher) if pull is None else pull[rows]
-                room = self._room(outputs, size, total is None)
-                found[number] = graph.gradient(leaves, pulled, feature_pull or 0.0, room)
-                del graph
-            for number in around:
-                own = self._world.sum(found[number] if number in found else outputs.new_zeros(size))
-                total = own if total is None else total.add_(own)
+                    outputs[rows], pulls = self._runner.at_once((index, mine), part, teacher[rows], leaves, counts)
+                    own.add_(pulls * share)
+                else:
+                    graph = graphs.pop(mine, None) or self._runner.forward((index, mine), part, share)
+                    outputs[rows] = graph.outputs.detach()
+                    pulled = self._objective.pull_at(rows, outputs, teacher) if pull is None else pull[rows]
+                    graph.add_gradient(leaves, pulled, counts, own)
+                    del graph
+            for number in around if self._world.size > 1 else ():
+                total.add_(self._world.sum(own if number == mine else torch.zeros_like(total)))
         if loss is None:
             loss = self._objective.loss(self._world.sum(outputs), teacher)
-        assert total is not None
-        return loss, total, feature_pull or 0.0
+        return loss, total, counts
 
-    def _room(self, outputs: Tensor, size: int, first: bool) -> Tensor | None:
-        """What the gradient of a part is written into: always the same, for what that of a large network takes is dear
-        to ask for. The first is what those of the other parts are added to. None where ranks share the parts."""
-        if self._world.size > 1:
-            return None
-        if first not in self._held:
-            self._held[first] = outputs.new_empty(size)
-        return self._held[first]
+    def _zero(self, leaves: Sequence[Tensor]) -> Tensor:
+        """What gradients are added to: always the same, for what those of a large network take is dear to ask for."""
+        if self._total is None:
+            self._total = leaves[0].new_empty(sum(leaf.numel() for leaf in leaves), requires_grad=False)
+        return self._total.zero_()
 
     def _all_forward(
         self,

@@ -11,7 +11,6 @@ from torch import Tensor
 from cptv_ao.core.qparams import SHIFT_PARTS, Assignment, QParams, rescaled
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.core.weight_rounding import weight_steps
-from cptv_ao.simulation.quantizers import shift_codes
 from cptv_ao.simulation.twin import Twin
 
 #: A zero_point moves by this many codes where a log scale moves by 1.
@@ -115,7 +114,7 @@ class LearnableQParams:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
         shift = self.shift if self.held is None else self._shift_at(scale.to(self.held))
-        return QParams(scale, zero_point, None if shift is None else shift_codes(shift), now.correction)
+        return QParams(scale, zero_point, None if shift is None else _shift_codes(shift), now.correction)
 
 
 class LearnableScales:
@@ -163,3 +162,8 @@ def _steps(weight: Tensor, qparams: QParams) -> Tensor:
     """The shift of qparams in steps, of a weight's shape and on its device."""
     shift = qparams.shift_steps
     return torch.zeros_like(weight) if shift is None else shift.to(weight.device)
+
+
+def _shift_codes(shift: Tensor) -> Tensor:
+    """A shift in steps as that of qparams."""
+    return (shift.detach() * SHIFT_PARTS).round_().to("cpu", torch.int8)

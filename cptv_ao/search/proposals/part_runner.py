@@ -29,24 +29,29 @@ class PartGraph:
     outputs: Tensor
     features: Tensor
 
-    def gradient(
-        self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float | Tensor, room: Tensor | None = None
-    ) -> Tensor:
-        """With respect to all leaves, one after another, where the loss pulls so much at outputs and features.
-
-        Args:
-            room: what it is written into and returned as, if that is there.
-        """
-        by_features = feature_pull if isinstance(feature_pull, Tensor) else torch.full_like(self.features, feature_pull)
-        both = ((self.outputs, pull), (self.features, by_features))
-        pulled = [(end, by) for end, by in both if end.requires_grad]  # an op on the way may let no gradient pass
-        if not pulled:
+    def gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: Tensor) -> Tensor:
+        """With respect to all leaves, one after another, where the loss pulls so much at outputs and features."""
+        ends, pulls = self._pulled(pull, feature_pull)
+        if not ends:
             return leaves[0].new_zeros(sum(leaf.numel() for leaf in leaves), requires_grad=False)
-        ends, pulls = zip(*pulled, strict=True)
         with tensor_cores(self.outputs):
             found = torch.autograd.grad(ends, leaves, pulls, materialize_grads=True)
-        flat = [gradient.reshape(-1) for gradient in found]
-        return torch.cat(flat) if room is None else torch.cat(flat, out=room)
+        return torch.cat([gradient.reshape(-1) for gradient in found])
+
+    def add_gradient(self, leaves: Sequence[Tensor], pull: Tensor, feature_pull: float, to: Tensor) -> None:
+        """Add it to a sum of such, layer by layer: that of a large network is not held twice."""
+        ends, pulls = self._pulled(pull, torch.full_like(self.features, feature_pull))
+        for leaf, own in zip(leaves, torch.split(to, [leaf.numel() for leaf in leaves]), strict=True):
+            leaf.grad = own.view(leaf.shape)
+        if ends:
+            with tensor_cores(self.outputs):
+                torch.autograd.backward(ends, pulls, inputs=leaves)
+
+    def _pulled(self, pull: Tensor, feature_pull: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Where a gradient begins, and with what; an op on the way may let none pass."""
+        both = ((self.outputs, pull), (self.features, feature_pull))
+        pulled = [(end, by) for end, by in both if end.requires_grad]
+        return [end for end, _ in pulled], [by for _, by in pulled]
 
 
 class PartRunner:
