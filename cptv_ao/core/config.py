@@ -42,8 +42,8 @@ class RefineConfig:
             `ranges`, the activations' whole container and half of it, and where kernels saturate on the whole one
             that with weights of fewer codes; `curvature`, activation ranges that least change the loss, to second
             order, by the gradients of random directions of the outputs in float; `biases`, which give each layer's
-            output the mean that it has in float (arXiv 1906.04721). Where the kernels accept those, they are found
-            anew with each proposal of the gradient steps. Not of reference models.
+            output the mean that it has in float (arXiv 1906.04721), and which the gradient steps then learn with the
+            scales. Not of reference models.
         equalize: search an equivalent form of the model, where there is one that scales can make more of: unfused batch
             norms become scales and biases of the layers before them, ranges are cut to what a ReLU or ReLU6 lets
             through, residual streams of which a few channels are far larger than the others are rotated (behind a norm

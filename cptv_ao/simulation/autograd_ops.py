@@ -168,7 +168,8 @@ class QuantizedProduct(torch.autograd.Function):
         direct = moment if bias is None else moment - total * bias / out_scale
         d_weight_scale = direct / weight_scale if weight_scale.dim() else direct.sum() / weight_scale
         d_out = -moment.sum() / out_scale
-        return d_codes, direct.sum() / scale, d_weight, d_weight_scale, None, d_out, ends, None, None, None
+        d_bias = total / out_scale if bias is not None and needs[4] else None
+        return d_codes, direct.sum() / scale, d_weight, d_weight_scale, d_bias, d_out, ends, None, None, None
 
 
 class Add(torch.autograd.Function):

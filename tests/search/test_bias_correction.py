@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from cptv_ao.core.qparams import Assignment, QParams, same
 from cptv_ao.evaluation.calibration import Calibration, Images
 from cptv_ao.evaluation.cost import Cost
 from cptv_ao.search.budget import Budget
-from cptv_ao.search.proposals.bias_correction import corrections
+from cptv_ao.search.proposals.bias_correction import BiasCorrector, _usual, corrections
+from cptv_ao.search.proposals.learnable_qparams import LearnableScales
 from cptv_ao.search.proposals.proposer import Proposer
 from cptv_ao.simulation.twin import Twin, unquantized
 
@@ -65,6 +67,18 @@ def test_a_layer_alone_gets_what_it_lost() -> None:
     assert float(lost.abs().max()) > step
     assert torch.allclose(whole["0.weight"], lost, atol=1e-6)
     assert torch.allclose(parts["0.weight"], lost, atol=step / 2)  # roundings of what was corrected already
+
+
+def test_what_one_place_is_off_by_far_is_not_made_up_for_at_the_others() -> None:
+    """Of errors that are not far apart it is the mean, also where a ReLU cuts most of both outputs off."""
+    generator = torch.Generator().manual_seed(0)
+    errors = 0.5 + 0.1 * torch.randn(200, 3, generator=generator)
+    assert torch.allclose(_usual(errors), errors.mean(0), atol=1e-7)
+    errors[:, 1] *= torch.rand(200, generator=generator) < 0.1
+    assert torch.allclose(_usual(errors), errors.mean(0), atol=1e-7)
+    errors[7, 2] += 1000.0
+    assert float(errors[:, 2].mean()) > 5
+    assert 0.4 < float(_usual(errors)[2]) < 0.8
 
 
 def test_the_means_of_all_layers_are_those_in_float(vit_w2: Case) -> None:
@@ -335,3 +349,31 @@ def test_what_a_descent_proposes_has_biases_of_its_own_however_dear_they_are(vit
         for site, qparams in accepted.items():
             own, before = assignment[site].correction, qparams.correction
             assert own is not None and before is not None and not torch.equal(own, before), site
+
+
+def test_a_descent_learns_them_unless_biases_are_left_alone(vit_w2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the scales, also where those that fit the given scales are refused."""
+    monkeypatch.setattr(BiasCorrector, "corrected", lambda *_: {})
+    for population, learnt in (("biases",), True), ((), False):
+        report = refined(copy.deepcopy(vit_w2), population=population, gradient_steps=8, holdout=0)
+        assert any(move.corrected for move in report.moves) is learnt
+        assert report.after.search < report.before.search
+
+
+def test_what_is_learnt_of_a_bias_is_counted_in_steps_of_its_channel(vit_w2: Case) -> None:
+    backend = backend_of(vit_w2)
+    twin, (name, *_) = Twin(backend), list(backend.float_weights)
+    unit = torch.linspace(0.1, 2.0, backend.sites[name].shape[0])
+    scales = LearnableScales(twin, {name: (backend.sites[name],)}, True, {name: unit})
+    (group,) = scales.groups
+    assert group.correction is not None and not bool(group.correction.any())
+    with torch.no_grad():
+        group.correction.fill_(3.0)
+    proposed = scales.assignment()[name].correction
+    assert proposed is not None and torch.allclose(proposed, 3 * unit)
+    assert torch.equal(group.values()["correction"], group.correction * unit)
+    scales.go_to(backend.read, 0.5)
+    assert torch.allclose(group.correction, torch.full_like(unit, 1.5))
+    scales.take_biases(lambda _: replace(backend.read(name), correction=-unit))
+    assert torch.allclose(group.correction, torch.full_like(unit, -1.0))
+    assert not LearnableScales(twin, {name: (backend.sites[name],)}, True).units

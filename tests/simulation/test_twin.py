@@ -183,7 +183,8 @@ def _double(twin: Twin, batch: Tensor) -> Tensor:
 
 
 def test_gradients_of_the_unrounded_path_are_those_of_finite_differences(small: Case) -> None:
-    """Every scale and zero_point of every site, weights re-rounded; float64, so that differences are exact enough."""
+    """Every scale and zero_point of every site, and what is added to biases, weights re-rounded; float64, so that
+    differences are exact enough."""
     backend = backend_of(small)
     twin = Twin(backend)
     twin.reround_weights()
@@ -199,6 +200,9 @@ def test_gradients_of_the_unrounded_path_are_those_of_finite_differences(small: 
         values[name] = {"scale": scale}
         if affine:
             values[name]["zero_point"] = (now.zero_point.double() + 0.3).requires_grad_()
+        if isinstance(weight := twin.sites.modules[name], WeightQuantizer):
+            added = 0.1 * torch.randn(len(weight.codes), generator=generator, dtype=torch.float64)
+            values[name]["correction"] = added.requires_grad_()
     direction = torch.randn(twin(batch).shape, generator=generator, dtype=torch.float64)
 
     def loss() -> Tensor:

@@ -1,7 +1,8 @@
 """Bias correction: what quantization takes from the mean of a channel, or adds to it, goes into the bias of its layer.
 
 Layer after layer, on the values that the corrected layers before it give (Nagel et al., ICCV 2019, arXiv 1906.04721;
-Finkelstein et al., arXiv 1906.03193).
+Finkelstein et al., arXiv 1906.03193). What a few places are off by far (a token of outliers that is clipped) is not
+made up for at all the others: errors count up to so many times the usual one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from cptv_ao.simulation.weighted_layer import WeightedLayer
 _FORWARDS = 3
 # Images whose means biases are for: at most, and where there is no time for the least of them, nothing is corrected.
 _MEANS, _LEAST_MEANS = 200, 8
+# So many times the mean size of a channel's errors one of them counts at most. Numbers that are held of all layers, and
+# places of each at least.
+_FAR, _HELD, _LEAST_PLACES = 6.0, 2**26, 64
+# Images that say in which steps biases are learnt, at most, and the least such step.
+_UNITS, _LEAST_UNIT = 16, 1e-8
 
 
 class BiasCorrector:
@@ -45,7 +51,7 @@ class BiasCorrector:
     """
 
     def __init__(self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], images: StepImages, cost: Cost) -> None:
-        self._twin, self._images = twin, images
+        self._twin, self._images, self._cost = twin, images, cost
         self._weights = [lead for lead, group in groups.items() if group[0].kind == "weight"]
         self._means = cost.images(_MEANS, forwards=_FORWARDS, share=0.02, least=0)
         #: images run through the twin so far
@@ -75,6 +81,22 @@ class BiasCorrector:
         held = {name: assignment.get(name, store.read(name)) for name in found}
         return assignment | {name: replace(held[name], correction=found[name]) for name in found}
 
+    def units(self, store: ScaleStore) -> dict[str, Tensor]:
+        """By weight site of the layers that may get another bias: how far their outputs are from those in float, root
+        mean square of each channel (C,). In steps of that a descent moves biases."""
+        layers = _running_once(self._twin, self._correctable(store))
+        batch = self._images.batches[0].few(self._cost.images(_UNITS, forwards=2, share=0.005, least=2))
+        found: dict[str, Tensor] = {}
+
+        def compare(layer: WeightedLayer, errors: Tensor) -> None:
+            found[_site(layer)] = errors.square().mean(0).sqrt().nan_to_num_(0.0, 0.0, 0.0).clamp_min_(_LEAST_UNIT)
+
+        if layers:
+            self.image_forwards += 2 * batch.images
+            with torch.no_grad():
+                _with_errors(self._twin, layers, batch, compare)
+        return found
+
     def _correctable(self, store: ScaleStore) -> list[str]:
         return [name for name in self._weights if store.correctable(name)]
 
@@ -93,9 +115,7 @@ def corrections(
     Returns:
         What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
     """
-    runs = Counter(map(_site, twin.layers))
-    layers = [one for one in twin.layers if _site(one) in names and runs[_site(one)] == 1]
-    images = 0
+    layers, images = _running_once(twin, names), 0
     with torch.no_grad():
         for batch in batches:
             if images >= most:
@@ -106,26 +126,45 @@ def corrections(
     return {name: found.to("cpu", copy=True) for name, found in held.items() if found is not None}, images
 
 
+def _running_once(twin: Twin, names: Collection[str]) -> list[WeightedLayer]:
+    """The layers with these weights; not those with one that is computed with more than once."""
+    runs = Counter(map(_site, twin.layers))
+    return [layer for layer in twin.layers if _site(layer) in names and runs[_site(layer)] == 1]
+
+
 def _site(layer: WeightedLayer) -> str:
     return layer.weight.site.name
 
 
 def _correct(twin: Twin, layers: Sequence[WeightedLayer], batch: Batch, share: float) -> None:
     """Move the corrections by a share of what the means on a batch are apart."""
+
+    def correct(layer: WeightedLayer, errors: Tensor) -> bool:
+        layer.weight.add_correction((share * _usual(errors)).nan_to_num_(0.0, 0.0, 0.0))
+        return True
+
+    _with_errors(twin, layers, batch, correct)
+
+
+def _with_errors(
+    twin: Twin, layers: Sequence[WeightedLayer], batch: Batch, use: Callable[[WeightedLayer, Tensor], bool | None]
+) -> None:
+    """Run a batch in float and as it is; `use` is given each layer with what its output lacks at some places (n, C),
+    and says whether the layer is to run again with what it was given."""
     wanted: dict[WeightedLayer, Tensor] = {}
+    most = _HELD // max(1, sum(len(layer.weight.codes) for layer in layers))
 
     def see(layer: Any, _: Any, output: QTensor | Tensor) -> None:
-        wanted[layer] = _mean(layer, output)
+        wanted[layer] = _places(layer, output, most)
 
-    def correct(layer: Any, args: tuple[Any, ...], output: QTensor | Tensor) -> QTensor | Tensor:
-        missing = (share * (wanted[layer] - _mean(layer, output))).nan_to_num_(0.0, 0.0, 0.0)
-        layer.weight.add_correction(missing)
-        corrected: QTensor | Tensor = layer.forward(*args)
-        return corrected
+    def compare(layer: Any, args: tuple[Any, ...], output: QTensor | Tensor) -> QTensor | Tensor:
+        again = use(layer, wanted.pop(layer).sub_(_places(layer, output, most)))
+        found: QTensor | Tensor = layer.forward(*args) if again else output
+        return found
 
     with twin.in_float(twin.names):
         _hooked(twin, layers, see, batch)
-    _hooked(twin, layers, correct, batch)
+    _hooked(twin, layers, compare, batch)
 
 
 def _hooked(twin: Twin, layers: Sequence[WeightedLayer], hook: Any, batch: Batch) -> None:
@@ -133,15 +172,22 @@ def _hooked(twin: Twin, layers: Sequence[WeightedLayer], hook: Any, batch: Batch
         call(twin, batch)
 
 
-def _mean(layer: WeightedLayer, output: QTensor | Tensor) -> Tensor:
-    """Of each channel (C,), within what the output's codes can stand for, where it has some: what is beyond it, the
-    function behind the layer clips in float, too (ReLU6), or nothing brings back."""
-    if isinstance(output, QTensor) and isinstance(layer, QuantizedLayer):
+def _places(layer: WeightedLayer, output: QTensor | Tensor, most: int) -> Tensor:
+    """What is found at some places of each channel (n, C), within what the output's codes can stand for, where it has
+    some: what is beyond it, the function behind the layer clips in float, too (ReLU6), or nothing brings back."""
+    values = output.codes if isinstance(output, QTensor) else output
+    rows = values.movedim(layer.channel_dim, -1).flatten(0, -2)
+    rows = rows[:: -(-len(rows) // max(most, _LEAST_PLACES))].clone()
+    if isinstance(output, QTensor):
+        assert isinstance(layer, QuantizedLayer)
         like = layer.output
-        values = output.dequantize().clamp(
-            *((end - like.zero_point) * like.scale for end in (like.site.qmin, like.site.qmax))
-        )
-    else:
-        assert isinstance(output, Tensor)
-        values = output
-    return values.mean([dim for dim in range(values.dim()) if dim != layer.channel_dim % values.dim()])
+        ends = ((end - like.zero_point) * like.scale for end in (like.site.qmin, like.site.qmax))
+        rows = rows.mul_(output.scale).clamp_(*ends)
+    return rows
+
+
+def _usual(errors: Tensor) -> Tensor:
+    """The mean error of each channel (C,), of errors (n, C), where none counts more than `_FAR` times the mean size of
+    those that are there: zeros are what a ReLU has cut off on both sides."""
+    size = errors.abs().sum(0) / (errors != 0).sum(0).clamp_min(1)
+    return errors.clamp(-_FAR * size, _FAR * size).mean(0)

@@ -18,6 +18,7 @@ from cptv_ao.search.proposals.bias_correction import BiasCorrector
 from cptv_ao.search.proposals.descent_objective import Objective
 from cptv_ao.search.proposals.gradient import GradientDescent, State
 from cptv_ao.search.proposals.initial_scales import Meanwhile, Proposal
+from cptv_ao.search.proposals.learnable_qparams import NO_UNITS
 from cptv_ao.search.proposals.saturation_limits import SaturationLimits
 from cptv_ao.search.proposals.schedule import Schedule
 from cptv_ao.search.proposals.searched_scales import SearchedScales
@@ -63,6 +64,9 @@ class ConfirmedDescent:
         self._began = 0.0
         # What was limited before what was proposed last.
         self._limited = set[str]()
+        # Whether biases are corrected for what is tried; and whether it is the other way behind each refusal, until
+        # something is accepted: where the kernels had accepted corrected ones before it began.
+        self._corrects = self._alternates = False
         #: images run through the twin so far by this rank; forward and backward count as three
         self.image_forwards = 0
 
@@ -75,6 +79,7 @@ class ConfirmedDescent:
         """See `Proposer.proposals`."""
         if self._descent is None:
             self._began = self._budget.now
+            self._corrects, self._alternates = False, self._biases.in_use(self._searched.store)
             self._descent = self._new()
         searched, limits, descent = self._searched, self._limits, self._descent
         proposals = descent.run(self._images, self._schedule(), on_step, lambda: self._budget.left, on_pause)
@@ -92,11 +97,17 @@ class ConfirmedDescent:
                 narrower = {lead: code / REDUCED_QMAX for lead, code in highest.items() if code > REDUCED_QMAX}
                 descent.scales.rescale(narrower)
             before, asked = searched.scales(), self._budget.now
-            yield name, self._fitting(scales)
+            yield self._proposal(name, scales)
             searched.follow()
             if searched.moved_since(before):
+                self._alternates = False
+                if self._corrects:
+                    descent.scales.take_biases(searched.store.read)
                 descent.go_on(searched.store.read)
-            elif self._goes_half_back(descent.halvings, asked - resumed, self._budget.now - asked):
+                resumed = self._budget.now
+                continue
+            self._corrects ^= self._alternates
+            if self._goes_half_back(descent.halvings, asked - resumed, self._budget.now - asked):
                 descent.go_half_back_to(searched.store.read)
                 continue
             else:
@@ -113,10 +124,11 @@ class ConfirmedDescent:
             return False
         return halvings > 0 or self._budget.search_seconds is None or _HALVINGS * judged <= _WORTH * stepped
 
-    def _fitting(self, scales: Callable[[], Assignment]) -> Callable[[], Assignment]:
-        """Scales, with biases that fit them where the kernels have accepted some."""
-        biases, store = self._biases, self._searched.store
-        return partial(biases.corrected, scales, store) if biases.in_use(store) else scales
+    def _proposal(self, name: str, scales: Callable[[], Assignment]) -> Proposal:
+        """Scales with the biases that were learnt with them, or with biases that are corrected for them."""
+        if not self._corrects:
+            return name, scales
+        return f"{name}, biases corrected", partial(self._biases.corrected, scales, self._searched.store)
 
     def beside_the_judge(self, on_step: Callable[[float], None]) -> Meanwhile | None:
         """See `Proposer.beside_the_judge`."""
@@ -142,13 +154,14 @@ class ConfirmedDescent:
             return None
         tensors, data = self._descent.state()
         narrowed = {"narrowed": sorted(self._limits.limited), "narrowed_before": sorted(self._limited)}
-        return tensors, {**data, **narrowed, "began": self._began}
+        return tensors, {**data, **narrowed, "began": self._began, "corrects": [self._corrects, self._alternates]}
 
     def resume(self, state: State) -> None:
         """See `Proposer.resume`."""
         self._limits.limit(state[1]["narrowed"])
         self._limited = set(map(str, state[1]["narrowed_before"]))
         self._began = float(state[1]["began"])
+        self._corrects, self._alternates = map(bool, state[1]["corrects"])
         self._descent = self._new()
         self._descent.set_state(state)
         batches = range(len(self._images))
@@ -170,6 +183,7 @@ class ConfirmedDescent:
             ),
             activation_rate=config.activation_rate,
             rounding_rate=config.rounding_rate,
+            units=self._biases.units(searched.store) if "biases" in config.population else NO_UNITS,
             rng=np.random.default_rng(config.seed),
             world=self._world,
         )

@@ -20,7 +20,7 @@ from cptv_ao.core.qparams import Assignment, QParams
 from cptv_ao.core.sites import ScaleSite
 from cptv_ao.search.proposals.batch_gradient import BatchGradient
 from cptv_ao.search.proposals.descent_objective import Objective
-from cptv_ao.search.proposals.learnable_qparams import LearnableScales
+from cptv_ao.search.proposals.learnable_qparams import NO_UNITS, LearnableScales
 from cptv_ao.search.proposals.scale_optimizer import ScaleOptimizer, like
 from cptv_ao.search.proposals.schedule import DescentProgress, Schedule
 from cptv_ao.search.proposals.step_images import StepImages
@@ -48,6 +48,7 @@ class GradientDescent:
             those of many codes slower.
         rounding_rate: multiple of the learning rate at which the shifts of the weights move; 0: weights are rounded as
             they are.
+        units: of weights (C,), of what is added to their biases, where that is learnt.
         rng: draws the order of the batches.
         world: the ranks that share the images of a step.
     """
@@ -60,12 +61,13 @@ class GradientDescent:
         *,
         activation_rate: float = 1.0,
         rounding_rate: float = 0.0,
+        units: Mapping[str, Tensor] = NO_UNITS,
         rng: np.random.Generator,
         world: World = ALONE,
     ) -> None:
         twin.reround_weights()
         #: what it moves
-        self.scales = LearnableScales(twin, groups, shifts=rounding_rate > 0)
+        self.scales = LearnableScales(twin, groups, rounding_rate > 0, units)
         self._gradient = BatchGradient(twin, self.scales.groups, objective, world)
         self._optimizer = ScaleOptimizer(self.scales.groups, activation_rate, rounding_rate)
         self._rng, self._progress = rng, DescentProgress()
@@ -175,8 +177,8 @@ class GradientDescent:
 
     def state(self) -> State:
         """Where the descent is between two steps, for `set_state`."""
-        tensors = {f"steps/{name}": values["scale"] for name, values in self._gradient.features.steps.items()}
-        return {name: tensor.cpu() for name, tensor in (tensors | self._optimizer.state()).items()}, {
+        tensors = {name: tensor.cpu() for name, tensor in (self._kept | self._optimizer.state()).items()}
+        return tensors, {
             "course": asdict(self._progress),
             "random": self._rng.bit_generator.state,
         }
@@ -190,9 +192,15 @@ class GradientDescent:
         tensors, data = state
         self._progress = from_plain(DescentProgress, data["course"])
         self._rng.bit_generator.state = data["random"]
-        for name, values in self._gradient.features.steps.items():
-            values["scale"].copy_(like(values["scale"], tensors[f"steps/{name}"]))
+        for name, kept in self._kept.items():
+            kept.copy_(like(kept, tensors[name]))
         self._optimizer.set_state(tensors)
+
+    @property
+    def _kept(self) -> dict[str, Tensor]:
+        """What holds from its first step on."""
+        steps = {f"steps/{name}": values["scale"] for name, values in self._gradient.features.steps.items()}
+        return steps | {f"units/{name}": unit for name, unit in self.scales.units.items()}
 
     def _step(self, images: StepImages, rate: float, on_step: Callable[[float], None] | None) -> None:
         """Move the scales by what the batch that is next says."""

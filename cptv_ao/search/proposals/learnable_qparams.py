@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ _FULL_RATE_CODES = 33
 _HELD_CODES = range(14, 2 * _FULL_RATE_CODES + 1)
 # How near a tie steps may be, for a shift is rounded to whole parts.
 _INSIDE = 1 / SHIFT_PARTS
+#: No biases are learnt.
+NO_UNITS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class LearnableQParams:
     """Of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a weight
-    what is added to each of its steps before rounding.
+    what is added to each of its steps before rounding, and to the bias of its layer, in a unit of each channel.
 
     Weights of some codes (four bits) keep theirs where a scale moves, for a step of it would turn many at once that
     were chosen together: they are found at the scale that they had (`held`), and the shift makes up for the other one.
@@ -41,19 +44,27 @@ class LearnableQParams:
     shift: Tensor | None
     weight: Tensor | None = None
     held: Tensor | None = None
+    correction: Tensor | None = None
+    unit: Tensor | None = None
 
     @staticmethod
-    def of(twin: Twin, group: tuple[ScaleSite, ...], shifts: bool) -> LearnableQParams:
-        """Where the scales of the twin are; with `shifts` also those of its weights that may have some."""
+    def of(
+        twin: Twin, group: tuple[ScaleSite, ...], shifts: bool, units: Mapping[str, Tensor] = NO_UNITS
+    ) -> LearnableQParams:
+        """Where the scales of the twin are; with `shifts` also those of its weights that may have some, and with the
+        units (C,) of some weights what is added to their biases."""
         lead = group[0]
         now = twin.sites.get(lead.name)
         log_scale = now.scale.float().log().to(twin.device).requires_grad_()
         offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
         weight = twin.sites.shiftable_weight(lead.name) if shifts else None
+        unit = units.get(lead.name) if len(group) == 1 else None
+        correction = None if unit is None else _in_units(now, unit).requires_grad_()
         if weight is None:
-            return LearnableQParams(group, log_scale, offset, None)
+            return LearnableQParams(group, log_scale, offset, None, correction=correction, unit=unit)
         held = now.scale.float().to(twin.device) if lead.qmax - lead.qmin in _HELD_CODES else None
-        return LearnableQParams(group, log_scale, offset, _steps(weight, now).requires_grad_(), weight, held)
+        shift = _steps(weight, now).requires_grad_()
+        return LearnableQParams(group, log_scale, offset, shift, weight, held, correction, unit)
 
     @property
     def weight_rate(self) -> float:
@@ -69,6 +80,8 @@ class LearnableQParams:
             found["shift"] = self.shift
         if self.held is not None:
             found["codes_scale"] = self.held
+        if self.correction is not None and self.unit is not None:
+            found["correction"] = self.correction * self.unit
         return found
 
     @property
@@ -88,6 +101,8 @@ class LearnableQParams:
             self.shift.lerp_(_steps(self.shift, qparams), share)
         if self.held is not None and share == 1:
             self.held.copy_(qparams.scale)
+        if self.correction is not None and self.unit is not None:
+            self.correction.lerp_(_in_units(qparams, self.unit), share)
 
     def hold(self, scale: Tensor) -> None:
         """Find codes at another scale from now on; they stay what they are."""
@@ -96,6 +111,12 @@ class LearnableQParams:
             with torch.no_grad():
                 self.shift.copy_(self._shift_at(to))
             self.held.copy_(to)
+
+    def take_bias(self, qparams: QParams) -> None:
+        """Go on from what these add to the bias, if that is learnt."""
+        if self.correction is not None and self.unit is not None:
+            with torch.no_grad():
+                self.correction.copy_(_in_units(qparams, self.unit))
 
     def _shift_at(self, scale: Tensor) -> Tensor:
         """The shift that makes the same codes at another scale as `held` does: it leaves each as far from the next one
@@ -114,7 +135,10 @@ class LearnableQParams:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
         shift = self.shift if self.held is None else self._shift_at(scale.to(self.held))
-        return QParams(scale, zero_point, None if shift is None else _shift_codes(shift), now.correction)
+        correction = now.correction
+        if self.correction is not None and self.unit is not None:
+            correction = (self.correction.detach() * self.unit).cpu()
+        return QParams(scale, zero_point, None if shift is None else _shift_codes(shift), correction)
 
 
 class LearnableScales:
@@ -124,20 +148,37 @@ class LearnableScales:
         twin: with the scales to start from.
         groups: the tied groups that are searched, by the name of their leader; those that the twin has are learnt.
         shifts: whether it is also learnt how weights are rounded.
+        units: of weights (C,), of what is added to their biases, where that is learnt.
 
     Attributes:
         groups: the tied groups that are learnt.
     """
 
-    def __init__(self, twin: Twin, groups: Mapping[str, tuple[ScaleSite, ...]], shifts: bool) -> None:
+    def __init__(
+        self,
+        twin: Twin,
+        groups: Mapping[str, tuple[ScaleSite, ...]],
+        shifts: bool,
+        units: Mapping[str, Tensor] = NO_UNITS,
+    ) -> None:
         self._twin, known = twin, set(twin.names)
         simulated = [group for group in groups.values() if all(site.name in known for site in group)]
-        self.groups = [LearnableQParams.of(twin, group, shifts) for group in simulated]
+        self.groups = [LearnableQParams.of(twin, group, shifts, units) for group in simulated]
 
     def hold(self, scales: Callable[[str], QParams]) -> None:
         """Find codes at other scales from now on, by site name; they stay what they are."""
         for group in self.groups:
             group.hold(scales(group.sites[0].name).scale)
+
+    def take_biases(self, scales: Callable[[str], QParams]) -> None:
+        """Go on from what other qparams add to biases, by site name."""
+        for group in self.groups:
+            group.take_bias(scales(group.sites[0].name))
+
+    @property
+    def units(self) -> dict[str, Tensor]:
+        """Of what is added to biases, by the leader of the group: they hold for the whole descent."""
+        return {group.sites[0].name: group.unit for group in self.groups if group.unit is not None}
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""
@@ -162,6 +203,11 @@ def _steps(weight: Tensor, qparams: QParams) -> Tensor:
     """The shift of qparams in steps, of a weight's shape and on its device."""
     shift = qparams.shift_steps
     return torch.zeros_like(weight) if shift is None else shift.to(weight.device)
+
+
+def _in_units(qparams: QParams, unit: Tensor) -> Tensor:
+    """What qparams add to a bias (C,)."""
+    return torch.zeros_like(unit) if qparams.correction is None else qparams.correction.to(unit) / unit
 
 
 def _shift_codes(shift: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adam on what is learnt of the scales: log scales, offsets and shifts, each at a rate of its own."""
+"""Adam on what is learnt of the scales: log scales, offsets, biases and shifts, each at a rate of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ScaleOptimizer:
     Args:
         groups: whose leaves move.
         activation_rate: multiple of the learning rate at which activations move; weights move at the rate itself,
-            those of many codes slower.
+            those of many codes slower, and biases, in their units.
         rounding_rate: multiple of the learning rate at which shifts of weights move.
     """
 
@@ -27,6 +27,8 @@ class ScaleOptimizer:
         for group in groups:
             rate = group.weight_rate if group.offset is None else activation_rate
             by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
+            if group.correction is not None:
+                by_rate.setdefault(1.0, []).append(group.correction)
             if group.shift is not None:
                 by_rate.setdefault(rounding_rate, []).append(group.shift)
         self._confined: dict[tuple[float, float], list[Tensor]] = {}
