@@ -12,6 +12,9 @@ from cptv_ao.fx.inplace import OutOfPlace
 from cptv_ao.simulation.products import Product
 from cptv_ao.simulation.quantizers import WeightQuantizer
 
+# Numbers of a weight whose errors are looked at together: of a large one a few channels after the others.
+_AT_ONCE = 2**22
+
 
 class WeightedLayer(OutOfPlace):
     """A linear or convolution."""
@@ -36,13 +39,15 @@ class WeightedLayer(OutOfPlace):
         if rows is None:
             return lambda scale: self._product.error(value, _error_at(scale, weight))
         gram = rows.mT @ rows if rows.shape[1] > rows.shape[2] else None
+        channels = len(weight.codes)
+        each = channels if len(rows) > 1 else max(1, _AT_ONCE * channels // weight.codes.numel())
 
-        def error(scale: Tensor) -> Tensor:
-            apart = torch.stack(_error_at(scale, weight).flatten(1).chunk(len(rows)))
-            squares = (apart @ rows.mT).square_() if gram is None else (apart @ gram).mul_(apart)
-            return squares.sum(2).flatten()
+        def squares(scale: Tensor, first: int) -> Tensor:
+            apart = torch.stack(_error_at(scale, weight, slice(first, first + each)).flatten(1).chunk(len(rows)))
+            found = (apart @ rows.mT).square_() if gram is None else (apart @ gram).mul_(apart)
+            return found.sum(2).flatten()
 
-        return error
+        return lambda scale: torch.cat([squares(scale, first) for first in range(0, channels, each)])
 
     def weight_shift(self, value: Tensor) -> Tensor | None:
         """What the rounding of the weight, as it is, adds to the output for a float input; None where the float weight
@@ -59,10 +64,11 @@ class WeightedLayer(OutOfPlace):
         return self._product.rows(value, self.weight.codes, most)
 
 
-def _error_at(scale: Tensor, weight: WeightQuantizer) -> Tensor:
-    """How far the float weight, rounded at a scale, is from itself (C, ...)."""
+def _error_at(scale: Tensor, weight: WeightQuantizer, channels: slice = slice(None)) -> Tensor:
+    """How far the float weight, rounded at a scale, is from itself (C, ...), of some of its channels."""
     assert weight.weight is not None
-    site, dims = weight.site, weight.weight.dim()
-    zero_point = along_axis(weight.zero_point, site.axis, dims)
-    codes = nearest_codes(weight_steps(weight.weight, scale, site.axis), zero_point, site.qmin, site.qmax)
-    return codes.sub_(zero_point).mul_(along_axis(scale, site.axis, dims)).sub_(weight.weight)
+    site, value = weight.site, weight.weight[channels]
+    scale, zero_point = (part[channels] if part.dim() else part for part in (scale, weight.zero_point))
+    zero_point = along_axis(zero_point, site.axis, value.dim())
+    codes = nearest_codes(weight_steps(value, scale, site.axis), zero_point, site.qmin, site.qmax)
+    return codes.sub_(zero_point).mul_(along_axis(scale, site.axis, value.dim())).sub_(value)

@@ -13,6 +13,7 @@ from cptv_ao.backends.backend import Backend
 from cptv_ao.backends.float_weights import attach_float_weights
 from cptv_ao.core.batches import Batch
 from cptv_ao.core.weight_rounding import along_axis
+from cptv_ao.simulation import weighted_layer
 from cptv_ao.simulation.layer_inputs import layer_inputs
 from cptv_ao.simulation.qtensor import QTensor
 from cptv_ao.simulation.twin import Twin
@@ -26,11 +27,16 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("at_once", [weighted_layer._AT_ONCE, 30])
 @pytest.mark.parametrize("images", [1, 40])
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
-def test_errors_of_a_weight_are_those_of_the_outputs(kind: str, images: int) -> None:
-    """By hand, in float64; of few rows one by one, of many by their Gram matrix, which must say the same."""
+def test_errors_of_a_weight_are_those_of_the_outputs(
+    kind: str, images: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, in float64; of few rows one by one, of many by their Gram matrix, which must say the same, as must a few
+    channels after the others."""
+    monkeypatch.setattr(weighted_layer, "_AT_ONCE", at_once)
     layer, shape = LAYERS[kind]
     inputs = nets.images(images, *shape)
     network, transposed = nn.Sequential(layer), isinstance(layer, nn.ConvTranspose2d)  # which x86 has no kernel for
