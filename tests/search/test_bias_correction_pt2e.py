@@ -142,3 +142,23 @@ def test_what_was_corrected_before_is_added_once(fold: bool, tmp_path: Path) -> 
         cptv_ao.diagnose(one, pt2e.BATCHES, float_model=float_model, progress=False)  # without a warning
     if not fold:  # the graph holds the float weights
         assert torch.equal(unquantized(Backend(model))(images), wanted)
+
+
+class Gated(nn.Module):
+    """A layer of one vector, which no batch has, beside one of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector, self.gate = nn.Parameter(torch.linspace(-1, 2, 6)), nn.Linear(6, 4)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.conv(x).mean((2, 3)) + self.gate(self.vector)}
+
+
+def test_a_layer_of_a_vector_gets_one_and_learns_it() -> None:
+    float_model = nets.seeded(Gated)
+    model = coarse(float_model)
+    report = refined(model, float_model, gradient_steps=4)
+    assert {move.name for move in report.moves if move.corrected} == {"conv.weight", "gate.weight"}
+    assert report.after.mean < 0.9 * report.before.mean

@@ -7,6 +7,7 @@ made up for at all the others: errors count up to so many times the usual one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -176,8 +177,8 @@ def _places(layer: WeightedLayer, output: QTensor | Tensor, most: int) -> Tensor
     """What is found at some places of each channel (n, C), within what the output's codes can stand for, where it has
     some: what is beyond it, the function behind the layer clips in float, too (ReLU6), or nothing brings back."""
     values = output.codes if isinstance(output, QTensor) else output
-    rows = values.movedim(layer.channel_dim, -1).flatten(0, -2)
-    rows = rows[:: -(-len(rows) // max(most, _LEAST_PLACES))].clone()
+    rows = values.movedim(layer.channel_dim, -1).reshape(-1, values.shape[layer.channel_dim])
+    rows = rows[:: max(1, math.ceil(len(rows) / max(most, _LEAST_PLACES)))].clone()
     if isinstance(output, QTensor):
         assert isinstance(layer, QuantizedLayer)
         like = layer.output
