@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
@@ -136,6 +137,11 @@ class Twin:
                 run(self._model, few, 0)  # not for want of an op, where the kernels fail too
                 if not self._let_kernel(error.node):
                     raise
+
+    def layers_alone(self, names: Collection[str]) -> list[WeightedLayer]:
+        """The layers with these weights; not those with one that is computed with more than once."""
+        runs = Counter(layer.weight.site.name for layer in self.layers)
+        return [layer for layer in self.layers if runs[name := layer.weight.site.name] == 1 and name in names]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

@@ -8,7 +8,6 @@ made up for at all the others: errors count up to so many times the usual one.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,7 +84,7 @@ class BiasCorrector:
     def units(self, store: ScaleStore) -> dict[str, Tensor]:
         """By weight site of the layers that may get another bias: how far their outputs are from those in float, root
         mean square of each channel (C,). In steps of that a descent moves biases."""
-        layers = _running_once(self._twin, self._correctable(store))
+        layers = self._twin.layers_alone(self._correctable(store))
         batch = self._images.batches[0].few(self._cost.images(_UNITS, forwards=2, share=0.005, least=2))
         found: dict[str, Tensor] = {}
 
@@ -116,7 +115,7 @@ def corrections(
     Returns:
         What is to be added to each bias, float32 (C,), by weight site; and on how many images it was found.
     """
-    layers, images = _running_once(twin, names), 0
+    layers, images = twin.layers_alone(names), 0
     with torch.no_grad():
         for batch in batches:
             if images >= most:
@@ -125,12 +124,6 @@ def corrections(
             _correct(twin, layers, batch, batch.images / images)
     held = {_site(layer): layer.weight.correction for layer in layers}
     return {name: found.to("cpu", copy=True) for name, found in held.items() if found is not None}, images
-
-
-def _running_once(twin: Twin, names: Collection[str]) -> list[WeightedLayer]:
-    """The layers with these weights; not those with one that is computed with more than once."""
-    runs = Counter(map(_site, twin.layers))
-    return [layer for layer in twin.layers if _site(layer) in names and runs[_site(layer)] == 1]
 
 
 def _site(layer: WeightedLayer) -> str:

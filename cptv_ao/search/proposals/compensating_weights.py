@@ -7,7 +7,6 @@ is fitted to its codes.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -52,9 +51,7 @@ def compensating_weights(twin: Twin, names: Collection[str], batch: Batch, most_
         batch: search images.
         most_flops: as of `sequential_roundings`.
     """
-    runs = Counter(layer.weight.site.name for layer in twin.layers)
-    once = [layer for layer in twin.layers if runs[layer.weight.site.name] == 1 and layer.weight.site.name in names]
-    layers = [one for one in once if _is_roundable(twin, one.weight.site)]
+    layers = [one for one in twin.layers_alone(names) if _is_roundable(twin, one.weight.site)]
     most = affordable_columns([layer.weight.codes.shape for layer in layers], most_flops)
     with twin.in_float(twin.names):
         wanted = layer_inputs(twin, batch)

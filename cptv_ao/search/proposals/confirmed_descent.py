@@ -104,13 +104,11 @@ class ConfirmedDescent:
                 if self._corrects:
                     descent.scales.take_biases(searched.store.read)
                 descent.go_on(searched.store.read)
-                resumed = self._budget.now
-                continue
-            self._corrects ^= self._alternates
-            if self._goes_half_back(descent.halvings, asked - resumed, self._budget.now - asked):
-                descent.go_half_back_to(searched.store.read)
-                continue
             else:
+                self._corrects ^= self._alternates
+                if self._goes_half_back(descent.halvings, asked - resumed, self._budget.now - asked):
+                    descent.go_half_back_to(searched.store.read)
+                    continue
                 descent.go_back_to(searched.store.read)
                 if not descent.young:
                     limits.limit(self._limited)

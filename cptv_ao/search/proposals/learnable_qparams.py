@@ -101,8 +101,7 @@ class LearnableQParams:
             self.shift.lerp_(_steps(self.shift, qparams), share)
         if self.held is not None and share == 1:
             self.held.copy_(qparams.scale)
-        if self.correction is not None and self.unit is not None:
-            self.correction.lerp_(_in_units(qparams, self.unit), share)
+        self.take_bias(qparams, share)
 
     def hold(self, scale: Tensor) -> None:
         """Find codes at another scale from now on; they stay what they are."""
@@ -112,11 +111,10 @@ class LearnableQParams:
                 self.shift.copy_(self._shift_at(to))
             self.held.copy_(to)
 
-    def take_bias(self, qparams: QParams) -> None:
-        """Go on from what these add to the bias, if that is learnt."""
+    def take_bias(self, qparams: QParams, share: float = 1.0) -> None:
+        """Move what is added to the bias, if that is learnt, a share of the way to what these add."""
         if self.correction is not None and self.unit is not None:
-            with torch.no_grad():
-                self.correction.copy_(_in_units(qparams, self.unit))
+            self.correction.lerp_(_in_units(qparams, self.unit), share)
 
     def _shift_at(self, scale: Tensor) -> Tensor:
         """The shift that makes the same codes at another scale as `held` does: it leaves each as far from the next one
@@ -172,8 +170,9 @@ class LearnableScales:
 
     def take_biases(self, scales: Callable[[str], QParams]) -> None:
         """Go on from what other qparams add to biases, by site name."""
-        for group in self.groups:
-            group.take_bias(scales(group.sites[0].name))
+        with torch.no_grad():
+            for group in self.groups:
+                group.take_bias(scales(group.sites[0].name))
 
     @property
     def units(self) -> dict[str, Tensor]:
