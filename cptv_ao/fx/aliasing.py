@@ -85,8 +85,8 @@ class Memory:
         be told what it is then."""
         target = written(node, self._held(node))
         assert target is not None
-        above = self._above(target)
-        if above is None or above[-1].node.op == "get_attr":  # the model's own: another value in each run
+        above = self._above(target, node)
+        if above is None:
             return None
         found = {change.node: change for change in above}
         path = {target, *(step for change in above for step in change.steps)}
@@ -105,10 +105,11 @@ class Memory:
             return None
         return Changed(node, (), sources[0]) if self.is_same(node) or self._is_view(node) else None
 
-    def _above(self, target: Node) -> list[Changed] | None:
-        """What is written into, what it is a view of, and so on; None where a step is not certain to be a view."""
+    def _above(self, target: Node, writer: Node) -> list[Changed] | None:
+        """What is written into, what it is a view of, and so on; None where that cannot be told of all that is read
+        later, or where it is the model's own memory, which is another in each run."""
         found, steps = [Changed(target)], tuple[Node, ...]()
-        certain = True
+        certain = True  # beyond what may be a copy nothing may be read again: it is written, or it is not
         node = target
         while sources := self._sources[node]:
             if len(sources) > 1 or not is_known(node, self._held(node)):
@@ -117,11 +118,11 @@ class Memory:
                 certain = certain and self._is_view(node)
                 steps = (node, *steps)
             node = sources[0]
-            found.append(Changed(node, steps))
-        return found if certain or not self._later_any(found[1:], target) else None
-
-    def _later_any(self, above: Sequence[Changed], target: Node) -> bool:
-        return any(self._later(change.node, target) for change in above)
+            if certain:
+                found.append(Changed(node, steps))
+            elif self._later(node, writer):
+                return None
+        return None if node.op == "get_attr" else found
 
     def _family(self, source: Node, before: Node) -> list[Node]:
         roots = self._roots[source]

@@ -54,6 +54,29 @@ def test_what_may_be_a_copy_cannot_be_told() -> None:
     assert found.changed_by(nodes["mul_"]) is None
 
 
+def test_beyond_what_may_be_a_copy_only_what_is_not_read_again_may_be_written() -> None:
+    def index(x: Tensor) -> Tensor:  # BEiT's relative positions
+        shifted = (x + 1).transpose(0, 1).contiguous()
+        shifted[0].add_(2)
+        return shifted
+
+    found, nodes = memory(index)
+    changed = found.changed_by(nodes["add_"])
+    assert changed is not None
+    by_node = {change.node.name: [step.name for step in change.steps] for change in changed}
+    assert by_node == {"getitem": [], "contiguous": ["getitem"]}
+
+    def by_another_name(x: Tensor) -> Tensor:
+        own = x + 1
+        row = own[1]
+        flat = own.reshape(-1)
+        flat.mul_(2)
+        return row + flat.sum()
+
+    found, nodes = memory(by_another_name)
+    assert found.changed_by(nodes["mul_"]) is None, "whether the row is another one depends on the strides"
+
+
 def test_a_value_of_its_own_changes_nothing_else() -> None:
     def forward(x: Tensor) -> Tensor:
         own = x + 1
