@@ -158,6 +158,10 @@ class SimulationTarget(KernelTarget):
             notes = (*found.notes, told + "; the kernels confirm it")
             return replace(found, status=status, before=before, after=after, notes=notes)
         self._backend.restore_all(back)
+        if after is not None and not any(point.kept for point in found.history[1:]):
+            told += f"; the equal form that it began from is not kept: the kernels go from {_change(before, after)}"
+            status = Status.UNCHANGED if found.status is Status.IMPROVED else found.status
+            return replace(found, status=status, before=before, after=before, moves=(), notes=(*found.notes, told))
         if after is None:
             told += "; not kept, for no time was left to judge it"
         else:

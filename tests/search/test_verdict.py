@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,18 +54,21 @@ def test_the_models_own_kernels_are_never_dear() -> None:
     assert not asked.dear and not asked.too_late
 
 
-def refined(graph: GraphModule, float_model: nn.Module, seconds: float = 0.0, **changes: Any) -> tuple[int, Any]:
+def refined(
+    graph: GraphModule, float_model: nn.Module, seconds: float = 0.0, spoiled: float = 1.0, **changes: Any
+) -> tuple[int, Any]:
     """How often what ships was asked for, and the report.
 
     Args:
         seconds: that each call takes.
+        spoiled: factor of the outputs of what ships from the second call on.
     """
     made = []
 
-    def ship(model: GraphModule) -> GraphModule:
+    def ship(model: GraphModule) -> Callable[[torch.Tensor], torch.Tensor]:
         made.append(model)
         time.sleep(seconds)
-        return model
+        return model if len(made) == 1 or spoiled == 1.0 else lambda x: model(x) * spoiled
 
     config = settings(accept_on=ship, holdout=0, **changes)
     cptv_ao.refine(graph, BATCHES, float_model=float_model, config=config, progress=False)
@@ -125,3 +129,15 @@ def test_an_equal_form_is_judged_where_the_search_found_nothing_in_it(
     assert report.after.search == pytest.approx(after, rel=1e-5)
     assert after <= start
     assert (report.status is cptv_ao.Status.IMPROVED) == (after < start)
+
+
+def test_an_equal_form_that_is_worse_where_nothing_was_found_is_not_called_a_refusal(
+    tokens_x86: GraphModule, tokens: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "_DEAR", 0.0)
+    given, nothing = tokens_x86(BATCHES[0]), dict[str, Any](passes=0, gradient_steps=0, population=())
+    made, report = refined(tokens_x86, tokens, spoiled=3.0, max_seconds=1000.0, **nothing)
+    assert made == 2 and report.evaluations == 0
+    assert report.status is cptv_ao.Status.UNCHANGED and report.before == report.after
+    assert any("the equal form that it began from is not kept" in note for note in report.notes)
+    assert torch.equal(tokens_x86(BATCHES[0]), given)
