@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.fx import Node
 
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.fx.inplace import argument_of, out_of_place, parameters, without_out, written
 from cptv_ao.fx.ops import op_name
+
+# What needs strides that the kernels of the twin may not give, as the float form of attention.
+_COPYING: dict[Any, Any] = {
+    "view": "reshape",
+    "view_as": "reshape_as",
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 
 
 class Call(NamedTuple):
@@ -33,7 +42,7 @@ def unsupported(node: Node, op: str) -> UnsupportedModelError:
 
 
 def pure(node: Node, held: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The call of a node, out of place: what is called, positional and keyword arguments.
+    """The call of a node, out of place and whatever the strides: what is called, positional and keyword arguments.
 
     Args:
         held: the module of a call_module node.
@@ -52,8 +61,16 @@ def pure(node: Node, held: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         target = without_out(target)
     elif written(node, held) is not None:
         target = out_of_place(target)
+    elif target in _COPYING and not _is_dtype(args[1:], kwargs):
+        target = _COPYING[target]
+        kwargs = {"shape" if name == "size" else name: value for name, value in kwargs.items()}
     if target is None:
         raise UnsupportedModelError(
             f"{node.name}: the float twin knows no form of {node.target} that does not write in place", node.name
         )
     return target, tuple(args), kwargs
+
+
+def _is_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a view is one of the same bytes as another type."""
+    return "dtype" in kwargs or any(isinstance(arg, torch.dtype) for arg in args)

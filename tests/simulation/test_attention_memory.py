@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import nets
+from helpers import nets, pt2e
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,3 +40,24 @@ def test_attention_stays_fused_where_there_are_many_tokens(
     with twin.attention():
         assert torch.backends.cuda.flash_sdp_enabled() == fused
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+class ViewsWhatAttends(Attends):
+    """A view that is possible only where the heads lie beside each other, as fused attention leaves them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(b, t, WIDTH))
+
+
+def test_a_view_of_fused_attention_is_one_of_the_other_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pt2e.torchao()
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: True)
+    images = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+    converted = pt2e.converted(nets.seeded(ViewsWhatAttends), pt2e.x86(), True, [images])
+    twin = Twin(open_model(converted)).checked(Batch((images,), {}, len(images)))
+    expected = converted(images)
+    with twin.attention():
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        torch.testing.assert_close(twin(images), expected, rtol=0.0, atol=0.02)

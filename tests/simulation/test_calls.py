@@ -75,3 +75,21 @@ def test_calls_are_taken_out_of_place_or_refused() -> None:
         pure(graph.call_method("random_", (x,)), None)
     assert caught.value.node == "random_"
     assert told(rectified, {}) == "relu"
+
+
+def _viewed(*shape: Any, **named: Any) -> Node:
+    graph = Graph()
+    return graph.call_method("view", (graph.placeholder("x"), *shape), named)
+
+
+def test_a_view_asks_for_no_strides_unless_it_is_one_of_other_bytes() -> None:
+    x = torch.arange(6.0).view(2, 3).t()
+    for node in (_viewed(6), _viewed((6,)), _viewed(size=(6,))):
+        method, args, kwargs = pure(node, None)
+        assert torch.equal(getattr(x, method)(*args[1:], **kwargs), x.reshape(6)), node.format_node()
+    graph = Graph()
+    node = graph.call_function(torch.ops.aten.view.default, (graph.placeholder("x"), [6]))
+    op, args, _ = pure(node, None)
+    assert torch.equal(op(x, *args[1:]), x.reshape(6))
+    for node in (_viewed(torch.int32), _viewed(dtype=torch.int32)):
+        assert pure(node, None)[0] == "view"
