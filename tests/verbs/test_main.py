@@ -84,7 +84,10 @@ def test_seconds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["refine", "factory.py:pair", "--data", "factory.py:batches", "--seconds", "1e-2", "--out", "scales"]
     assert main([*given, "--quiet", "--json", "r.json"]) == 0
     assert capsys.readouterr().out.startswith("cptv_ao.refine: ")
-    assert json.loads((here / "r.json").read_text())["status"] == "BUDGET"
+    told = json.loads((here / "r.json").read_text())
+    assert told["settings"]["max_seconds"] == "0.01"
+    # On a slow machine they pay for nothing, and it is not begun.
+    assert told["status"] == "BUDGET" or "max_seconds=0.01 pays for nothing here" in told["notes"][0]
     assert (here / "scales").exists()
 
 
