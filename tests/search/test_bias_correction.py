@@ -366,14 +366,14 @@ def test_what_is_learnt_of_a_bias_is_counted_in_steps_of_its_channel(vit_w2: Cas
     unit = torch.linspace(0.1, 2.0, backend.sites[name].shape[0])
     scales = LearnableScales(twin, {name: (backend.sites[name],)}, True, {name: unit})
     (group,) = scales.groups
-    assert group.correction is not None and not bool(group.correction.any())
+    assert group.bias is not None and not bool(group.bias.leaf.any())
     with torch.no_grad():
-        group.correction.fill_(3.0)
+        group.bias.leaf.fill_(3.0)
     proposed = scales.assignment()[name].correction
     assert proposed is not None and torch.allclose(proposed, 3 * unit)
-    assert torch.equal(group.values()["correction"], group.correction * unit)
+    assert torch.equal(group.values()["correction"], group.bias.leaf * unit)
     scales.go_to(backend.read, 0.5)
-    assert torch.allclose(group.correction, torch.full_like(unit, 1.5))
+    assert torch.allclose(group.bias.leaf, torch.full_like(unit, 1.5))
     scales.take_biases(lambda _: replace(backend.read(name), correction=-unit))
-    assert torch.allclose(group.correction, torch.full_like(unit, -1.0))
+    assert torch.allclose(group.bias.leaf, torch.full_like(unit, -1.0))
     assert not LearnableScales(twin, {name: (backend.sites[name],)}, True).units

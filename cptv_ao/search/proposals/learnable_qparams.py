@@ -29,9 +29,31 @@ NO_UNITS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class LearnableBias:
+    """What is added to the bias of a layer: of each channel (C,) some of its units (C,)."""
+
+    leaf: Tensor
+    unit: Tensor
+
+    @staticmethod
+    def of(now: QParams, unit: Tensor) -> LearnableBias:
+        """Where these qparams are."""
+        return LearnableBias(_in_units(now, unit).requires_grad_(), unit)
+
+    @property
+    def value(self) -> Tensor:
+        """What is added (C,)."""
+        return self.leaf * self.unit
+
+    def go_to(self, qparams: QParams, share: float = 1.0) -> None:
+        """Move the leaf a share of the way to what these qparams add."""
+        self.leaf.lerp_(_in_units(qparams, self.unit), share)
+
+
+@dataclass(frozen=True)
 class LearnableQParams:
     """Of one tied group: the logarithm of its scales, its zero_point in units of `_CODES_PER_LOG`, and of a weight
-    what is added to each of its steps before rounding, and to the bias of its layer, in a unit of each channel.
+    what is added to each of its steps before rounding, and to the bias of its layer.
 
     Weights of some codes (four bits) keep theirs where a scale moves, for a step of it would turn many at once that
     were chosen together: they are found at the scale that they had (`held`), and the shift makes up for the other one.
@@ -44,8 +66,7 @@ class LearnableQParams:
     shift: Tensor | None
     weight: Tensor | None = None
     held: Tensor | None = None
-    correction: Tensor | None = None
-    unit: Tensor | None = None
+    bias: LearnableBias | None = None
 
     @staticmethod
     def of(
@@ -59,12 +80,12 @@ class LearnableQParams:
         offset = (now.zero_point.float() / _CODES_PER_LOG).to(twin.device).requires_grad_() if lead.affine else None
         weight = twin.sites.shiftable_weight(lead.name) if shifts else None
         unit = units.get(lead.name) if len(group) == 1 else None
-        correction = None if unit is None else _in_units(now, unit).requires_grad_()
+        bias = None if unit is None else LearnableBias.of(now, unit)
         if weight is None:
-            return LearnableQParams(group, log_scale, offset, None, correction=correction, unit=unit)
+            return LearnableQParams(group, log_scale, offset, None, bias=bias)
         held = now.scale.float().to(twin.device) if lead.qmax - lead.qmin in _HELD_CODES else None
         shift = _steps(weight, now).requires_grad_()
-        return LearnableQParams(group, log_scale, offset, shift, weight, held, correction, unit)
+        return LearnableQParams(group, log_scale, offset, shift, weight, held, bias)
 
     @property
     def weight_rate(self) -> float:
@@ -80,8 +101,8 @@ class LearnableQParams:
             found["shift"] = self.shift
         if self.held is not None:
             found["codes_scale"] = self.held
-        if self.correction is not None and self.unit is not None:
-            found["correction"] = self.correction * self.unit
+        if self.bias is not None:
+            found["correction"] = self.bias.value
         return found
 
     @property
@@ -101,7 +122,8 @@ class LearnableQParams:
             self.shift.lerp_(_steps(self.shift, qparams), share)
         if self.held is not None and share == 1:
             self.held.copy_(qparams.scale)
-        self.take_bias(qparams, share)
+        if self.bias is not None:
+            self.bias.go_to(qparams, share)
 
     def hold(self, scale: Tensor) -> None:
         """Find codes at another scale from now on; they stay what they are."""
@@ -110,11 +132,6 @@ class LearnableQParams:
             with torch.no_grad():
                 self.shift.copy_(self._shift_at(to))
             self.held.copy_(to)
-
-    def take_bias(self, qparams: QParams, share: float = 1.0) -> None:
-        """Move what is added to the bias, if that is learnt, a share of the way to what these add."""
-        if self.correction is not None and self.unit is not None:
-            self.correction.lerp_(_in_units(qparams, self.unit), share)
 
     def _shift_at(self, scale: Tensor) -> Tensor:
         """The shift that makes the same codes at another scale as `held` does: it leaves each as far from the next one
@@ -133,9 +150,7 @@ class LearnableQParams:
             codes = (self.offset.detach() * _CODES_PER_LOG).round()
             zero_point = codes.clamp(site.qmin, site.qmax).long().cpu()
         shift = self.shift if self.held is None else self._shift_at(scale.to(self.held))
-        correction = now.correction
-        if self.correction is not None and self.unit is not None:
-            correction = (self.correction.detach() * self.unit).cpu()
+        correction = now.correction if self.bias is None else self.bias.value.detach().cpu()
         return QParams(scale, zero_point, None if shift is None else _shift_codes(shift), correction)
 
 
@@ -172,12 +187,13 @@ class LearnableScales:
         """Go on from what other qparams add to biases, by site name."""
         with torch.no_grad():
             for group in self.groups:
-                group.take_bias(scales(group.sites[0].name))
+                if group.bias is not None:
+                    group.bias.go_to(scales(group.sites[0].name))
 
     @property
     def units(self) -> dict[str, Tensor]:
         """Of what is added to biases, by the leader of the group: they hold for the whole descent."""
-        return {group.sites[0].name: group.unit for group in self.groups if group.unit is not None}
+        return {group.sites[0].name: group.bias.unit for group in self.groups if group.bias is not None}
 
     def assignment(self) -> Assignment:
         """The scales as they are now, by site name."""

@@ -27,8 +27,8 @@ class ScaleOptimizer:
         for group in groups:
             rate = group.weight_rate if group.offset is None else activation_rate
             by_rate.setdefault(rate, []).extend(leaf for leaf in (group.log_scale, group.offset) if leaf is not None)
-            if group.correction is not None:
-                by_rate.setdefault(1.0, []).append(group.correction)
+            if group.bias is not None:
+                by_rate.setdefault(1.0, []).append(group.bias.leaf)
             if group.shift is not None:
                 by_rate.setdefault(rounding_rate, []).append(group.shift)
         self._confined: dict[tuple[float, float], list[Tensor]] = {}
