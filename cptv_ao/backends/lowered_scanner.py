@@ -17,6 +17,7 @@ from cptv_ao.backends.scale_slots import AttributeScaleSlot, BufferScaleSlot, Sc
 from cptv_ao.backends.tensor_slots import TensorSlot
 from cptv_ao.core.sites import output_name, weight_name
 from cptv_ao.fx.decomposed_ops import packet_of
+from cptv_ao.fx.inplace import first_input
 from cptv_ao.fx.ops import op_name, op_of
 from cptv_ao.fx.paths import ModulePaths, fetch, is_scalar
 from cptv_ao.fx.quantized_ops import SUMS, Quantized, is_quantized_op, of_module, of_node, quantized_inside
@@ -128,7 +129,9 @@ class Scanner:
 
     def _visit_buffers(self, node: Node, op: str, dtype: Any, channels: int | None) -> bool:
         """Add the site of a function whose scale and zero_point are buffers of the root."""
-        sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        # A value that is quantized may be a number of the model itself.
+        value = first_input(node) if node.target is torch.quantize_per_tensor else None
+        sources = [n for n in node.all_input_nodes if n.op == "get_attr" and n is not value]
         scales = [n for n in sources if is_scalar(fetch(self._model, str(n.target)), floating=True)]
         zeros = [n for n in sources if is_scalar(fetch(self._model, str(n.target)), floating=False)]
         if len(scales) != 1 or len(zeros) != 1:

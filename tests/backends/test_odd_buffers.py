@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import nets
 from helpers.forms import Injected, exported, lowered, made, refine
 from torch import nn
 from torch.fx import GraphModule
@@ -73,3 +74,31 @@ def test_scales_that_share_their_memory_are_written() -> None:
         now = backend.read(site.name)
         backend.write(site.name, cptv_ao.QParams(now.scale * torch.linspace(1, 2, 8), now.zero_point))
     assert len(set(backend.read(site.name).scale.tolist())) == 8
+
+
+class ByNumbers(nn.Module):
+    """Hard swish as an export writes it, with numbers that the model holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 8, 3), nn.Parameter(torch.tensor(1.7))
+        self.register_buffer("three", torch.tensor(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x) * self.gain
+        return (y * torch.clamp(y + self.three, 0, 6)).mean((2, 3))
+
+
+def test_numbers_of_the_model_that_are_quantized_are_not_taken_for_scales() -> None:
+    images = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    model, converted = nets.quantize(nets.seeded(ByNumbers), images)
+    backend = Backend(converted)
+    numbers = [n for n in converted.graph.nodes if n.target is torch.quantize_per_tensor and n.args[0].op == "get_attr"]
+    assert len(numbers) == 2
+    assert not backend.sites.unknown
+    written = {node: site.name for site in backend.sites.values() for node in site.nodes}
+    for node in numbers:
+        scale = node.args[1].target
+        backend.write(written[node.name], cptv_ao.QParams(torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)))
+        assert float(getattr(converted, scale)) == 0.5
+    assert float(converted.gain) == float(model.gain) and float(converted.three) == 3.0
