@@ -1,7 +1,8 @@
 """Rewriting a module's `forward` into one that torch.fx can trace: its own graph, taken with example inputs at hand.
 
-Where Python asks for a concrete value (`if H % 2`, `len(x)`, `int(n)`), the example answers; all else stays symbolic.
-What depends on parameters alone is computed once and kept as a constant.
+Where Python asks for a concrete value (`if H % 2`, `len(x)`, `int(n)`), the example answers, if that follows from the
+form of the inputs and not from the numbers in them; all else stays symbolic. What depends on parameters alone is
+computed once and kept as a constant.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -32,6 +34,11 @@ _QUANTIZED_MODES = {"nearest", "nearest-exact", "bilinear"}
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
 # Names of the parameters that hold what was computed once.
 _FOLDED = "folded_"
+# Methods and functions that tell the form of a tensor, not its numbers; attributes do so unless they are tensors.
+_OF_FORM = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous",
+    "is_floating_point", "is_complex", "get_device",
+}  # fmt: skip
 # Their arguments in order, with defaults.
 _ARGUMENTS = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
@@ -117,6 +124,7 @@ class _ExampleTracer(QuantizationTracer):
         self._example = example
         self._computing = False
         self._values: dict[Node, Any] = {}
+        self._of_numbers: set[Node] = set()  # what follows from the numbers in the inputs
 
     def value(self, node: Node) -> Any:
         """What a node is for the example."""
@@ -136,6 +144,7 @@ class _ExampleTracer(QuantizationTracer):
             proxy = self.create_proxy("placeholder", parameter.name, default, {})
             value = self._example.get(parameter.name, parameter.default)
             self._values[proxy.node] = value
+            self._of_numbers |= set() if isinstance(value, (int, float, torch.Size)) else {proxy.node}
             switch = parameter.name not in self._example or value is None or isinstance(value, (bool, str))
             given.append(value if switch else proxy)
         return root_fn, [self.root, *given[: max(named, default=0)]]  # a decorator may give what follows by keyword
@@ -155,9 +164,19 @@ class _ExampleTracer(QuantizationTracer):
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Proxy:
         proxy = super().create_proxy(kind, *args, **kwargs)
+        node = proxy.node
         if kind not in {"placeholder", "output"}:
-            self._values[proxy.node] = self._compute(proxy.node)
+            self._values[node] = self._compute(node)
+            if self._of_numbers.intersection(node.all_input_nodes) and not _asks_form(node, self._values[node]):
+                self._of_numbers.add(node)
         return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        """As a call of its class what is a dict and more, as the outputs of transformers: torch makes it a dict."""
+        if isinstance(a, dict) and is_dataclass(a):
+            given = {field.name: getattr(a, field.name) for field in fields(a)}
+            return self.create_proxy("call_function", type(a), (), given).node
+        return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self._computing else super().call_module(m, forward, args, kwargs)
@@ -166,7 +185,17 @@ class _ExampleTracer(QuantizationTracer):
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: Proxy) -> bool:
-        return bool(self.value(obj.node))
+        return bool(self.concrete(obj.node))
+
+    def concrete(self, node: Node) -> Any:
+        """What Python decides by: the value of a node for the example, if it is the same for all inputs of its form.
+
+        Raises:
+            TypeError: it follows from the numbers in the inputs.
+        """
+        if node in self._of_numbers:
+            raise TypeError(f"what it does hangs on the numbers in its inputs, not on their form alone ({node.name})")
+        return self.value(node)
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([obj[i] for i in range(len(self.value(obj.node)))])  # type: ignore[index]
@@ -209,13 +238,21 @@ class _ExampleProxy(Proxy):
         return len(self._value())
 
     def __int__(self) -> int:
-        return int(self._value())
+        return int(self.tracer.concrete(self.node))
 
     def __index__(self) -> int:
-        return operator.index(self._value())
+        return operator.index(self.tracer.concrete(self.node))
 
     def __float__(self) -> float:
-        return float(self._value())
+        return float(self.tracer.concrete(self.node))
+
+
+def _asks_form(node: Node, value: Any) -> bool:
+    """Whether a node tells no more of what it is given than its form."""
+    if node.target in (getattr, len):
+        return not isinstance(value, Tensor)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in {"call_function", "call_method"} and name in _OF_FORM
 
 
 def _fold(graph: Graph, value_of: Callable[[Node], Any], owner: nn.Module) -> None:

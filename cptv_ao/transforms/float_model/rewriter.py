@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.formatting import counted
 from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
+from cptv_ao.transforms.float_model.attention_masks import masked_scores
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
 from cptv_ao.transforms.float_model.float_streams import FloatStreams
@@ -168,11 +169,14 @@ class Rewriter:
         """Keep prepare_fx from quantizing what is done to integers, masks and what is no tensor."""
         seen: Counter[Any] = Counter()
         left: dict[str, None] = {}
+        masked = masked_scores(run)
         for node in run.graph.nodes:
             kind = (tracer.node_name_to_scope[node.name][0] if node.op == "call_function" else "", node.target)
-            if run.takes_integers(node) or run.is_no_tensor(node):
+            if node in masked or run.takes_integers(node) or run.is_no_tensor(node):
                 left[getattr(node.target, "__name__", str(node.target))] = None
-                if node.op == "call_method":  # torch.ao knows these by name only
+                if node.op == "call_module":
+                    self._mapping.set_module_name(str(node.target), None)
+                elif node.op == "call_method":  # torch.ao knows these by name only
                     self._mapping.set_object_type(node.target, None)
                 else:
                     self._mapping.set_module_name_object_type_order(*kind, seen[kind], None)
