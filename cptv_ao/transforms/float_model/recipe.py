@@ -82,17 +82,18 @@ def recipe(
     """Make a float model ready for stock `prepare_fx`, keeping as much of it quantized as possible.
 
     Batch norms that hold their activation (timm's BatchNormAct2d) are taken apart, so that FX fuses them with their
-    convolution, and identities between them vanish. A module that cannot be traced, or that computes a weight or
-    bias in its forward, is rewritten into its own graph for inputs like `example_inputs` (of any batch size, of this
-    image size); where that fails, or hangs on the numbers in its inputs, it stays float. So do masks that are added to
-    the scores of an attention, the sum and its softmax: no 8 bits hold them. Where a few channels of a norm are far larger than the others on these
-    inputs, they are divided in the norm and multiplied in the linear layers that read it (SmoothQuant, arXiv
-    2211.10438), which costs nothing and leaves the others more codes. Where a few channels of a residual stream are,
-    the whole stream is rotated (QuaRot, arXiv 2404.00456), if its values are sums of what linear layers, convolutions
-    and tensors of the model give, and only layer norms before linear layers, or such layers, read them: its largest
-    values become several times smaller. Where the model returns the last norm itself, a linear layer of that width is
-    put behind it, which rotates back; where a norm begins the stream (CLIP), one that stays in float. At the end
-    prepare_fx, one batch and convert_fx are run on a copy: what they break on is found, named and left in float.
+    convolution, and identities between them vanish. A module that cannot be traced, or that computes a weight or bias
+    in its forward, is rewritten into its own graph for inputs like `example_inputs` (of any batch size, of this image
+    size); where that fails, or hangs on the numbers in its inputs, it stays float. So do masks that are added to the
+    scores of an attention, the sum and its softmax: no 8 bits hold them. Where a few channels of a norm are far larger
+    than the others on these inputs, they are divided in the norm and multiplied in the linear layers that read it
+    (SmoothQuant, arXiv 2211.10438), which costs nothing and leaves the others more codes. Where a few channels of a
+    residual stream are, the whole stream is rotated (QuaRot, arXiv 2404.00456), if its values are sums of what linear
+    layers, convolutions and tensors of the model give, and only layer norms before linear layers, or such layers, read
+    them: its largest values become several times smaller. Where the model returns the last norm itself, a linear layer
+    of that width is put behind it, which rotates back; where a norm begins the stream (CLIP), one that stays in float.
+    At the end prepare_fx, one batch and convert_fx are run on a copy: what they break on is found, named and left in
+    float.
 
     Args:
         model: the float model; it is not changed.
