@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import nets
 from torch import Tensor, nn
+from torch.ao.quantization import HistogramObserver
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import GraphModule
 
@@ -111,3 +112,16 @@ def test_what_is_fine_is_left_as_it_is() -> None:
     mapping = cptv_ao.qconfig_mapping(engine="x86")
     ready = cptv_ao.recipe(nets.seeded(lambda: Between(torch.relu)), (IMAGES,), qconfig_mapping=mapping)
     assert str(ready).startswith("nothing to change")
+
+
+def test_what_is_tried_takes_no_search_for_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a second an observer, and as often as parts are tried."""
+
+    def searched(*_: Any) -> Any:
+        raise AssertionError("a histogram was searched")
+
+    monkeypatch.setattr(HistogramObserver, "calculate_qparams", searched)
+    mapping = cptv_ao.qconfig_mapping(4, "x86")
+    ready = cptv_ao.recipe(nets.seeded(lambda: Between(torch.relu)), (IMAGES,), qconfig_mapping=mapping)
+    assert ready.notes == ()
+    assert type(ready.qconfig_mapping.global_qconfig.activation()) is HistogramObserver

@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.nn import functional
 
+from cptv_ao.core.output_tree import named_tensors
 from cptv_ao.fx.paths import fetch
 
 #: Functions with a weight, which prepare_fx quantizes where it stands in its place among the arguments.
@@ -144,7 +145,7 @@ class _ExampleTracer(QuantizationTracer):
             proxy = self.create_proxy("placeholder", parameter.name, default, {})
             value = self._example.get(parameter.name, parameter.default)
             self._values[proxy.node] = value
-            self._of_numbers |= set() if isinstance(value, (int, float, torch.Size)) else {proxy.node}
+            self._of_numbers |= {proxy.node} if named_tensors(value) else set()
             switch = parameter.name not in self._example or value is None or isinstance(value, (bool, str))
             given.append(value if switch else proxy)
         return root_fn, [self.root, *given[: max(named, default=0)]]  # a decorator may give what follows by keyword
@@ -167,7 +168,7 @@ class _ExampleTracer(QuantizationTracer):
         node = proxy.node
         if kind not in {"placeholder", "output"}:
             self._values[node] = self._compute(node)
-            if self._of_numbers.intersection(node.all_input_nodes) and not _asks_form(node, self._values[node]):
+            if self._of_numbers.intersection(node.all_input_nodes) and not self._asks_form(node):
                 self._of_numbers.add(node)
         return proxy
 
@@ -199,6 +200,15 @@ class _ExampleTracer(QuantizationTracer):
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([obj[i] for i in range(len(self.value(obj.node)))])  # type: ignore[index]
+
+    def _asks_form(self, node: Node) -> bool:
+        """Whether a node tells no more of tensors than their form, or takes something else from beside them."""
+        if node.target in (getattr, len):
+            return not isinstance(self._values[node], Tensor)
+        if node.target is operator.getitem:
+            return not isinstance(self.value(node.all_input_nodes[0]), Tensor) and not named_tensors(self._values[node])
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return node.op in {"call_function", "call_method"} and name in _OF_FORM
 
     def _compute(self, node: Node) -> Any:
         args: Any = map_arg(node.args, self.value)
@@ -245,14 +255,6 @@ class _ExampleProxy(Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self.node))
-
-
-def _asks_form(node: Node, value: Any) -> bool:
-    """Whether a node tells no more of what it is given than its form."""
-    if node.target in (getattr, len):
-        return not isinstance(value, Tensor)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in {"call_function", "call_method"} and name in _OF_FORM
 
 
 def _fold(graph: Graph, value_of: Callable[[Node], Any], owner: nn.Module) -> None:

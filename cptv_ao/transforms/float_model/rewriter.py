@@ -74,7 +74,7 @@ class Rewriter:
                 graph = tracer.trace(traced)
             except Exception as error:
                 path = innermost(error, traced)
-                self._adapt(path, f"{type(error).__name__}: {error}".splitlines()[0])
+                self._adapt(path, _first_line(error))
                 continue
             run = ExampleRun(traced, graph)
             path, reason = not_convertible(graph, tracer) or self._misread(run)
@@ -205,7 +205,9 @@ class Rewriter:
             for each in paths:
                 undo(before.get_submodule(each))
             self.leaves[kind] = None
-            self.notes.append(f"{kind.__name__} ({counted(len(paths), 'module')}) stays float: {reason}")
+            why = _first_line(error)
+            told = reason if reason in why else f"{reason}; rewritten: {why}"
+            self.notes.append(f"{kind.__name__} ({counted(len(paths), 'module')}) stays float: {told}")
             return
         self._rewritten.update(paths)
         where = f"{kind.__name__} ({counted(len(paths), 'module')})" if path else "the whole model"
@@ -240,6 +242,11 @@ class Rewriter:
         else:
             convolution.padding = tuple(total // 2 for total in totals)
             self._numbered += 1
+
+
+def _first_line(error: Exception) -> str:
+    """What an error is and says, as far as a note has room."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Through(nn.Module):

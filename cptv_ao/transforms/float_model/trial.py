@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization import HistogramObserver, MinMaxObserver, QConfig, QConfigMapping
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -40,8 +40,10 @@ def left_in_float(
         UnsupportedModelError: it fails though all of it stays float.
     """
 
+    quick = _quick(mapping)
+
     def error_of(parts: Sequence[_Part]) -> Exception | None:
-        tried = copy.deepcopy(mapping)
+        tried = copy.deepcopy(quick)
         for part in parts:
             part.leave(tried)
         return _error(model, tried, custom, example)
@@ -66,6 +68,28 @@ def left_in_float(
     for part in found:
         part.leave(mapping)
     return [f"{part.told} stays float: convert_fx fails otherwise ({first})" for part in found]
+
+
+def _quick(mapping: QConfigMapping) -> QConfigMapping:
+    """A copy with observers of ends for those of histograms, which take up to a second each to find a range: what is
+    broken on does not hang on it."""
+    quick, made = copy.copy(mapping), dict[QConfig, QConfig]()
+
+    def of_ends(qconfig: Any) -> Any:
+        observer = None if qconfig is None else qconfig.activation()
+        if type(observer) is not HistogramObserver:
+            return qconfig
+        if qconfig not in made:
+            given = {name: getattr(observer, name) for name in ("dtype", "qscheme", "reduce_range")}
+            if observer.has_customized_qrange:
+                given |= {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
+            made[qconfig] = qconfig._replace(activation=MinMaxObserver.with_args(**given))
+        return made[qconfig]
+
+    for name, held in vars(mapping).items():
+        each = {key: of_ends(qconfig) for key, qconfig in held.items()} if isinstance(held, dict) else None
+        setattr(quick, name, of_ends(held) if each is None else type(held)(each))
+    return quick
 
 
 def _error(
