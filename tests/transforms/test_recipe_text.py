@@ -34,6 +34,7 @@ class Attention(nn.Module):
         window = torch.zeros(TOKENS, TOKENS)
         window[:3, 3:] = window[3:, :3] = -100.0
         self.register_buffer("window", window)
+        self.register_buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
         self.masked = masked
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -54,11 +55,19 @@ def _filled(own: Any, scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask[:, None, :] == 0, -torch.inf).softmax(-1)
 
 
+def _taken_off(own: Any, scores: Tensor, mask: Tensor) -> Tensor:
+    return own.softmax(scores - 1e4 * (1 - mask[:, None, :]).float())
+
+
+def _chosen(own: Any, scores: Tensor, mask: Tensor) -> Tensor:
+    return own.softmax(torch.where(mask[:, None, :] == 1, scores, own.lowest))
+
+
 def _shifted_windows(own: Any, scores: Tensor, mask: Tensor) -> Tensor:
     return own.softmax(scores + own.window)
 
 
-@pytest.mark.parametrize("masked", [_lowest, _scaled, _filled, _shifted_windows])
+@pytest.mark.parametrize("masked", [_lowest, _scaled, _taken_off, _filled, _chosen, _shifted_windows])
 @pytest.mark.parametrize("example", [MASK, WHOLE], ids=["padded", "whole"])
 def test_no_range_has_to_hold_a_mask(masked: Any, example: Tensor) -> None:
     model = nets.seeded(lambda: Attention(masked))

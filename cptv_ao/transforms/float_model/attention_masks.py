@@ -18,8 +18,10 @@ from cptv_ao.fx.known_functions import aten_name
 from cptv_ao.transforms.float_model.example_runs import ExampleRun
 
 # A softmax sees nothing of what lies so far below the other scores: 2e-22 of them.
-_FAR = -50.0
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_FAR = 50.0
+_SUMS = {
+    operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_",
+}  # fmt: skip
 _FILLS = {"masked_fill", "where"}
 _SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
 # So many nodes may lie between a sum and its softmax: another bias, a view, a dropout.
@@ -54,7 +56,7 @@ def _makes(node: Node, given: set[Node]) -> Iterator[Node]:
 def _is_given(node: Node, given: set[Node], run: ExampleRun) -> bool:
     """Whether a node's value follows from no activations, nor from weights that integers look up."""
     if node.op == "get_attr":
-        return _is_mask(node, run) and bool((run.env[node] < 0).any())
+        return _is_mask(node, run) and bool(run.env[node].any())
     if node.op not in ("call_function", "call_method"):
         return False
     floats = [part for part in node.all_input_nodes if _floats(run.env.get(part)) is not None]
@@ -62,17 +64,18 @@ def _is_given(node: Node, given: set[Node], run: ExampleRun) -> bool:
 
 
 def _is_mask(node: Node, run: ExampleRun) -> bool:
-    """Whether a value is 0, or far below it where nothing is to be seen."""
+    """Whether a value is 0, or far from it where nothing is to be seen."""
     value = _floats(run.env.get(node))
-    return value is not None and bool(((value == 0) | (value <= _FAR)).all())
+    return value is not None and any(bool(((value == 0) | (sign * value >= _FAR)).all()) for sign in (-1, 1))
 
 
 def _masks(node: Node, given: set[Node], run: ExampleRun) -> bool:
     """Whether a node puts a mask onto scores."""
-    if node.target in _ADDS:
+    if node.target in _SUMS:
         return any(part in given and _is_mask(part, run) for part in node.all_input_nodes)
     fills = node.op != "call_module" and aten_name(node.target) in _FILLS and run.takes_integers(node)
-    return fills and any(map(_is_far, (*node.args, *node.kwargs.values())))
+    put = [run.env.get(part) if isinstance(part, Node) else part for part in (*node.args, *node.kwargs.values())]
+    return fills and any(_is_far(value) for value in put)
 
 
 def _floats(value: Any) -> Tensor | None:
@@ -80,23 +83,28 @@ def _floats(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else None
 
 
-def _is_far(argument: Any) -> bool:
-    return isinstance(argument, (int, float)) and argument <= _FAR
+def _is_far(value: Any) -> bool:
+    one = (
+        value.dim() == 0 and value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, (int, float))
+    )
+    return one and float(value) <= -_FAR
 
 
-def _to_softmax(node: Node, run: ExampleRun) -> list[Node]:
+def _to_softmax(node: Node, run: ExampleRun) -> tuple[Node, ...]:
     """A node and all up to the softmax that reads it, that included; none where there is no softmax."""
-    for way in _ways(node, _BETWEEN):
-        last = way[-1]
-        held = run.module.get_submodule(str(last.target)) if last.op == "call_module" else None
-        if isinstance(held, nn.Softmax) or (held is None and aten_name(last.target) in _SOFTMAX):
-            return way
-    return []
+    ways: list[tuple[Node, ...]] = [(node,)]
+    seen = {node}
+    for _ in range(_BETWEEN + 2):
+        for way in ways:
+            if _is_softmax(way[-1], run):
+                return way
+        further = [(*way, user) for way in ways for user in way[-1].users if user not in seen]
+        seen.update(way[-1] for way in further)
+        ways = further
+    return ()
 
 
-def _ways(node: Node, left: int) -> Iterator[list[Node]]:
-    """Ways from a node along what reads it."""
-    yield [node]
-    for user in node.users if left else ():
-        for way in _ways(user, left - 1):
-            yield [node, *way]
+def _is_softmax(node: Node, run: ExampleRun) -> bool:
+    if node.op == "call_module":
+        return isinstance(run.module.get_submodule(str(node.target)), nn.Softmax)
+    return aten_name(node.target) in _SOFTMAX

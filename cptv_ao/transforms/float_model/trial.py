@@ -7,10 +7,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.ao.quantization import HistogramObserver, MinMaxObserver, QConfig, QConfigMapping
+from torch.ao.quantization import HistogramObserver, QConfig, QConfigMapping
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -70,26 +71,34 @@ def left_in_float(
     return [f"{part.told} stays float: convert_fx fails otherwise ({first})" for part in found]
 
 
+class _Ends(HistogramObserver):
+    """Takes the ends of what it has seen for its range, which a histogram may search for up to a second."""
+
+    def calculate_qparams(self) -> Any:  # type: ignore[override]
+        return self._calculate_qparams(self.min_val, self.max_val)
+
+
 def _quick(mapping: QConfigMapping) -> QConfigMapping:
-    """A copy with observers of ends for those of histograms, which take up to a second each to find a range: what is
-    broken on does not hang on it."""
+    """A copy whose histograms are not searched: what is broken on does not hang on the ranges."""
     quick, made = copy.copy(mapping), dict[QConfig, QConfig]()
 
     def of_ends(qconfig: Any) -> Any:
-        observer = None if qconfig is None else qconfig.activation()
-        if type(observer) is not HistogramObserver:
+        if qconfig is None or type(qconfig.activation()) is not HistogramObserver:
             return qconfig
         if qconfig not in made:
-            given = {name: getattr(observer, name) for name in ("dtype", "qscheme", "reduce_range")}
-            if observer.has_customized_qrange:
-                given |= {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
-            made[qconfig] = qconfig._replace(activation=MinMaxObserver.with_args(**given))
+            made[qconfig] = qconfig._replace(activation=partial(_ends, qconfig.activation))
         return made[qconfig]
 
     for name, held in vars(mapping).items():
         each = {key: of_ends(qconfig) for key, qconfig in held.items()} if isinstance(held, dict) else None
         setattr(quick, name, of_ends(held) if each is None else type(held)(each))
     return quick
+
+
+def _ends(make: Callable[[], HistogramObserver]) -> HistogramObserver:
+    observer = make()
+    observer.__class__ = _Ends
+    return observer
 
 
 def _error(
