@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional
 
 from cptv_ao.fx.known_functions import aten_name
+from cptv_ao.fx.op_table import SOFTMAX
+from cptv_ao.fx.ops import op_of
 from cptv_ao.transforms.float_model.example_runs import ExampleRun
 
 # A softmax sees nothing of what lies so far below the other scores: 2e-22 of them.
@@ -23,7 +26,6 @@ _SUMS = {
     operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_",
 }  # fmt: skip
 _FILLS = {"masked_fill", "where"}
-_SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
 # So many nodes may lie between a sum and its softmax: another bias, a view, a dropout.
 _BETWEEN = 6
 
@@ -94,17 +96,12 @@ def _to_softmax(node: Node, run: ExampleRun) -> tuple[Node, ...]:
     """A node and all up to the softmax that reads it, that included; none where there is no softmax."""
     ways: list[tuple[Node, ...]] = [(node,)]
     seen = {node}
+    modules = dict(run.module.named_modules(remove_duplicate=False))
     for _ in range(_BETWEEN + 2):
         for way in ways:
-            if _is_softmax(way[-1], run):
+            if op_of(way[-1], modules) is SOFTMAX or way[-1].target is functional.scaled_dot_product_attention:
                 return way
         further = [(*way, user) for way in ways for user in way[-1].users if user not in seen]
         seen.update(way[-1] for way in further)
         ways = further
     return ()
-
-
-def _is_softmax(node: Node, run: ExampleRun) -> bool:
-    if node.op == "call_module":
-        return isinstance(run.module.get_submodule(str(node.target)), nn.Softmax)
-    return aten_name(node.target) in _SOFTMAX

@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 
 from cptv_ao.core.output_tree import named_tensors
+from cptv_ao.fx.known_functions import aten_name
 from cptv_ao.fx.paths import fetch
 
 #: Functions with a weight, which prepare_fx quantizes where it stands in its place among the arguments.
@@ -207,8 +208,7 @@ class _ExampleTracer(QuantizationTracer):
             return not isinstance(self._values[node], Tensor)
         if node.target is operator.getitem:
             return not isinstance(self.value(node.all_input_nodes[0]), Tensor) and not named_tensors(self._values[node])
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return node.op in {"call_function", "call_method"} and name in _OF_FORM
+        return node.op in {"call_function", "call_method"} and aten_name(node.target) in _OF_FORM
 
     def _compute(self, node: Node) -> Any:
         args: Any = map_arg(node.args, self.value)
