@@ -89,9 +89,11 @@ def _quick(mapping: QConfigMapping) -> QConfigMapping:
             made[qconfig] = qconfig._replace(activation=partial(_ends, qconfig.activation))
         return made[qconfig]
 
-    for name, held in vars(mapping).items():
-        each = {key: of_ends(qconfig) for key, qconfig in held.items()} if isinstance(held, dict) else None
-        setattr(quick, name, of_ends(held) if each is None else type(held)(each))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what observers will not take in a later torch
+        for name, held in vars(mapping).items():
+            each = {key: of_ends(qconfig) for key, qconfig in held.items()} if isinstance(held, dict) else None
+            setattr(quick, name, of_ends(held) if each is None else type(held)(each))
     return quick
 
 
