@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
-from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.nn import functional
 
 from cptv_ao.core.output_tree import named_tensors
 from cptv_ao.fx.known_functions import aten_name
 from cptv_ao.fx.paths import fetch
+from cptv_ao.transforms.float_model.constant_folding import FOLDED, fold
 
 #: Functions with a weight, which prepare_fx quantizes where it stands in its place among the arguments.
 WEIGHTED_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
@@ -34,8 +35,6 @@ WEIGHTED_FUNCTIONS = (functional.linear, functional.conv1d, functional.conv2d, f
 _QUANTIZED_MODES = {"nearest", "nearest-exact", "bilinear"}
 # Functions that are given a size number by number, or as a whole.
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
-# Names of the parameters that hold what was computed once.
-_FOLDED = "folded_"
 # Methods and functions that tell the form of a tensor, not its numbers; attributes do so unless they are tensors.
 _OF_FORM = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous",
@@ -58,7 +57,7 @@ def rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def undo(module: nn.Module) -> None:
     """Give a module its own `forward` back."""
     module.__dict__.pop("forward", None)
-    for name in [name for name in module._parameters if name.startswith(_FOLDED)]:
+    for name in [name for name in module._parameters if name.startswith(FOLDED)]:
         delattr(module, name)
 
 
@@ -67,7 +66,7 @@ def graph_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     tracer = _ExampleTracer(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
     with _sizes_as_a_whole():
         graph = tracer.trace(copy.deepcopy(module))  # it may cache what it computes, which would be proxies
-    _fold(graph, tracer.value, module)
+    fold(graph, tracer.value, module)
     for node in graph.nodes:
         if node.target in WEIGHTED_FUNCTIONS and node.kwargs:
             _make_positional(node)
@@ -255,45 +254,6 @@ class _ExampleProxy(Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self.node))
-
-
-def _fold(graph: Graph, value_of: Callable[[Node], Any], owner: nn.Module) -> None:
-    """Compute what depends on parameters and constants alone, and hold it as a parameter, as all that is used.
-
-    Before: get_attr q --> cat --> linear.bias      After: get_attr folded_0 --> linear.bias
-            get_attr v ----^
-    A buffer would be a plain tensor to the next tracer, whose methods take no proxies.
-    """
-    constant: set[Node] = set()
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        plain = node.op == "get_attr" and isinstance(value_of(node), Tensor)
-        if plain or (node.op in {"call_function", "call_method"} and inputs and constant.issuperset(inputs)):
-            constant.add(node)
-    count = 0
-    for node in list(graph.nodes):
-        users = [user for user in node.users if user not in constant]
-        value = value_of(node) if node in constant else None
-        if node not in constant or not users or isinstance(value, nn.Parameter):
-            continue
-        if isinstance(value, Tensor):
-            while hasattr(owner, name := f"{_FOLDED}{count}"):
-                count += 1
-            owner.register_parameter(name, nn.Parameter(value.detach().clone(), value.is_floating_point()))
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(graph.get_attr(name))
-        else:
-            for user in users:
-                _inline(user, node, value)
-
-
-def _inline(user: Node, node: Node, value: Any) -> None:
-    """Put a value in the place of a node among the arguments of a user of it."""
-
-    def exchange(argument: Node) -> Any:
-        return value if argument is node else argument
-
-    user.args, user.kwargs = map_arg(user.args, exchange), map_arg(user.kwargs, exchange)  # type: ignore[assignment]
 
 
 def _make_positional(node: Node) -> None:
