@@ -7,11 +7,11 @@ all that the softmax does see.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 
@@ -37,12 +37,13 @@ def masked_scores(run: ExampleRun) -> dict[Node, None]:
     Args:
         run: of a graph on an example.
     """
+    modules = dict(run.module.named_modules(remove_duplicate=False))
     given: set[Node] = set()  # floats that follow from integers and from what the model holds alone
     found: dict[Node, None] = {}
     for node in run.graph.nodes:
         if _is_given(node, given, run):
             given.add(node)
-        elif _masks(node, given, run) and (way := _to_softmax(node, run)):
+        elif _masks(node, given, run) and (way := _to_softmax(node, modules)):
             found |= dict.fromkeys([*_makes(node, given), *way])
     return found
 
@@ -75,9 +76,11 @@ def _masks(node: Node, given: set[Node], run: ExampleRun) -> bool:
     """Whether a node puts a mask onto scores."""
     if node.target in _SUMS:
         return any(part in given and _is_mask(part, run) for part in node.all_input_nodes)
-    fills = node.op != "call_module" and aten_name(node.target) in _FILLS and run.takes_integers(node)
-    put = [run.env.get(part) if isinstance(part, Node) else part for part in (*node.args, *node.kwargs.values())]
-    return fills and any(_is_far(value) for value in put)
+    if node.op == "call_module" or aten_name(node.target) not in _FILLS or not run.takes_integers(node):
+        return False
+    return any(
+        _is_far(run.env.get(put) if isinstance(put, Node) else put) for put in (*node.args, *node.kwargs.values())
+    )
 
 
 def _floats(value: Any) -> Tensor | None:
@@ -86,17 +89,16 @@ def _floats(value: Any) -> Tensor | None:
 
 
 def _is_far(value: Any) -> bool:
-    one = (
-        value.dim() == 0 and value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, (int, float))
-    )
-    return one and float(value) <= -_FAR
+    """Whether it is a single number, far below 0."""
+    if isinstance(value, Tensor):
+        return not value.dim() and value.is_floating_point() and float(value) <= -_FAR
+    return isinstance(value, (int, float)) and value <= -_FAR
 
 
-def _to_softmax(node: Node, run: ExampleRun) -> tuple[Node, ...]:
+def _to_softmax(node: Node, modules: Mapping[str, nn.Module]) -> tuple[Node, ...]:
     """A node and all up to the softmax that reads it, that included; none where there is no softmax."""
     ways: list[tuple[Node, ...]] = [(node,)]
     seen = {node}
-    modules = dict(run.module.named_modules(remove_duplicate=False))
     for _ in range(_BETWEEN + 2):
         for way in ways:
             if op_of(way[-1], modules) is SOFTMAX or way[-1].target is functional.scaled_dot_product_attention:

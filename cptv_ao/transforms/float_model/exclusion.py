@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 # Calls of one function in one module that are left in float, the first so many.
 _CALLS = 64
@@ -53,6 +54,34 @@ def without(mapping: Any, parts: Sequence[Part]) -> Any:
             for index in range(_CALLS):
                 found.set_module_name_object_type_order(part.path, function, index, None)
     return found
+
+
+#: Takes the qconfig of a node out of a `QConfigMapping`.
+Leave = Callable[[Any], Any]
+
+
+def leaving_nodes(graph: Graph, scopes: Mapping[str, tuple[str, Any]]) -> dict[Node, Leave]:
+    """How each node that calls something is left in float, in graph order.
+
+    Args:
+        scopes: `node_name_to_scope` of the tracer that made the graph.
+    """
+    seen: Counter[Any] = Counter()
+    found: dict[Node, Leave] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            found[node] = _leaving("set_module_name", str(node.target))
+        elif node.op == "call_method":  # torch.ao knows these by name only
+            found[node] = _leaving("set_object_type", node.target)
+        elif node.op == "call_function":
+            kind = (scopes[node.name][0], node.target)
+            found[node] = _leaving("set_module_name_object_type_order", *kind, seen[kind])
+            seen[kind] += 1
+    return found
+
+
+def _leaving(setter: str, *where: Any) -> Leave:
+    return lambda mapping: getattr(mapping, setter)(*where, None)
 
 
 def quantizable_kinds() -> list[Any]:

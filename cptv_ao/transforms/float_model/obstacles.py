@@ -20,6 +20,11 @@ def innermost(error: BaseException, model: nn.Module) -> str:
     return found
 
 
+def first_line(error: BaseException) -> str:
+    """What an error is and says, as far as a note has room."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def not_convertible(graph: Graph, tracer: QuantizationTracer) -> tuple[str, str] | None:
     """Path of a module whose graph convert_fx would break on, and the reason."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}

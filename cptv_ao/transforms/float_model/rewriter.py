@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -20,8 +19,9 @@ from cptv_ao.core.rotations import WORTH, peak_ratio, rotation
 from cptv_ao.transforms.float_model.attention_masks import masked_scores
 from cptv_ao.transforms.float_model.example_runs import ExampleRun, another_batch, compare, inputs_of, tensors_of
 from cptv_ao.transforms.float_model.example_tracer import graph_of, rewrite, undo
+from cptv_ao.transforms.float_model.exclusion import leaving_nodes
 from cptv_ao.transforms.float_model.float_streams import FloatStreams
-from cptv_ao.transforms.float_model.obstacles import innermost, not_convertible
+from cptv_ao.transforms.float_model.obstacles import first_line, innermost, not_convertible
 from cptv_ao.transforms.float_model.rotation import rotate
 from cptv_ao.transforms.float_model.smooth_quant import smooth
 from cptv_ao.transforms.residual_streams import ResidualStream
@@ -74,7 +74,7 @@ class Rewriter:
                 graph = tracer.trace(traced)
             except Exception as error:
                 path = innermost(error, traced)
-                self._adapt(path, _first_line(error))
+                self._adapt(path, first_line(error))
                 continue
             run = ExampleRun(traced, graph)
             path, reason = not_convertible(graph, tracer) or self._misread(run)
@@ -167,20 +167,12 @@ class Rewriter:
 
     def _leave_integers_out(self, run: ExampleRun, tracer: QuantizationTracer) -> None:
         """Keep prepare_fx from quantizing what is done to integers, masks and what is no tensor."""
-        seen: Counter[Any] = Counter()
         left: dict[str, None] = {}
         masked = masked_scores(run)
-        for node in run.graph.nodes:
-            kind = (tracer.node_name_to_scope[node.name][0] if node.op == "call_function" else "", node.target)
+        for node, leave in leaving_nodes(run.graph, tracer.node_name_to_scope).items():
             if node in masked or run.takes_integers(node) or run.is_no_tensor(node):
                 left[getattr(node.target, "__name__", str(node.target))] = None
-                if node.op == "call_module":
-                    self._mapping.set_module_name(str(node.target), None)
-                elif node.op == "call_method":  # torch.ao knows these by name only
-                    self._mapping.set_object_type(node.target, None)
-                else:
-                    self._mapping.set_module_name_object_type_order(*kind, seen[kind], None)
-            seen[kind] += node.op == "call_function"
+                leave(self._mapping)
         if left:
             self.notes.append(f"given integers, masks or sizes, so not quantized: {', '.join(left)}")
 
@@ -205,7 +197,7 @@ class Rewriter:
             for each in paths:
                 undo(before.get_submodule(each))
             self.leaves[kind] = None
-            why = _first_line(error)
+            why = first_line(error)
             told = reason if reason in why else f"{reason}; rewritten: {why}"
             self.notes.append(f"{kind.__name__} ({counted(len(paths), 'module')}) stays float: {told}")
             return
@@ -242,11 +234,6 @@ class Rewriter:
         else:
             convolution.padding = tuple(total // 2 for total in totals)
             self._numbered += 1
-
-
-def _first_line(error: Exception) -> str:
-    """What an error is and says, as far as a note has room."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Through(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +14,12 @@ from torch.ao.quantization import HistogramObserver, QConfig, QConfigMapping
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from cptv_ao.core.errors import UnsupportedModelError
 from cptv_ao.core.tensors import copied
+from cptv_ao.transforms.float_model.exclusion import Leave, leaving_nodes
+from cptv_ao.transforms.float_model.obstacles import first_line
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class _Part:
     """A node of a graph that may be left in float."""
 
     told: str
-    leave: Callable[[QConfigMapping], Any]
+    leave: Leave
 
 
 def left_in_float(
@@ -52,7 +53,7 @@ def left_in_float(
     error = error_of([])
     if error is None:
         return []
-    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    first = first_line(error)
     parts = _parts(model, custom)
     found: list[_Part] = []
     if (last := error_of(parts)) is not None:
@@ -122,23 +123,11 @@ def _parts(model: nn.Module, custom: PrepareCustomConfig) -> list[_Part]:
     """All that prepare_fx may quantize, in graph order."""
     tracer = QuantizationTracer([], list(custom.non_traceable_module_classes))
     graph: Graph = tracer.trace(copy.deepcopy(model))
-    seen: Counter[Any] = Counter()
-    parts = []
-    for node in graph.nodes:
-        if node.op == "call_module":
-            parts.append(_Part(str(node.target), _leaving(QConfigMapping.set_module_name, str(node.target))))
-        elif node.op == "call_method":
-            parts.append(
-                _Part(f"{node.name} (all of {node.target})", _leaving(QConfigMapping.set_object_type, node.target))
-            )
-        elif node.op == "call_function":
-            kind = (tracer.node_name_to_scope[node.name][0], node.target)
-            parts.append(
-                _Part(node.name, _leaving(QConfigMapping.set_module_name_object_type_order, *kind, seen[kind]))
-            )
-            seen[kind] += 1
-    return parts
+    return [_Part(_told(node), leave) for node, leave in leaving_nodes(graph, tracer.node_name_to_scope).items()]
 
 
-def _leaving(setter: Callable[..., Any], *where: Any) -> Callable[[QConfigMapping], Any]:
-    return lambda mapping: setter(mapping, *where, None)
+def _told(node: Node) -> str:
+    """What stays float with a node."""
+    if node.op == "call_module":
+        return str(node.target)
+    return f"{node.name} (all of {node.target})" if node.op == "call_method" else node.name
